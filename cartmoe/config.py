@@ -1,0 +1,214 @@
+"""What a model is: families, sizes, and the checks that reject what cannot be built."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+
+class Family(NamedTuple):
+    """What sets one family of paper.md apart from the others; a `ModelConfig` may override most."""
+
+    routed: bool = True
+    gate: str = "linear"  # "linear" learns its logits, "table" looks them up by token id (hash)
+    grain: int = 1  # experts are narrower by this factor, and there are as many times more
+    top_k: int = 2  # chosen experts per stage and grain
+    top_p: float | None = None
+    shared: bool = True
+    stages: int = 1
+    width_ratio: tuple[int, int] = (1, 1)  # FFN width against the other families'
+
+
+FAMILIES: dict[str, Family] = {
+    "dense": Family(routed=False),
+    # No shared expert, so every FFN is 17/16 wider: then its activated count is the printed one.
+    "smoe": Family(top_k=3, shared=False, width_ratio=(17, 16)),
+    "smoe_share": Family(),
+    "hash": Family(gate="table"),
+    "fine_grained": Family(grain=2),
+    "top_p": Family(top_p=0.4),
+    "cartesian": Family(stages=2),
+}
+
+PRESETS: dict[str, dict[str, int]] = {
+    "nano": dict(vocab_size=257, d_model=128, ffn_width=512, num_layers=4, num_heads=4),
+    "small": dict(vocab_size=8192, d_model=384, ffn_width=1536, num_layers=8, num_heads=6),
+    "base": dict(vocab_size=32000, d_model=768, ffn_width=3072, num_layers=12, num_heads=12),
+    "large": dict(vocab_size=32000, d_model=1024, ffn_width=4096, num_layers=24, num_heads=16),
+}
+
+COMPOSITIONS = ("sequential", "parallel")
+SCORES = ("softmax", "sigmoid")
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise `ValueError` naming the parameter, the value and the choices unless value is one."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
+
+
+def check_least(name: str, value: float, least: float) -> None:
+    """Raise `ValueError` naming the parameter and the value unless value >= least."""
+    if not value >= least:
+        raise ValueError(f"{name} is {value!r}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model. What is None is filled in from the family, so a built config has no None.
+
+    family         one of `FAMILIES`
+    ffn_width      hidden width of a dense FFN; an expert has ffn_width / (grain * num_stages)
+    num_experts    experts a router chooses from (default 16 * grain)
+    top_k          experts a token uses, one number per stage (an int is repeated); with top_p
+                   only the number that `num_parameters(active=True)` counts
+    grain          how many times narrower (and, by default, more numerous) experts are
+    shared_experts whether a shared expert stands beside the routed ones (paper.md, Table 3)
+    num_stages     stages of a Cartesian layer
+    composition    "sequential" (the Cartesian product) or "parallel" (all stages read the same
+                   input, outputs added): the control that isolates the paper's claim
+    moe_interval, first_moe_layer   layer l is MoE where l >= first and (l - first) % interval == 0
+    top_p          probability mass a token's experts must exceed; None: top-k
+    score          "softmax", or "sigmoid" with a selection bias (arXiv 2408.15664)
+    renormalize    whether chosen weights are divided by their sum (default: num chosen > 1,
+                   never with top_p)
+    bias_rate      step of the selection bias, sigmoid only
+    router_noise   std of Gaussian noise on the logits in training, in units of logits
+    """
+
+    family: str
+    vocab_size: int
+    d_model: int
+    ffn_width: int
+    num_layers: int
+    num_heads: int
+    num_experts: int | None = None
+    top_k: int | tuple[int, ...] | None = None
+    grain: int | None = None
+    shared_experts: bool | None = None
+    num_stages: int | None = None
+    composition: str = "sequential"
+    moe_interval: int = 2
+    first_moe_layer: int = 0
+    top_p: float | None = None
+    score: str = "softmax"
+    renormalize: bool | None = None
+    bias_rate: float = 0.001
+    router_noise: float = 0.0
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.01
+    hash_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("family", self.family, FAMILIES)
+        check_choice("composition", self.composition, COMPOSITIONS)
+        check_choice("score", self.score, SCORES)
+        family = FAMILIES[self.family]
+        for name in ("vocab_size", "d_model", "ffn_width", "num_layers", "num_heads"):
+            check_least(name, getattr(self, name), 1)
+        fill = self._fill
+        fill("grain", family.grain)
+        fill("num_stages", family.stages)
+        check_least("grain", self.grain, 1)
+        check_least("num_stages", self.num_stages, 1)
+        fill("num_experts", 16 * self.grain)
+        fill("top_k", family.top_k * self.grain)
+        fill("top_p", family.top_p)
+        fill("shared_experts", family.shared and family.routed)
+        check_least("num_experts", self.num_experts, 1)
+        check_least("moe_interval", self.moe_interval, 1)
+        check_least("first_moe_layer", self.first_moe_layer, 0)
+        check_least("router_noise", self.router_noise, 0)
+        if isinstance(self.top_k, int):
+            object.__setattr__(self, "top_k", (self.top_k,) * self.num_stages)
+        object.__setattr__(self, "top_k", tuple(self.top_k))
+        fill("renormalize", self.top_p is None and max(self.top_k, default=0) > 1)
+        self._check_routing(family)
+        self._check_widths()
+
+    def _fill(self, name: str, default: object) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, default)
+
+    def _check_routing(self, family: Family) -> None:
+        if len(self.top_k) != self.num_stages:
+            raise ValueError(
+                f"top_k is {self.top_k!r}; give one number, or one for each of the "
+                f"{self.num_stages} stages"
+            )
+        for k in self.top_k:
+            if not 1 <= k <= self.num_experts:
+                raise ValueError(f"top_k is {k}; it must lie in 1..num_experts={self.num_experts}")
+        if self.top_p is not None and not 0 < self.top_p < 1:
+            raise ValueError(f"top_p is {self.top_p!r}; it must lie strictly between 0 and 1")
+        if self.num_stages > 1 and family.stages == 1:
+            raise ValueError(
+                f"num_stages is {self.num_stages}; only family 'cartesian' has more than one stage"
+            )
+        if self.composition == "parallel" and family.stages == 1:
+            raise ValueError("composition is 'parallel'; only family 'cartesian' composes stages")
+        if self.score == "sigmoid" and self.top_p is not None:
+            raise ValueError("top_p needs score='softmax': a sigmoid's scores do not sum to one")
+        if self.score == "sigmoid" and family.gate == "table":
+            raise ValueError("score is 'sigmoid'; family 'hash' has fixed logits, use 'softmax'")
+
+    def _check_widths(self) -> None:
+        if self.d_model % (2 * self.num_heads):
+            raise ValueError(
+                f"d_model is {self.d_model}; it must be a multiple of 2 * num_heads = "
+                f"{2 * self.num_heads}, since rotary embeddings turn pairs of a head's channels"
+            )
+        parts = self.grain * self.num_stages
+        if self.ffn_width % parts:
+            raise ValueError(
+                f"ffn_width is {self.ffn_width}; it must be a multiple of grain * num_stages = "
+                f"{parts}"
+            )
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of one routed expert."""
+        return self.ffn_width // (self.grain * self.num_stages)
+
+    @property
+    def gate(self) -> str:
+        """"linear" (learnt) or "table" (looked up by token id, family hash)."""
+        return FAMILIES[self.family].gate
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether this decoder layer's FFN is routed."""
+        first, interval = self.first_moe_layer, self.moe_interval
+        return FAMILIES[self.family].routed and layer >= first and (layer - first) % interval == 0
+
+    @classmethod
+    def preset(cls, name: str, family: str = "cartesian", **changes: Any) -> ModelConfig:
+        """A size of paper.md ("base", "large") or of this project ("nano", "small").
+
+        `changes` override fields; ffn_width is then taken as it is given. Raises `ValueError`
+        listing the choices for an unknown preset, family or field.
+        """
+        check_choice("preset", name, PRESETS)
+        check_choice("family", family, FAMILIES)
+        known = {f.name for f in fields(cls)}
+        for field in changes:
+            check_choice("field of ModelConfig", field, sorted(known))
+        shape = dict(PRESETS[name])
+        up, down = FAMILIES[family].width_ratio
+        shape["ffn_width"] = shape["ffn_width"] * up // down
+        return cls(family=family, **(shape | changes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` takes it back."""
+        return asdict(self) | {"top_k": list(self.top_k)}
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> ModelConfig:
+        """Raises `ValueError` for fields that do not exist or are missing."""
+        known = {f.name for f in fields(cls)}
+        for field in d:
+            check_choice("field of ModelConfig", field, sorted(known))
+        missing = {"family", "vocab_size", "d_model", "ffn_width", "num_layers", "num_heads"} - set(d)
+        if missing:
+            raise ValueError(f"model configuration lacks {', '.join(sorted(missing))}")
+        return cls(**d)
