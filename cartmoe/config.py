@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 class Family(NamedTuple):
     """What sets one family of paper.md apart from the others; a `ModelConfig` may override most."""
 
-    routed: bool = True
+    ffn: str = "moe"  # the class of its routed layers, a key of `ffn.FFNS`
     gate: str = "linear"  # "linear" learns its logits, "table" looks them up by token id (hash)
     grain: int = 1  # experts are narrower by this factor, and there are as many times more
     top_k: int = 2  # chosen experts per stage and grain
@@ -20,7 +20,7 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[str, Family] = {
-    "dense": Family(routed=False),
+    "dense": Family(ffn="dense", shared=False),
     # No shared expert, so every FFN is 17/16 wider: then its activated count is the printed one.
     "smoe": Family(top_k=3, shared=False, width_ratio=(17, 16)),
     "smoe_share": Family(),
@@ -31,7 +31,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 PRESETS: dict[str, dict[str, int]] = {
-    "nano": dict(vocab_size=257, d_model=128, ffn_width=512, num_layers=4, num_heads=4),
+    "nano": dict(vocab_size=256, d_model=128, ffn_width=512, num_layers=4, num_heads=4),
     "small": dict(vocab_size=8192, d_model=384, ffn_width=1536, num_layers=8, num_heads=6),
     "base": dict(vocab_size=32000, d_model=768, ffn_width=3072, num_layers=12, num_heads=12),
     "large": dict(vocab_size=32000, d_model=1024, ffn_width=4096, num_layers=24, num_heads=16),
@@ -115,7 +115,7 @@ class ModelConfig:
         fill("num_experts", 16 * self.grain)
         fill("top_k", family.top_k * self.grain)
         fill("top_p", family.top_p)
-        fill("shared_experts", family.shared and family.routed)
+        fill("shared_experts", family.shared)
         check_least("num_experts", self.num_experts, 1)
         check_least("moe_interval", self.moe_interval, 1)
         check_least("first_moe_layer", self.first_moe_layer, 0)
@@ -179,7 +179,8 @@ class ModelConfig:
     def is_moe(self, layer: int) -> bool:
         """Whether this decoder layer's FFN is routed."""
         first, interval = self.first_moe_layer, self.moe_interval
-        return FAMILIES[self.family].routed and layer >= first and (layer - first) % interval == 0
+        routed = FAMILIES[self.family].ffn != "dense"
+        return routed and layer >= first and (layer - first) % interval == 0
 
     @classmethod
     def preset(cls, name: str, family: str = "cartesian", **changes: Any) -> ModelConfig:

@@ -1,0 +1,140 @@
+"""Observing and changing routing from outside, through plain PyTorch hooks on Router modules.
+
+The model does not know that it is observed: nothing under routing, experts, ffn or model imports
+this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from cartmoe.ffn import RoutedStage
+from cartmoe.routing import Router, Routing
+
+
+@dataclass(frozen=True)
+class RouterSite:
+    """Where a router stands. stage is 0 in a one-stage layer, 0, 1, ... in a Cartesian layer.
+
+    top_k is the number of experts a token uses; with a top-p router, where it varies, the number
+    of slots.
+    """
+
+    name: str
+    layer: int
+    stage: int
+    num_experts: int
+    top_k: int
+
+
+RouterFunction = Callable[[Routing, Router, RouterSite], Routing | None]
+
+
+def router_sites(model: nn.Module) -> dict[RouterSite, Router]:
+    """Every router of the model in order of depth."""
+    return {site: stage.router for site, stage in _stages(model).items()}
+
+
+def _stages(model: nn.Module) -> dict[RouterSite, RoutedStage]:
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedStage):
+            numbers = [int(part) for part in name.split(".") if part.isdigit()]
+            layer, stage = (numbers + [0, 0])[:2]  # blocks.LAYER.ffn.stages.STAGE
+            router = module.router
+            slots = router.num_experts if router.top_p else router.top_k
+            site = RouterSite(f"{name}.router", layer, stage, router.num_experts, slots)
+            found[site] = module
+    return found
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    compiled = [n or "model" for n, m in model.named_modules() if m._compiled_call_impl is not None]
+    if hasattr(model, "_orig_mod"):
+        compiled.append("model")
+    if compiled:
+        raise ValueError(
+            f"model is compiled ({compiled[0]}); torch.compile ignores hooks that are registered "
+            "afterwards. Pass the model as it was before torch.compile"
+        )
+
+
+def select_sites(
+    model: nn.Module, where: Callable[[RouterSite], bool] | None
+) -> dict[RouterSite, RoutedStage]:
+    """The routed stages whose site satisfies `where` (None: all); `ValueError` if none does."""
+    _refuse_compiled(model)
+    stages = _stages(model)
+    if not stages:
+        raise ValueError("model has no router to hook: it is dense")
+    chosen = {site: stage for site, stage in stages.items() if where is None or where(site)}
+    if not chosen:
+        have = ", ".join(f"layer {s.layer} stage {s.stage}" for s in stages)
+        raise ValueError(f"where selects no router; the model has {have}")
+    return chosen
+
+
+@contextmanager
+def hook_routers(
+    model: nn.Module,
+    fn: RouterFunction,
+    where: Callable[[RouterSite], bool] | None = None,
+) -> Iterator[dict[RouterSite, int]]:
+    """Within the block, fn(routing, router, site) sees each decision of the chosen routers.
+
+    What fn returns takes the decision's place, None leaves it. Yields how often each site fired.
+    Only these hooks are removed at the end, whatever happens; several blocks nest and interleave,
+    the hook entered last acting last.
+
+    Raises `ValueError` for a compiled model, and where `where` selects nothing; `RuntimeError`,
+    after a block without an exception, naming the sites that stayed silent although another
+    fired, or all if the model was never run.
+    """
+    stages = select_sites(model, where)
+    fired = dict.fromkeys(stages, 0)
+
+    def hook_for(site: RouterSite):
+        def hook(router, args, routing):
+            fired[site] += 1
+            return fn(routing, router, site)
+
+        return hook
+
+    with ExitStack() as handles:
+        for site, stage in stages.items():
+            handle = stage.router.register_forward_hook(hook_for(site))
+            handles.callback(handle.remove)
+        yield fired
+    silent = [site.name for site, count in fired.items() if count == 0]
+    if silent:
+        raise RuntimeError(f"routers that did not run inside the block: {', '.join(silent)}")
+
+
+@contextmanager
+def capture_routing(
+    model: nn.Module, where: Callable[[RouterSite], bool] | None = None
+) -> Iterator[dict[RouterSite, list[Routing]]]:
+    """Within the block, record the decisions that the experts are given, one a forward and site.
+
+    It looks at what enters the experts, so it sees every change of every hook on the router,
+    whatever the order of entry. Recorded tensors are detached. Raises `ValueError` as
+    `hook_routers` does.
+    """
+    stages = select_sites(model, where)
+    captured: dict[RouterSite, list[Routing]] = {site: [] for site in stages}
+
+    def hook_for(site: RouterSite):
+        def hook(experts, args):
+            captured[site].append(Routing(*(t.detach() for t in args[1])))
+
+        return hook
+
+    with ExitStack() as handles:
+        for site, stage in stages.items():
+            handle = stage.experts.register_forward_pre_hook(hook_for(site))
+            handles.callback(handle.remove)
+        yield captured
