@@ -173,7 +173,7 @@ class ModelConfig:
 
     @property
     def gate(self) -> str:
-        """"linear" (learnt) or "table" (looked up by token id, family hash)."""
+        """ "linear" (learnt) or "table" (looked up by token id, family hash)."""
         return FAMILIES[self.family].gate
 
     def is_moe(self, layer: int) -> bool:
@@ -209,7 +209,9 @@ class ModelConfig:
         known = {f.name for f in fields(cls)}
         for field in d:
             check_choice("field of ModelConfig", field, sorted(known))
-        missing = {"family", "vocab_size", "d_model", "ffn_width", "num_layers", "num_heads"} - set(d)
+        missing = {"family", "vocab_size", "d_model", "ffn_width", "num_layers", "num_heads"} - set(
+            d
+        )
         if missing:
             raise ValueError(f"model configuration lacks {', '.join(sorted(missing))}")
         return cls(**d)

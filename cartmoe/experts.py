@@ -103,15 +103,22 @@ class _LoopedExperts(torch.autograd.Function):
             dz = torch.cat([torch.ops.aten.silu_backward(dh * up, gate), dh.mul_(silu)], -1)
             torch.mm(dz, gate_up_ECD[e], out=dx_ND[rows])
             torch.mm(dz.T, x, out=dgate_up[e])
-        dweights = torch.zeros_like(ctx.weights_like).view(-1).index_copy_(
-            0, d.slot_N, dw_N.to(ctx.weights_like.dtype))
+        dweights = (
+            torch.zeros_like(ctx.weights_like)
+            .view(-1)
+            .index_copy_(0, d.slot_N, dw_N.to(ctx.weights_like.dtype))
+        )
         return _sum_rows(dx_ND, d), dweights.view_as(ctx.weights_like), dgate_up, ddown, None
 
 
 def _blocks(counts: list[int]):
     """(expert, its rows) for every expert that has any."""
     stops = itertools.accumulate(counts)
-    return [(e, slice(stop - n, stop)) for e, (n, stop) in enumerate(zip(counts, stops, strict=True)) if n]
+    return [
+        (e, slice(stop - n, stop))
+        for e, (n, stop) in enumerate(zip(counts, stops, strict=True))
+        if n
+    ]
 
 
 def _grouped_experts(x_TD, weights_TK, gate_up_ECD, down_EDF, d: Dispatch) -> Tensor:
@@ -139,13 +146,18 @@ class RoutedExperts(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """(T, D), the weighted sum of the chosen experts' outputs; zero for a token without any."""
         device = x_TD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+        )
         d = dispatch(routing.ids_TK, routing.weights_TK, self.num_experts)
         run = _LoopedExperts.apply if device == "cpu" else _grouped_experts
         with torch.autocast(device, enabled=False):
             return run(
-                x_TD.to(dtype), routing.weights_TK, self.gate_up_ECD.to(dtype),
-                self.down_EDF.to(dtype), d,
+                x_TD.to(dtype),
+                routing.weights_TK,
+                self.gate_up_ECD.to(dtype),
+                self.down_EDF.to(dtype),
+                d,
             )
 
     def extra_repr(self) -> str:

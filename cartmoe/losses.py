@@ -67,7 +67,10 @@ def token_losses(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
     """(T,) fp32 nats of each target, 0 where it is `IGNORE`. Not differentiable."""
     parts = [
         F.cross_entropy(
-            F.linear(x_TD[c], weight_VD).float(), targets_T[c], reduction="none", ignore_index=IGNORE
+            F.linear(x_TD[c], weight_VD).float(),
+            targets_T[c],
+            reduction="none",
+            ignore_index=IGNORE,
         )
         for c in _chunks(len(x_TD), len(weight_VD))
     ]

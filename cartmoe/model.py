@@ -114,11 +114,13 @@ class Trunk(nn.Module):
 
     def raise_nonfinite(self) -> None:
         """Raise if a gate's own output was not finite in the last forward; synchronises once."""
-        raise_nonfinite([
-            (f"layer {layer} stage {s}", stage.router)
-            for layer, block in enumerate(self.blocks)
-            for s, stage in enumerate(getattr(block.ffn, "stages", ()))
-        ])
+        raise_nonfinite(
+            [
+                (f"layer {layer} stage {s}", stage.router)
+                for layer, block in enumerate(self.blocks)
+                for s, stage in enumerate(getattr(block.ffn, "stages", ()))
+            ]
+        )
 
 
 def _over_tokens(run):

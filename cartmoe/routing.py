@@ -43,9 +43,7 @@ def stable_topk(scores_TE: Tensor, k: int) -> Tensor:
     tied_T = (values[:, 1:] == values[:, :-1]).any(-1)
     if tied_T.any():
         ids_TK = ids_TK.clone()
-        ids_TK[tied_T] = (
-            scores_TE[tied_T].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        )
+        ids_TK[tied_T] = scores_TE[tied_T].sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return ids_TK
 
 
@@ -167,7 +165,9 @@ def raise_nonfinite(routers: list[tuple[str, Router]]) -> None:
         return
     counts = torch.stack([count for _, count in seen]).tolist()
     if any(counts):
-        bad = ", ".join(f"{where}: {n} tokens" for (where, _), n in zip(seen, counts, strict=True) if n)
+        bad = ", ".join(
+            f"{where}: {n} tokens" for (where, _), n in zip(seen, counts, strict=True) if n
+        )
         raise FloatingPointError(f"router logits are not finite ({bad})")
 
 
