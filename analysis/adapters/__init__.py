@@ -1,0 +1,1 @@
+"""Models under study, behind one protocol."""

@@ -1,0 +1,94 @@
+"""What a model under study must offer, whoever made it.
+
+Shapes: B batch, L length, T = B * L tokens, D model, E experts, F expert width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from cartmoe.hooks import RouterSite
+from cartmoe.routing import Router, Routing
+
+
+class State(NamedTuple):
+    """The stream between two segments. Segments make new states and change none."""
+
+    hidden_BLD: Tensor | None  # None before the embedding
+    tokens_BL: Tensor
+    decisions: tuple[Routing, ...] = ()  # of the sites passed so far, in order
+
+
+class Segment(NamedTuple):
+    """One step of the model, state -> state, and the sites whose routers run in it."""
+
+    name: str
+    run: Callable[[State], State]
+    sites: tuple[RouterSite, ...] = ()
+
+
+EditFunction = Callable[[Routing, Router, RouterSite, Tensor], Routing | None]
+
+
+class Adapter(Protocol):
+    """A model under study.
+
+    name        what tables and figures call it;  family and train_seed likewise
+    identity    SHA-256 of its weights' files, or of its tensors for an object in memory
+    tokenizer   with `encode` and `num_bytes` (see cartmoe.tokenizers)
+    """
+
+    name: str
+    family: str
+    train_seed: int
+    identity: str
+    tokenizer: Any
+
+    def sites(self) -> list[RouterSite]:
+        """Every router in order of depth."""
+        ...
+
+    def segments(self) -> list[Segment]:
+        """Ordered steps whose composition is the model up to, not including, the head."""
+        ...
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """(T, V) fp32: the head, on any rows of the last segment's hidden states."""
+        ...
+
+    def check(self) -> None:
+        """Raise `FloatingPointError` if router logits were not finite in the last forward."""
+        ...
+
+    def edit(
+        self, fn: EditFunction, where: Callable[[RouterSite], bool] | None = None
+    ) -> AbstractContextManager:
+        """Within the block, fn(routing, router, site, x_TD) may replace each decision."""
+        ...
+
+    def on_forward(self, fn: Callable[[Tensor], None]) -> AbstractContextManager:
+        """Within the block, fn(tokens_BL) is called before each forward of the whole model."""
+        ...
+
+    def watch_branches(self) -> AbstractContextManager[dict[RouterSite, tuple[Tensor, Tensor]]]:
+        """Within the block, by site of the last forward: the routed branch's share c_0 (T,), and
+        ||c_0 * routed|| (T,)."""
+        ...
+
+    def expert_weights(self, site: RouterSite) -> tuple[Tensor, Tensor, Tensor]:
+        """gate (E, F, D), up (E, F, D) and down (E, D, F) projections."""
+        ...
+
+    def expert_outputs(
+        self, site: RouterSite, x_TD: Tensor, ids: list[int] | None = None
+    ) -> Tensor:
+        """(E, T, D) outputs of all experts (or of those ids) on the same tokens, unweighted."""
+        ...
+
+    def site_facts(self, site: RouterSite) -> dict[str, float]:
+        """What tables print beside a site: top_k, renormalize, num_experts."""
+        ...

@@ -1,0 +1,155 @@
+"""The compact models of `cartmoe` as models under study."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from analysis.adapters.base import EditFunction, Segment, State
+from cartmoe.hooks import RouterSite, hook_routers, router_sites, select_sites
+from cartmoe.model import LanguageModel, Step
+
+
+class CartMoEAdapter:
+    """See `analysis.adapters.base.Adapter`."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        train_seed: int = 0,
+        identity: str | None = None,
+    ):
+        self.model = model
+        self.family = model.config.family
+        self.name, self.train_seed, self.tokenizer = name or self.family, train_seed, tokenizer
+        self._identity = identity
+
+    @property
+    def identity(self) -> str:
+        """Of the checkpoint it was loaded from; else of the tensors, hashed when first asked."""
+        if self._identity is None:
+            self._identity = tensors_sha256(self.model)
+        return self._identity
+
+    def sites(self) -> list[RouterSite]:
+        """Every router in order of depth."""
+        return list(router_sites(self.model))
+
+    def segments(self) -> list[Segment]:
+        """The trunk's steps: embed, attention_0, stage_0_0, ..., norm."""
+        site_of = {router: site for site, router in router_sites(self.model).items()}
+
+        def segment(step: Step) -> Segment:
+            def run(state: State) -> State:
+                hidden_BLD, taken = step.run(state.hidden_BLD, state.tokens_BL)
+                return State(hidden_BLD, state.tokens_BL, state.decisions + taken)
+
+            return Segment(step.name, run, tuple(site_of[r] for r in step.routers))
+
+        return [segment(step) for step in self.model.trunk.steps()]
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """(T, V) fp32."""
+        return self.model.head(hidden_TD).float()
+
+    def check(self) -> None:
+        """Raise `FloatingPointError` naming layer and stage if router logits were not finite."""
+        self.model.trunk.raise_nonfinite()
+
+    @contextmanager
+    def edit(
+        self, fn: EditFunction, where: Callable[[RouterSite], bool] | None = None
+    ) -> Iterator[dict[RouterSite, int]]:
+        """`hook_routers`, with what enters the router as a fourth argument of fn."""
+        inputs: dict[RouterSite, Tensor] = {}
+        with ExitStack() as handles:
+            for site, stage in select_sites(self.model, where).items():
+
+                def remember(router, args, site=site):
+                    inputs[site] = args[0]
+
+                handles.callback(stage.router.register_forward_pre_hook(remember).remove)
+            yield handles.enter_context(
+                hook_routers(
+                    self.model,
+                    lambda routing, router, site: fn(routing, router, site, inputs.pop(site)),
+                    where,
+                )
+            )
+
+    @contextmanager
+    def on_forward(self, fn: Callable[[Tensor], None]) -> Iterator[None]:
+        """Through a pre-hook on the trunk, which every way of running the model calls."""
+        handle = self.model.trunk.register_forward_pre_hook(lambda trunk, args: fn(args[0]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def watch_branches(self) -> Iterator[dict[RouterSite, tuple[Tensor, Tensor]]]:
+        """Share c_0 is 1 where there is no shared expert."""
+        seen: dict[RouterSite, tuple[Tensor, Tensor]] = {}
+        shares: dict[RouterSite, Tensor] = {}
+        with ExitStack() as handles:
+            for site, stage in select_sites(self.model, None).items():
+
+                def on_mix(mix, args, out, site=site):
+                    shares[site] = out.detach().softmax(-1)[:, 0]
+
+                def on_experts(experts, args, out, site=site):
+                    norm_T = out.detach().float().norm(dim=-1)
+                    seen[site] = (torch.ones_like(norm_T), norm_T)
+
+                def on_stage(module, args, out, site=site):
+                    if site in shares:
+                        share_T = shares.pop(site)
+                        seen[site] = (share_T, share_T * seen[site][1])
+
+                if stage.mix is not None:
+                    handles.callback(stage.mix.register_forward_hook(on_mix).remove)
+                handles.callback(stage.experts.register_forward_hook(on_experts).remove)
+                handles.callback(stage.register_forward_hook(on_stage).remove)
+            yield seen
+
+    def expert_weights(self, site: RouterSite) -> tuple[Tensor, Tensor, Tensor]:
+        """gate (E, F, D), up (E, F, D), down (E, D, F); views, not copies."""
+        experts = select_sites(self.model, site.__eq__)[site].experts
+        gate_EFD, up_EFD = experts.gate_up_ECD.chunk(2, dim=1)
+        return gate_EFD, up_EFD, experts.down_EDF
+
+    def expert_outputs(
+        self, site: RouterSite, x_TD: Tensor, ids: list[int] | None = None
+    ) -> Tensor:
+        """(E, T, D), or (len(ids), T, D)."""
+        gate, up, down = (w if ids is None else w[ids] for w in self.expert_weights(site))
+        hidden_ETF = F.silu(x_TD @ gate.transpose(1, 2)) * (x_TD @ up.transpose(1, 2))
+        return hidden_ETF @ down.transpose(1, 2)
+
+    def site_facts(self, site: RouterSite) -> dict[str, float]:
+        """top_k (NaN with a top-p router, whose number varies), renormalize (0/1), num_experts."""
+        router = router_sites(self.model)[site]
+        top_k = float("nan") if router.top_p else router.top_k
+        return {
+            "top_k": top_k,
+            "renormalize": float(router.renormalize),
+            "num_experts": router.num_experts,
+        }
+
+
+def tensors_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

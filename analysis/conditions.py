@@ -1,0 +1,154 @@
+"""One arm of an experiment: a perturbation, where it acts, at which point and with what effect."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analysis.context import RouterContext
+from analysis.effects import EFFECTS
+from analysis.perturb import Perturbation, perturbation_from_dict
+from cartmoe.config import check_choice
+from cartmoe.hooks import RouterSite
+from cartmoe.routing import Router, Routing
+
+POINTS = ("logits", "scores")
+DOWNSTREAM = ("reroute", "replay")
+
+
+@dataclass(frozen=True)
+class Where:
+    """A set of sites: those of these layers and stages (None: any), positions first..last - 1.
+
+    Written "all", "layer 2", "stage 0", "layer 2 stage 1", "positions 0:16", or joined by spaces.
+    """
+
+    layer: int | None = None
+    stage: int | None = None
+    positions: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: str | Where) -> Where:
+        """`ValueError` with examples for what cannot be read."""
+        if isinstance(text, Where):
+            return text
+        pattern = r"(?:layer (\d+))? ?(?:stage (\d+))? ?(?:positions (\d+):(\d+))?"
+        match = re.fullmatch(pattern, "" if text == "all" else str(text).strip())
+        if match is None or (text != "all" and not str(text).strip()):
+            raise ValueError(
+                f"where is {text!r}; write 'all', 'layer 2', 'stage 0', 'layer 2 stage 1' or "
+                "'positions 0:16'"
+            )
+        layer, stage, first, stop = (None if g is None else int(g) for g in match.groups())
+        return cls(layer, stage, None if first is None else (first, stop))
+
+    def __str__(self) -> str:
+        parts = [
+            f"{n} {v}" for n, v in (("layer", self.layer), ("stage", self.stage)) if v is not None
+        ]
+        if self.positions:
+            parts.append("positions {}:{}".format(*self.positions))
+        return " ".join(parts) or "all"
+
+    def __call__(self, site: RouterSite) -> bool:
+        """Whether the site belongs to the set."""
+        return self.layer in (None, site.layer) and self.stage in (None, site.stage)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Its canonical JSON, `id`, is its identity. Raises `ValueError` for wrong fields.
+
+    point       "logits", or "scores": masks act after the score function, scores' = scores *
+                exp(perturb(l) - l) with l = log scores, not renormalised
+    effect      which part of a changed decision is let through, a key of `EFFECTS`
+    downstream  "reroute": every router works from the stream that reaches it; "replay": every
+                router works from the clean run's logits, so there is no cascade of decisions
+    """
+
+    perturbation: Perturbation
+    where: Where = Where()
+    point: str = "logits"
+    effect: str = "full"
+    downstream: str = "reroute"
+    eval_seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where", Where.parse(self.where))
+        check_choice("point", self.point, POINTS)
+        check_choice("effect", self.effect, EFFECTS)
+        check_choice("downstream", self.downstream, DOWNSTREAM)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` takes it back."""
+        return {
+            "perturbation": self.perturbation.to_dict(),
+            "where": str(self.where),
+            "point": self.point,
+            "effect": self.effect,
+            "downstream": self.downstream,
+            "eval_seed": self.eval_seed,
+        }
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Condition:
+        """`ValueError` with the choices for what does not exist."""
+        return cls(**(d | {"perturbation": perturbation_from_dict(d["perturbation"])}))
+
+    @property
+    def id(self) -> str:
+        """Canonical JSON: equal exactly for equal conditions."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def columns(self) -> dict[str, Any]:
+        """The columns that name it in every table."""
+        return {
+            "condition": self.id,
+            "perturbation": type(self.perturbation).__name__,
+            "strength": self.perturbation.strength,
+            "where": str(self.where),
+            "point": self.point,
+            "effect": self.effect,
+            "downstream": self.downstream,
+            "eval_seed": self.eval_seed,
+        }
+
+    def apply(self, base: Routing, router: Router, ctx: RouterContext) -> Routing:
+        """The decision under this condition of a router whose own one is `base`."""
+        changed = self._perturb(base, router, ctx)
+        if changed is base:
+            return base
+        changed = EFFECTS[self.effect](base, changed, router)
+        if self.where.positions:
+            first, stop = self.where.positions
+            inside_T1 = ((ctx.tokens.position_T >= first) & (ctx.tokens.position_T < stop))[:, None]
+            pairs = zip(changed, base, strict=True)
+            changed = Routing(*(torch.where(inside_T1, new, old) for new, old in pairs))
+        return changed
+
+    def _perturb(self, base: Routing, router: Router, ctx: RouterContext) -> Routing:
+        p = self.perturbation
+        if hasattr(p, "decide"):
+            return p.decide(base, router, ctx)
+        if self.point == "logits":
+            logits_TE = p(base.logits_TE, ctx)
+            return base if logits_TE is base.logits_TE else router.route(logits_TE)
+        scores_TE = after_score(p, base.scores_TE, ctx)
+        return base if scores_TE is base.scores_TE else router.decide(base.logits_TE, scores_TE)
+
+
+def after_score(
+    perturb: Callable[[Tensor, RouterContext], Tensor], scores_TE: Tensor, ctx: RouterContext
+) -> Tensor:
+    """scores * exp(perturb(l) - l), l = log scores; a score of 0 stays 0, the identity is exact."""
+    log_TE = scores_TE.log()
+    moved_TE = perturb(log_TE, ctx)
+    if moved_TE is log_TE:
+        return scores_TE
+    return scores_TE * (moved_TE - log_TE).exp().masked_fill(scores_TE == 0, 0.0)

@@ -1,0 +1,98 @@
+"""What a perturbation may see of the forward that it acts in.
+
+Shapes: T tokens, D model, E experts, R reservoir rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from analysis.noise import Noise
+from cartmoe.hooks import RouterSite
+from cartmoe.routing import Routing
+
+
+class SiteStats(NamedTuple):
+    """A site's clean routing over a calibration slice.
+
+    reservoir_RE  logits of tokens drawn uniformly without replacement; std: over all their
+                  entries; load_E: share of the used slots that each expert has (sums to 1)
+    """
+
+    reservoir_RE: Tensor
+    std: float
+    load_E: Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`SiteStats` by site. Its `sha256` belongs to the identity of what was measured with it."""
+
+    sites: Mapping[RouterSite, SiteStats]
+
+    @property
+    def sha256(self) -> str:
+        """Of sites, reservoirs and loads."""
+        digest = hashlib.sha256()
+        for site, stats in self.sites.items():
+            digest.update(repr((site.name, stats.std)).encode())
+            for tensor in (stats.reservoir_RE, stats.load_E):
+                digest.update(tensor.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class Tokens(NamedTuple):
+    """The tokens of one forward, flattened: what every site's context has in common."""
+
+    token_ids_T: Tensor
+    position_T: Tensor  # within the sequence
+    sequence_T: Tensor  # id of the sequence
+
+    @classmethod
+    def of(cls, tokens_BL: Tensor, sequence_B: Tensor) -> Tokens:
+        """From (B, L) token ids and (B,) sequence ids."""
+        B, L = tokens_BL.shape
+        position_T = torch.arange(L, device=tokens_BL.device).repeat(B)
+        return cls(tokens_BL.flatten(), position_T, sequence_B.repeat_interleave(L))
+
+
+@dataclass(frozen=True)
+class RouterContext:
+    """What a perturbation may see at one router.
+
+    clean     the decision that this router would take on the input it works from
+    x_TD      that input; None where the clean run's decisions are replayed
+    noise     draws keyed by seed, site, sequence, position and expert
+    stats     of this site, from one calibration pass; None if there was none
+    earlier   decisions that sites before this one took in this forward, in order
+    """
+
+    site: RouterSite
+    clean: Routing
+    x_TD: Tensor | None
+    tokens: Tokens
+    noise: Noise
+    stats: SiteStats | None = None
+    earlier: Mapping[RouterSite, Routing] = field(default_factory=dict)
+
+    def previous(self, site: RouterSite) -> Routing:
+        """The decision that an earlier site took; `ValueError` listing them if it took none."""
+        if site not in self.earlier:
+            have = ", ".join(s.name for s in self.earlier) or "none"
+            raise ValueError(f"{site.name} took no decision before {self.site.name}; did: {have}")
+        return self.earlier[site]
+
+    def need_stats(self, perturbation: object) -> SiteStats:
+        """The site's statistics; `ValueError` saying how to get them if there are none."""
+        if self.stats is None:
+            raise ValueError(
+                f"{perturbation} needs statistics of clean routing; pass "
+                "stats=analysis.calibrate(model, docs)"
+            )
+        return self.stats

@@ -1,0 +1,63 @@
+"""How much a decision was changed, token by token: the doses that damage is plotted against.
+
+Shapes: T tokens, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cartmoe.routing import Routing
+
+
+class DenseRouting:
+    """A decision as vectors over the experts: weights (T, E), who is used (T, E), how many (T,)."""
+
+    def __init__(self, routing: Routing):
+        zeros_TE = torch.zeros_like(routing.scores_TE, dtype=routing.weights_TK.dtype)
+        self.weights_TE = zeros_TE.scatter_add_(-1, routing.ids_TK, routing.weights_TK)
+        # Weights are never negative: an expert is used exactly if its summed weight is not 0.
+        self.used_TE = self.weights_TE != 0
+        self.count_T = self.used_TE.sum(-1)
+
+
+def flip_share(before: DenseRouting, after: DenseRouting) -> Tensor:
+    """(T,) |S \\ S'| / |S|: the share of the experts before that are not used after."""
+    gone_T = (before.used_TE & ~after.used_TE).sum(-1)
+    return gone_T / before.count_T.clamp(min=1)
+
+
+def change_of(base: DenseRouting, changed: DenseRouting, clean: DenseRouting) -> dict[str, Tensor]:
+    """(T,) each: what a condition did to R = base, the router's own decision on its input.
+
+    flips        share of R's experts that are no longer used (the direct effect)
+    flips_total  the same against the clean run's decision, which cascades have moved too
+    changed      1 where the set of experts is another one
+    mass_moved   total variation between the two weight vectors, sum |w - w'| / 2
+    mass_lost    weight that R gave to experts that are no longer used
+    active       experts used
+    """
+    return {
+        "flips": flip_share(base, changed),
+        "flips_total": flip_share(clean, changed),
+        "changed": (base.used_TE != changed.used_TE).any(-1),
+        "mass_moved": (base.weights_TE - changed.weights_TE).abs_().sum(-1) / 2,
+        "mass_lost": (base.weights_TE * ~changed.used_TE).sum(-1),
+        "active": changed.count_T,
+    }
+
+
+def certainty_of(routing: Routing, dense: DenseRouting) -> dict[str, Tensor]:
+    """(T,) each: how decided a clean decision was.
+
+    entropy  of the scores as a distribution, in nats
+    margin   z_(k) - z_(k+1) of a token that uses k experts; 0 if it uses all
+    """
+    scores_TE, E = routing.scores_TE, routing.scores_TE.shape[-1]
+    p_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+    sorted_TE = routing.logits_TE.sort(-1, descending=True).values
+    last_T1 = (dense.count_T - 1)[:, None]
+    next_T1 = (last_T1 + 1).clamp(max=E - 1)
+    gap_T1 = sorted_TE.gather(-1, last_T1) - sorted_TE.gather(-1, next_T1)
+    return {"entropy": torch.special.entr(p_TE).sum(-1), "margin": gap_T1[:, 0]}
