@@ -8,8 +8,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
-from cartmoe import LanguageModel, ModelConfig
+from cartmoe import FAMILIES, LanguageModel, ModelConfig
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
@@ -45,3 +46,38 @@ def tiny_model(tiny_config):
         return LanguageModel(tiny_config(family, **changes))
 
     return build
+
+
+@st.composite
+def _configs(draw):
+    family = draw(st.sampled_from(sorted(FAMILIES)))
+    cartesian, softmax = family == "cartesian", family in ("hash", "top_p") or draw(st.booleans())
+    stages = draw(st.integers(1, 3)) if cartesian else 1
+    grain, num_experts = draw(st.integers(1, 2)), draw(st.integers(1, 6))
+    return ModelConfig(
+        family=family,
+        vocab_size=7,
+        d_model=8,
+        ffn_width=4 * grain * stages,
+        num_layers=draw(st.integers(1, 3)),
+        num_heads=draw(st.sampled_from([1, 2])),
+        num_experts=num_experts,
+        top_k=draw(st.tuples(*[st.integers(1, num_experts)] * stages)),
+        grain=grain,
+        shared_experts=draw(st.none() | st.booleans()),
+        num_stages=stages,
+        composition="parallel" if cartesian and draw(st.booleans()) else "sequential",
+        moe_interval=draw(st.integers(1, 2)),
+        first_moe_layer=draw(st.integers(0, 1)),
+        top_p=draw(st.none() | st.floats(0.1, 0.95)) if softmax else None,
+        score="softmax" if softmax else "sigmoid",
+        renormalize=draw(st.none() | st.booleans()),
+        rope_base=draw(st.sampled_from([10.0, 10000.0])),
+        init_std=0.3,
+    )
+
+
+@pytest.fixture(scope="session")
+def any_config():
+    """A strategy: tiny configurations of every family with every option that it allows."""
+    return _configs()
