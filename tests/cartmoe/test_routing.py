@@ -278,14 +278,14 @@ def test_balance_loss_of_parts_averages_to_the_whole(score):
 
 
 def test_descent_on_the_balance_loss_balances():
-    preference_E = torch.arange(8.0).requires_grad_()
+    preference_E = torch.linspace(0, 2, 8).requires_grad_()
     logits_TE, router, loads = torch.randn(256, 8), make_router(8, 2), []
     for _ in range(100):
         routing = router.route(logits_TE + preference_E)
         loads.append(expert_counts(routing))
         (grad_E,) = torch.autograd.grad(balance_loss(routing.scores_TE, loads[-1]), preference_E)
         preference_E.data -= grad_E
-    assert loads[0].max() > 200
+    assert loads[0].max() > 2 * loads[0].float().mean()
     assert loads[-1].max() < 1.2 * loads[-1].float().mean()
 
 
