@@ -44,7 +44,7 @@ def _stages(model: nn.Module) -> dict[RouterSite, RoutedStage]:
     for name, module in model.named_modules():
         if isinstance(module, RoutedStage):
             numbers = [int(part) for part in name.split(".") if part.isdigit()]
-            layer, stage = (numbers + [0, 0])[:2]  # blocks.LAYER.ffn.stages.STAGE
+            layer, stage, *_ = *numbers, 0, 0  # blocks.LAYER.ffn.stages.STAGE
             router = module.router
             slots = router.num_experts if router.top_p else router.top_k
             site = RouterSite(f"{name}.router", layer, stage, router.num_experts, slots)
@@ -53,9 +53,12 @@ def _stages(model: nn.Module) -> dict[RouterSite, RoutedStage]:
 
 
 def _refuse_compiled(model: nn.Module) -> None:
-    compiled = [n or "model" for n, m in model.named_modules() if m._compiled_call_impl is not None]
-    if hasattr(model, "_orig_mod"):
-        compiled.append("model")
+    compiled = [
+        name or "model"
+        for name, module in model.named_modules()
+        # module.compile() sets the one, the wrapper of torch.compile(module) holds the other.
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules
+    ]
     if compiled:
         raise ValueError(
             f"model is compiled ({compiled[0]}); torch.compile ignores hooks that are registered "
