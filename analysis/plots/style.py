@@ -1,0 +1,147 @@
+"""What all pictures share: size, fonts, a colour and a marker for each family, scales, saving."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.stats.pairs import CHECKPOINT, check_columns
+
+COLUMN_WIDTH = 3.3  # inches, one column of a two-column paper
+
+# Okabe and Ito's colours, which color-blind readers can tell apart, less their yellow: it is too
+# pale for a line. Markers differ too, so a print in grey can be read.
+FAMILY_STYLE = {
+    "dense": ("#000000", "."),
+    "smoe": ("#E69F00", "s"),
+    "smoe_share": ("#56B4E9", "D"),
+    "hash": ("#009E73", "v"),
+    "fine_grained": ("#0072B2", "^"),
+    "top_p": ("#CC79A7", "P"),
+    "cartesian": ("#D55E00", "o"),
+}
+OTHER_STYLE = [("#595959", "X"), ("#8C6D31", "h"), ("#A6A6A6", "*"), ("#5E3C99", "p")]
+LINES = ["-", "--", ":", "-."]  # models of one family share its colour and marker
+
+DELTA = "change of loss (nats per token)"
+
+
+def paper_style() -> AbstractContextManager[None]:
+    """Matplotlib settings for a paper's column, for the length of a with block.
+
+    Text in a PDF stays text (TrueType). Only what is drawn or saved inside is affected.
+    """
+    return mpl.rc_context(
+        {
+            "font.size": 8,
+            **dict.fromkeys(("axes.labelsize", "axes.titlesize"), 8),
+            **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7),
+            "axes.linewidth": 0.6,
+            **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+            **dict.fromkeys(("xtick.major.width", "ytick.major.width"), 0.6),
+            **dict.fromkeys(("xtick.minor.width", "ytick.minor.width"), 0.4),
+            "lines.linewidth": 1.2,
+            "lines.markersize": 4,
+            "legend.frameon": False,
+            "legend.handlelength": 1.8,
+            "legend.columnspacing": 1.0,
+            "figure.dpi": 150,
+            "pdf.fonttype": 42,
+            "ps.fonttype": 42,
+            "svg.fonttype": "none",
+        }
+    )
+
+
+@contextmanager
+def canvas(ax: Axes | None, height: float) -> Iterator[Axes]:
+    """The given axes with the user's settings, or new ones of a column's width in paper_style."""
+    if ax is not None:
+        yield ax
+        return
+    with paper_style():
+        figure, new = plt.subplots(figsize=(COLUMN_WIDTH, height), layout="constrained")
+        try:
+            yield new
+        except BaseException:
+            plt.close(figure)
+            raise
+
+
+def damage_frame(source: Any, columns: Iterable[str]) -> pd.DataFrame:
+    """The damage table that a plot was given, or that of an object with a damage() method."""
+    frame = source
+    if not isinstance(frame, pd.DataFrame):
+        if not callable(getattr(source, "damage", None)):
+            raise ValueError(
+                f"frame is a {type(source).__name__}; give the table of stats.damage or an object "
+                "with a damage() method"
+            )
+        frame = source.damage()
+    check_columns("damage", frame, [*CHECKPOINT, *columns])
+    return frame
+
+
+def model_styles(frame: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """color, marker and linestyle of each model, in order; families keep theirs in every plot."""
+    models = frame[["model", "family"]].drop_duplicates("model")
+    unknown = [f for f in models.family.unique() if f not in FAMILY_STYLE]
+    other = {f: OTHER_STYLE[i % len(OTHER_STYLE)] for i, f in enumerate(unknown)}
+    seen: dict[str, int] = {}
+    styles = {}
+    for model, family in models.itertuples(index=False):
+        color, marker = FAMILY_STYLE.get(family) or other[family]
+        seen[family] = seen.get(family, -1) + 1
+        linestyle = LINES[seen[family] % len(LINES)]
+        styles[model] = {"color": color, "marker": marker, "linestyle": linestyle}
+    return styles
+
+
+def widen_scale(axis: Any, values: Iterable[float]) -> None:
+    """Make an axis symlog if a linear one would press half of the values into a twentieth.
+
+    Not log: a change of loss may be 0 or negative.
+    """
+    sizes = np.abs(np.asarray(list(values), dtype=float))
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    if len(sizes) < 2 or sizes.max() <= 20 * np.median(sizes):
+        return
+    threshold = 10.0 ** np.floor(np.log10(np.median(sizes)))
+    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    set_scale("symlog", linthresh=threshold)
+    axis.axes.autoscale(axis=axis.axis_name)  # else the margins stay those of the linear scale
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def save(figure_or_axes: Figure | Axes, stem: str | Path) -> list[Path]:
+    """Write stem.png (300 dpi) and stem.pdf (text kept as text); returns both paths.
+
+    Folders are made, files replaced only when they are complete; the figure stays open.
+    """
+    figure = getattr(figure_or_axes, "figure", figure_or_axes)
+    stem = Path(stem)
+    if stem.suffix in (".png", ".pdf"):
+        stem = stem.with_suffix("")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for kind, options in {"png": {"dpi": 300}, "pdf": {"metadata": {"CreationDate": None}}}.items():
+        path = stem.with_name(f"{stem.name}.{kind}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with paper_style():
+                figure.savefig(temporary, format=kind, **options)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        paths.append(path)
+    return paths

@@ -1,0 +1,169 @@
+"""Rows of losses -> one checkpoint's conditions, each paired with the clean run by document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+CHECKPOINT = ["model", "family", "train_seed"]
+CONDITION = ["perturbation", "strength", "where", "point", "effect", "downstream"]
+KEY = CHECKPOINT + CONDITION
+UNIT = ["document_id", "sequence_id"]
+SUMS = ["num_tokens", "num_bytes", "nll_sum", "kl_sum", "num_agree"]
+
+# What a condition has unless it says otherwise, and what a label therefore leaves out.
+PLAIN = {"where": "all", "point": "logits", "effect": "full", "downstream": "reroute"}
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise `ValueError` naming the parameter, the value and the choices unless value is one."""
+    choices = list(choices)
+    if value not in choices:
+        listed = ", ".join(map(repr, choices)) or "nothing: there is none"
+        raise ValueError(f"{name} is {value!r}; choose one of {listed}")
+
+
+def check_columns(name: str, frame: pd.DataFrame, columns: Iterable[str]) -> None:
+    """Raise `ValueError` naming the table and the columns that it lacks."""
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise ValueError(f"table {name} lacks the columns {', '.join(missing)}")
+
+
+def label(conditions: pd.DataFrame) -> pd.Series:
+    """One readable name a row: "DropTop(1)", "DropTop(1), stage 0, scores", "NoRouted".
+
+    It tells rows apart as well as the columns perturbation, strength, where, point, effect and
+    downstream do, so it also serves to choose a condition. A perturbation's own options stand
+    behind its strength: "DropTop(ratio)" of 0.25 is "DropTop(0.25, ratio)".
+    """
+    names = []
+    for name, strength, *options in conditions[CONDITION].itertuples(index=False):
+        if not pd.isna(strength):
+            base, _, own = name.partition("(")
+            name = f"{base}({strength:.12g}, {own}" if own else f"{base}({strength:.12g})"
+        extra = [o for o, plain in zip(options, PLAIN.values(), strict=True) if o != plain]
+        names.append(", ".join([name, *extra]))
+    return pd.Series(names, index=conditions.index, name="label", dtype=object)
+
+
+def base_name(perturbation: pd.Series) -> pd.Series:
+    """Without options: "RandomRouting" of "RandomRouting(draw=permute)"."""
+    return perturbation.str.partition("(")[0]
+
+
+def control(damage: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows of a control under plain options, the greatest strength last.
+
+    Of two variants of equal strength the one with the perturbation's default options is last.
+    """
+    plain = (damage[list(PLAIN)] == list(PLAIN.values())).all(axis=1)
+    rows = damage[plain & (base_name(damage.perturbation) == name)]
+    return rows.sort_values(["strength", "perturbation"], ascending=[True, False])
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One checkpoint: C conditions on the D documents of its clean run, in order of their ids.
+
+    Sums over a document's tokens; those of a condition are averaged over its eval_seeds.
+    """
+
+    checkpoint: dict[str, object]
+    documents_D: np.ndarray
+    tokens_D: np.ndarray
+    bytes_D: np.ndarray
+    clean_D: np.ndarray  # nats
+    conditions: pd.DataFrame  # CONDITION and label, a row each
+    delta_CD: np.ndarray  # nats above the clean run
+    kl_C: np.ndarray  # nats per token
+    agreement_C: np.ndarray  # share of tokens
+
+    @property
+    def name(self) -> str:
+        return f"{self.checkpoint['model']} (train_seed {self.checkpoint['train_seed']})"
+
+    def delta_D(self, condition: str) -> np.ndarray:
+        """The documents' damage under the condition with this label."""
+        check_choice(f"condition of {self.name}", condition, self.conditions.label)
+        return self.delta_CD[self.conditions.label.tolist().index(condition)]
+
+
+def pair(losses: pd.DataFrame) -> list[Pairs]:
+    """Pair every condition with the clean rows of the same checkpoint, sequence by sequence.
+
+    Raises `ValueError` for missing columns, a checkpoint without clean rows, conditions that
+    do not have exactly the clean run's sequences and token counts at every eval_seed (which
+    two conditions of one label never have), and sums of nll that are not finite.
+    """
+    check_columns("losses", losses, [*KEY, "condition", "eval_seed", *UNIT, *SUMS])
+    # Sorting first makes every later sum, and the documents' draws, free of the rows' order.
+    losses = losses.sort_values([*UNIT, "eval_seed"], kind="stable")
+    losses = losses.assign(unit=losses.groupby(UNIT, dropna=False).ngroup())
+    groups = losses.groupby(CHECKPOINT, sort=False, dropna=False)
+    return [_pair_one(dict(zip(CHECKPOINT, key, strict=True)), rows) for key, rows in groups]
+
+
+def _pair_one(checkpoint: dict[str, object], rows: pd.DataFrame) -> Pairs:
+    name = f"{checkpoint['model']} (train_seed {checkpoint['train_seed']})"
+    is_clean = rows.perturbation == "clean"
+    clean = rows[is_clean]
+    if clean.empty:
+        raise ValueError(f"losses of {name} have no clean rows (perturbation 'clean')")
+    if clean.unit.duplicated().any():
+        raise ValueError(f"losses of {name} have more than one clean row for a sequence")
+    if not np.isfinite(clean.nll_sum).all():
+        raise ValueError(f"an nll_sum of {name} is not finite: clean")
+    documents_D, document = np.unique(clean.document_id.to_numpy(), return_inverse=True)
+
+    def by_document(values: np.ndarray) -> np.ndarray:
+        return np.bincount(document, weights=values, minlength=len(documents_D))
+
+    conditions, deltas, kls, agreements, unpaired, infinite = [], [], [], [], [], []
+    for condition, arm in rows[~is_clean].groupby(CONDITION, sort=False, dropna=False):
+        conditions.append(condition)
+        runs = [run for _, run in arm.groupby("eval_seed", sort=False)]
+        if not all(_same_sequences(run, clean) for run in runs):
+            unpaired.append((condition, arm.condition.unique()))
+            continue
+        nll = np.mean([run.nll_sum for run in runs], axis=0)
+        if not np.isfinite(nll).all():
+            infinite.append((condition, arm.condition.unique()))
+        # Differences before sums: equal rows then give a zero that is exact.
+        deltas.append(by_document(nll - clean.nll_sum.to_numpy()))
+        kls.append(arm.kl_sum.sum() / arm.num_tokens.sum())
+        agreements.append(arm.num_agree.sum() / arm.num_tokens.sum())
+    if unpaired:
+        raise ValueError(
+            f"conditions of {name} are not paired with its clean run (each needs the same "
+            "sequences and token counts, once per eval_seed; conditions that differ in nothing "
+            f"but their ids need names of their own): {_listed(unpaired)}"
+        )
+    if infinite:
+        raise ValueError(f"an nll_sum of {name} is not finite: {_listed(infinite)}")
+    table = pd.DataFrame(conditions, columns=CONDITION)
+    return Pairs(
+        checkpoint=checkpoint,
+        documents_D=documents_D,
+        tokens_D=by_document(clean.num_tokens),
+        bytes_D=by_document(clean.num_bytes),
+        clean_D=by_document(clean.nll_sum),
+        conditions=table.assign(label=label(table)),
+        delta_CD=np.reshape(deltas, (len(deltas), len(documents_D))),
+        kl_C=np.array(kls),
+        agreement_C=np.array(agreements),
+    )
+
+
+def _same_sequences(run: pd.DataFrame, clean: pd.DataFrame) -> bool:
+    return all(np.array_equal(run[c], clean[c]) for c in ("unit", "num_tokens"))
+
+
+def _listed(failed: list[tuple[tuple, np.ndarray]]) -> str:
+    names = label(pd.DataFrame([condition for condition, _ in failed], columns=CONDITION))
+    return "; ".join(
+        f"{name} [{', '.join(map(str, ids))}]" for name, (_, ids) in zip(names, failed, strict=True)
+    )

@@ -1,0 +1,147 @@
+"""The paper's Table 4: what disabling the router's first choice costs, beside its controls."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from analysis.stats.pairs import CHECKPOINT, CONDITION, base_name, check_columns, control
+
+TOP1 = "DropTop(1)"
+CONTROLS = ("identity", "DropChosen(1)", "DropUnchosen(1)", "RandomRouting", "NoRouted")
+ROUTER = {"top_k": "K", "renormalize": "renorm", "routed_share": "routed share"}
+INTERVAL = ["delta_nats", "low", "high"]
+
+
+def robustness_table(damage: pd.DataFrame, sites: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Table 4 of arXiv 2410.16077 with intervals, both mask points, each stage and controls.
+
+    One row per checkpoint: model, family, train_seed; with `sites` also top_k (a number per
+    stage, "2+2"; with top-p the mean number), renormalize ("yes", "no", "mixed") and routed_share;
+    clean_perplexity;
+    perplexity (top-1 disabled everywhere, on logits); and for each condition named below a
+    column of its change in nats per token, with "<name> low" and "<name> high":
+    "DropTop(1)", "DropTop(1), scores", "DropTop(1), stage 0", ... (where that was run), then
+    "identity", "DropChosen(1)", "DropUnchosen(1)", "RandomRouting", "NoRouted".
+
+    What was not run is NaN. RandomRouting is that of the greatest strength; of several
+    identities the one that is farthest from 0 stands, since each has to be exactly 0.
+    """
+    check_columns("damage", damage, [*CHECKPOINT, *CONDITION, "label", *INTERVAL, "perplexity"])
+    stages = sorted(w for w in damage["where"].unique() if str(w).startswith("stage "))
+    top1 = [TOP1, f"{TOP1}, scores"]
+    top1 += [f"{TOP1}, {stage}{point}" for stage in stages for point in ("", ", scores")]
+    top1 = [name for name in top1 if name in set(damage.label) or name == TOP1]
+    out = []
+    for key, rows in damage.groupby(CHECKPOINT, sort=False):
+        row = dict(zip(CHECKPOINT, key, strict=True))
+        row |= {} if sites is None else _router(sites, row)
+        row["clean_perplexity"] = rows.clean_perplexity.iloc[0]
+        row["perplexity"] = rows.perplexity[rows.label == TOP1].max()
+        for name in (*top1, *CONTROLS):
+            row |= dict(zip((name, f"{name} low", f"{name} high"), _cell(rows, name), strict=True))
+        out.append(row)
+    return pd.DataFrame(out)
+
+
+def positive_control(damage: pd.DataFrame) -> pd.DataFrame:
+    """Checkpoints where random routing is not shown to hurt: an empty table is the good answer.
+
+    Columns model, family, train_seed, delta_nats, low, high (nats per token), taken from
+    RandomRouting at its greatest strength; NaN where it was not run. A model here has not been
+    shown to have learnt its routing, so no other condition proves anything about it.
+    """
+    check_columns("damage", damage, [*CHECKPOINT, *CONDITION, "label", *INTERVAL])
+    groups = damage.groupby(CHECKPOINT, sort=False)
+    cells = [(*key, *_cell(rows, "RandomRouting")) for key, rows in groups]
+    table = pd.DataFrame(cells, columns=[*CHECKPOINT, *INTERVAL])
+    return table[~(table.low > 0)].reset_index(drop=True)
+
+
+def find(rows: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows, the decisive one last, of a label or a name in `CONTROLS` in one checkpoint's rows."""
+    if name == "identity":
+        found = rows[base_name(rows.perturbation).str.lower() == name]
+        return found.sort_values("delta_nats", key=np.abs, kind="stable")
+    return (
+        control(rows, name) if name in ("RandomRouting", "NoRouted") else rows[rows.label == name]
+    )
+
+
+def _cell(rows: pd.DataFrame, name: str) -> tuple[float, float, float]:
+    found = find(rows, name)[INTERVAL]
+    return tuple(found.iloc[-1]) if len(found) else (np.nan,) * 3
+
+
+def _router(sites: pd.DataFrame, row: dict[str, object]) -> dict[str, object]:
+    check_columns("sites", sites, ["model", "train_seed", "layer", "stage", "metric", "value"])
+    mine = sites[(sites.model == row["model"]) & (sites.train_seed == row["train_seed"])]
+
+    def metric(name: str) -> pd.DataFrame:
+        return mine[mine.metric == name].astype({"value": float}).dropna(subset="value")
+
+    def per_stage(name: str) -> pd.Series:
+        return metric(name).groupby("stage").value.mean()
+
+    used = per_stage("top_k").combine_first(per_stage("active"))
+    renormalized = tuple(set(metric("renormalize").value.astype(bool)))
+    return {
+        "top_k": "+".join(f"{k:.3g}" for k in used) or None,
+        "renormalize": {(True,): "yes", (False,): "no", (): None}.get(renormalized, "mixed"),
+        "routed_share": metric("routed_share").value.mean(),
+    }
+
+
+def format_robustness(table: pd.DataFrame, width: int = 140) -> str:
+    """The table as aligned text of at most `width` columns, intervals in brackets.
+
+    Controls and columns that do not fit go into further blocks below, each of which begins
+    with the model. A cell that was not measured is "-", a number behind a model its train_seed.
+    """
+    check_columns("robustness", table, ["model", "train_seed", "clean_perplexity", "perplexity"])
+    names = table.model.astype(str)
+    if table.model.duplicated().any():
+        names = names + " #" + table.train_seed.astype(str)
+    columns = {"model": names.tolist()}
+    for name, title in ROUTER.items():
+        if name in table:
+            columns[title] = [_number(v, ".2f") for v in table[name]]
+    columns["clean ppl"] = [_number(v, ".2f") for v in table.clean_perplexity]
+    columns["top-1 off ppl"] = [_number(v, ".2f") for v in table.perplexity]
+    for name in table.columns:
+        if f"{name} low" in table:
+            bounds = zip(table[name], table[f"{name} low"], table[f"{name} high"], strict=True)
+            columns[name] = [_with_interval(*cell) for cell in bounds]
+    blocks, used = [[]], 0
+    first, *rest = (_aligned(title, cells) for title, cells in columns.items())
+    for column in rest:
+        full = len(first[0]) + used + 2 + len(column[0]) > width
+        if used and (full or column[0].strip() == CONTROLS[0]):
+            blocks.append([])
+            used = 0
+        blocks[-1].append(column)
+        used += 2 + len(column[0])
+    lines = ["Change in nats per token [interval over documents], after perplexities (ppl):"]
+    for block in blocks:
+        lines += ["  ".join(cells).rstrip() for cells in zip(first, *block, strict=True)] + [""]
+    return "\n".join(lines[:-1])
+
+
+def _aligned(title: str, cells: list[str]) -> list[str]:
+    size = max(map(len, (title, *cells)))
+    if title == "model":
+        return [text.ljust(size) for text in (title, *cells)]
+    return [text.rjust(size) for text in (title, *cells)]
+
+
+def _number(value: object, form: str) -> str:
+    if isinstance(value, str):
+        return value
+    return "-" if value is None or np.isnan(value) else format(value, form)
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    if np.isnan(value):
+        return "-"
+    bounds = "[-]" if np.isnan(low) else f"[{low:.3f}, {high:.3f}]"
+    return f"{value:+.3f} {bounds}"

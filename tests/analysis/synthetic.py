@@ -1,0 +1,126 @@
+"""Losses and routing of made-up models, for tests of the tables and the pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+FAMILIES = ["dense", "smoe", "smoe_share", "hash", "fine_grained", "top_p", "cartesian"]
+PLAIN = {"where": "all", "point": "logits", "effect": "full", "downstream": "reroute"}
+
+
+def arm(perturbation: str, strength: float = np.nan, cost: float = 0.0, **options: str) -> dict:
+    """One condition and the nats per token that it costs on average."""
+    return {"perturbation": perturbation, "strength": strength, "cost": cost} | PLAIN | options
+
+
+def losses(
+    arms: list[dict],
+    model: str = "cartesian",
+    family: str | None = None,
+    train_seed: int = 0,
+    documents: int = 20,
+    eval_seeds: int = 1,
+    clean: float = 1.2,
+    rng: int = 0,
+) -> pd.DataFrame:
+    """A tidy table of losses; arms that cost 0 equal the clean run bit for bit."""
+    draw = np.random.default_rng(rng)
+    lengths = draw.integers(1, 4, documents)
+    unit = pd.DataFrame(
+        {"document_id": np.repeat([f"doc{i:03}" for i in range(documents)], lengths)}
+    )
+    unit["sequence_id"] = [f"{d}/{i}" for i, d in enumerate(unit.document_id)]
+    unit["domain"] = "made up"
+    unit["num_tokens"] = draw.integers(100, 256, len(unit))
+    unit["num_bytes"] = unit.num_tokens * 4 + draw.integers(0, 50, len(unit))
+    fragile = np.repeat(draw.gamma(8.0, 1 / 8, documents), lengths)  # documents differ
+    hard = np.repeat(draw.gamma(20.0, 1 / 20, documents), lengths)
+    unit["clean_nll"] = unit.num_tokens * clean * hard
+    unit = unit.assign(model=model, family=family or model, train_seed=train_seed)
+    tables = []
+    for a in [arm("clean"), *arms]:
+        seeds = range(eval_seeds) if a["perturbation"] == "GaussianNoise" else [0]
+        for eval_seed in seeds:
+            noise = 1 + 0.05 * draw.standard_normal(len(unit))
+            delta = a["cost"] * fragile * noise * unit.num_tokens
+            options = {k: v for k, v in a.items() if k != "cost"}
+            tables.append(
+                unit.drop(columns="clean_nll").assign(
+                    **options,
+                    eval_seed=eval_seed,
+                    condition=str(options | {"eval_seed": eval_seed}),
+                    nll_sum=unit.clean_nll + delta,
+                    kl_sum=0.8 * delta.abs(),
+                    num_agree=unit.num_tokens * np.exp(-abs(a["cost"])),
+                )
+            )
+    return pd.concat(tables, ignore_index=True)
+
+
+def routing(losses: pd.DataFrame, layers: tuple[int, ...] = (0, 2)) -> pd.DataFrame:
+    """Doses that grow with the strength of a condition and saturate."""
+    keep = ["model", "family", "train_seed", "condition", "perturbation", "strength", *PLAIN]
+    rows = losses[losses.perturbation != "clean"]
+    rows = rows[[*keep, "eval_seed", "document_id", "sequence_id", "num_tokens"]]
+    dose = 1 - np.exp(-rows.strength.fillna(3.0))
+    tokens = rows.num_tokens
+    rows = rows.assign(
+        flips=0.6 * dose * tokens,
+        changed=0.9 * dose * tokens,
+        mass_moved=0.7 * dose * tokens,
+        mass_lost=0.5 * dose * tokens,
+        active=2.0 * tokens,
+        entropy=1.5 * tokens,
+        margin=0.4 * tokens,
+    )
+    return pd.concat([rows.assign(layer=layer, stage=0) for layer in layers], ignore_index=True)
+
+
+def study(train_seeds: tuple[int, ...] = (0,), documents: int = 40) -> pd.DataFrame:
+    """All seven families under the conditions of Table 4, its controls and a noise curve."""
+    tables = []
+    for i, family in enumerate(FAMILIES):
+        scale = 1 + 0.25 * ((i * 5) % 7)
+        arms = [
+            arm("Identity"),
+            *[arm("DropTop", m, scale * 0.6 * m**1.3) for m in (1, 2, 3, 4)],
+            arm("DropTop", 1, scale * 0.7, point="scores"),
+            arm("DropChosen", 1, scale * 0.35),
+            arm("DropUnchosen", 1, scale * 0.004),
+            arm("RandomRouting", 1, scale * 2.5),
+            arm("NoRouted", cost=scale * 4.0),
+            *[arm("GaussianNoise", s, scale * 0.3 * s**1.2) for s in (0.25, 0.5, 1, 2, 4)],
+        ]
+        stages = 2 if family == "cartesian" else 1
+        for stage in range(stages):
+            for point in ("logits", "scores"):
+                cost = scale * (0.6 if stages == 1 else 0.25 + 0.1 * stage)
+                arms.append(arm("DropTop", 1, cost, where=f"stage {stage}", point=point))
+        for train_seed in train_seeds:
+            tables.append(
+                losses(
+                    [] if family == "dense" else arms,
+                    model=family,
+                    train_seed=train_seed,
+                    documents=documents,
+                    eval_seeds=2,
+                    clean=1.3 - 0.02 * i + 0.01 * train_seed,
+                    rng=7 + train_seed,
+                )
+            )
+    return pd.concat(tables, ignore_index=True)
+
+
+def sites() -> pd.DataFrame:
+    """K, renormalization and the routed share of the families in `study`."""
+    rows = []
+    for family in FAMILIES[1:]:
+        for layer in (0, 2):
+            for stage in range(2 if family == "cartesian" else 1):
+                top_k = np.nan if family == "top_p" else 2
+                values = {"top_k": top_k, "renormalize": family != "top_p", "active": 2.6}
+                values["routed_share"] = 0.55
+                for metric, value in values.items():
+                    rows.append((family, 0, layer, stage, metric, float(value)))
+    return pd.DataFrame(rows, columns=["model", "train_seed", "layer", "stage", "metric", "value"])
