@@ -1,0 +1,249 @@
+"""Where documents come from: built-in corpora by name, the user's own files by path.
+
+A corpus is a function that returns a `Source`: a fingerprint of everything that decides the
+documents, quick to compute, and the documents themselves, read when they are iterated over.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+import platform
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm.auto import tqdm
+
+
+class Document(NamedTuple):
+    """One text. Documents of one group are never split between training and validation."""
+
+    id: str
+    group: str
+    domain: str
+    text: str
+
+
+class Source(NamedTuple):
+    """A corpus about to be read. fingerprint is the SHA-256 of all that decides the documents."""
+
+    name: str
+    fingerprint: str
+    documents: Iterator[Document]
+
+
+def open_source(corpus: str | Path) -> Source:
+    """The source of a built-in corpus (a key of `CORPORA`), or of a file or folder.
+
+    Raises `FileNotFoundError` for what is neither, `ValueError` for a folder without files that
+    can be read or a file of an unknown kind. Iterating over the documents raises `ValueError`
+    for a file that is not UTF-8, a malformed line, and a corpus without any text.
+    """
+    source = CORPORA[corpus]() if corpus in CORPORA else _user_files(Path(corpus).expanduser())
+    return source._replace(documents=_with_text(source))
+
+
+def read_corpus(corpus: str | Path) -> Iterator[Document]:
+    """Documents of a built-in corpus or of the user's files, in a fixed order, none empty.
+
+    A folder is read recursively: .txt, .md and .py files are a document each, whose domain is the
+    first sub-folder or else the suffix; .jsonl and .jsonl.zst files hold a document a line in the
+    Pile's form, {"text": ..., "meta": {"pile_set_name": domain}}. Errors as `open_source`.
+    """
+    return open_source(corpus).documents
+
+
+def _with_text(source: Source) -> Iterator[Document]:
+    empty = True
+    for document in source.documents:
+        if document.text.strip():
+            empty = False
+            yield document
+    if empty:
+        raise ValueError(f"corpus {source.name!r} is empty: none of its files has any text")
+
+
+def _fingerprint(files: dict[str, Path], *more: str) -> str:
+    """SHA-256 of names and contents."""
+    digest = hashlib.sha256(json.dumps(more).encode())
+    for name, path in files.items():
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(json.dumps([name, content]).encode())
+    return digest.hexdigest()
+
+
+# The running Python's own standard library ---------------------------------------------------
+
+
+def _stdlib() -> Source:
+    """Four domains: "code" (without docstrings), "docstrings", "tests", "reference" (pydoc topics).
+
+    The group is the top-level module, which its tests share; a topic is a group of its own.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    own = [p for p in root.iterdir() if p.name not in ("site-packages", "dist-packages")]
+    paths = sorted(p for top in own for p in ([top, *top.rglob("*.py")]) if p.suffix == ".py")
+    files = {path.relative_to(root).as_posix(): path for path in paths}
+    fingerprint = _fingerprint(files, "stdlib", platform.python_version())
+    return Source("stdlib", fingerprint, _stdlib_documents(files))
+
+
+def _stdlib_documents(files: dict[str, Path]) -> Iterator[Document]:
+    modules = {_module(name) for name in files}
+    for name, path in tqdm(files.items(), desc="reading", delay=1):
+        if name == "pydoc_data/topics.py":
+            yield from _reference()
+            continue
+        try:
+            with tokenize.open(path) as file:
+                source = file.read()
+        except (SyntaxError, UnicodeDecodeError):  # the tests of Python's own decoding
+            continue
+        if {"test", "tests", "idle_test"} & set(name.split("/")[:-1]):
+            yield Document(f"tests/{name}", _tested_module(name, modules), "tests", source)
+            continue
+        code, docstrings = _split_docstrings(source)
+        yield Document(f"code/{name}", _module(name), "code", code)
+        yield Document(f"docstrings/{name}", _module(name), "docstrings", docstrings)
+
+
+def _module(name: str) -> str:
+    # Without underscores, so that _strptime meets its tests, test_strptime.
+    return name.split("/")[0].removesuffix(".py").strip("_")
+
+
+def _tested_module(name: str, modules: set[str]) -> str:
+    """json for test/test_json/..., multiprocessing for test/test_multiprocessing_fork.py."""
+    top, second = name.split("/")[:2]
+    if top != "test":
+        return _module(name)
+    subject = second.removesuffix(".py").removeprefix("test_")
+    words = subject.split("_")
+    prefixes = ("_".join(words[:n]) for n in range(len(words), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in modules), f"test.{subject}")
+
+
+def _split_docstrings(source: str) -> tuple[str, str]:
+    """The code without docstrings, and the docstrings: no text stands in two domains."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in the library's sources
+        tree = ast.parse(source)
+    # Lines as the parser counts them: str.splitlines() would also split at form feeds.
+    lines, docstrings = io.StringIO(source).readlines(), []
+    for node in _documented(tree):
+        text = node.body[0]
+        lines[text.lineno - 1 : text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
+        docstrings.append(ast.get_docstring(node))
+    return "".join(lines), "\n\n".join(docstrings)
+
+
+def _documented(node: ast.AST) -> Iterator[ast.AST]:
+    """Modules, classes and functions with a docstring, in order of their lines."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    if isinstance(node, kinds) and ast.get_docstring(node, clean=False):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):  # no expressions
+            yield from _documented(child)
+
+
+def _reference() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield Document(f"reference/{name}", f"reference.{name}", "reference", text)
+
+
+# The user's files ----------------------------------------------------------------------------
+
+
+def _user_files(root: Path) -> Source:
+    if root.is_dir():
+        paths = [p for p in sorted(root.rglob("*")) if p.is_file() and _suffix(p)]
+        files = {p.relative_to(root).as_posix(): p for p in paths}
+        # Not .git, .venv, .ipynb_checkpoints.
+        files = {n: p for n, p in files.items() if not any(s[0] == "." for s in n.split("/"))}
+    elif root.is_file():
+        files = {root.name: root} if _suffix(root) else {}
+    else:
+        raise FileNotFoundError(
+            f"corpus is {str(root)!r}, which is no file or folder; give a path or one of the "
+            f"built-in corpora: {', '.join(map(repr, CORPORA))}"
+        )
+    if not files:
+        raise ValueError(f"corpus {str(root)!r} has no {', '.join(READERS)} file")
+    return Source(root.resolve().name, _fingerprint(files), _user_documents(files))
+
+
+def _user_documents(files: dict[str, Path]) -> Iterator[Document]:
+    for name, path in tqdm(files.items(), desc="reading", delay=1):
+        for id, domain, text in READERS[_suffix(path)](name, path):
+            # Split by content: adding a file or reordering lines moves no other document.
+            yield Document(id, hashlib.sha256(text.encode()).hexdigest()[:16], domain, text)
+
+
+def _suffix(path: Path) -> str | None:
+    return next((suffix for suffix in READERS if path.name.endswith(suffix)), None)
+
+
+def _text_file(name: str, path: Path) -> Iterator[tuple[str, str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    folder, _, rest = name.partition("/")
+    yield name, folder if rest else path.suffix[1:], text
+
+
+def _json_lines(name: str, path: Path) -> Iterator[tuple[str, str, str]]:
+    with path.open("rb") as file:
+        yield from _parse_lines(name, path, file)
+
+
+def _zst_lines(name: str, path: Path) -> Iterator[tuple[str, str, str]]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ImportError(f'{path} needs zstandard: pip install "cartmoe[data]"') from error
+    # zstandard.open() would stop after the first frame; parallel compressors write many.
+    with path.open("rb") as file:
+        reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        try:
+            yield from _parse_lines(name, path, io.BufferedReader(reader, 1 << 20))
+        except zstandard.ZstdError as error:
+            raise ValueError(f"{path} is not a whole zstandard file: {error}") from error
+
+
+def _parse_lines(name: str, path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, str, str]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ValueError(f'{path}:{number} is no object with a string "text"')
+        meta = record.get("meta")
+        domain = meta.get("pile_set_name") if isinstance(meta, dict) else None
+        # JSON can spell lone surrogates, which have no UTF-8.
+        text = record["text"].encode("utf-8", "replace").decode()
+        yield f"{name}:{number}", domain or "unknown", text
+
+
+CORPORA: dict[str, Callable[[], Source]] = {"stdlib": _stdlib}
+
+READERS: dict[str, Callable[[str, Path], Iterator[tuple[str, str, str]]]] = {
+    ".txt": _text_file,
+    ".md": _text_file,
+    ".py": _text_file,
+    ".jsonl": _json_lines,
+    ".jsonl.zst": _zst_lines,
+}

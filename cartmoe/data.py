@@ -1,0 +1,225 @@
+"""What a model is fed: batches to train on, sequences to evaluate on.
+
+Shapes: B rows of a batch, S sequences, L tokens of a sequence. `prepare` makes the `Corpus`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from cartmoe.config import check_least
+from cartmoe.corpora import Document
+from cartmoe.tokenized import Corpus, document_ids, prepare
+from cartmoe.tokenizers import Tokenizer
+
+__all__ = ["Corpus", "Sequences", "TrainBatches", "prepare", "sequences", "sequences_from"]
+
+IGNORE = -100  # the target that F.cross_entropy leaves out
+CONTEXT = 8  # ids that settle what the next ones decode to: a character has at most 4 bytes
+
+
+@dataclass(frozen=True, eq=False)
+class TrainBatches:
+    """Windows of the concatenated training documents; a batch depends on seed and step alone.
+
+    Every epoch cuts the tokens, taken as a ring, from another random offset into windows of
+    `length` predicted tokens, and goes through them in another random order: no window twice.
+    Raises `ValueError` where the training documents are shorter than one window.
+    """
+
+    corpus: Corpus
+    batch_size: int
+    length: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_least("batch_size", self.batch_size, 1)
+        check_least("length", self.length, 1)
+        if len(self._tokens) < self.length + 1:
+            raise ValueError(
+                f"length is {self.length}; a window of length + 1 tokens does not fit into the "
+                f"{len(self._tokens)} training tokens of corpus {self.corpus.name!r}"
+            )
+
+    @functools.cached_property
+    def _tokens(self) -> np.memmap:
+        return self.corpus.tokens[: self.corpus.split("train").end.max()]
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return len(self._tokens) // self.length
+
+    def batch(self, step: int) -> Tensor:
+        """(B, L + 1) ids, step = 0, 1, ...: inputs [:, :-1], targets [:, 1:]."""
+        row = step * self.batch_size + np.arange(self.batch_size)
+        epoch, number = np.divmod(row, self.windows_per_epoch)
+        start_B = np.empty_like(row)
+        for e in np.unique(epoch):
+            start_B[epoch == e] = self._epoch(int(e))[number[epoch == e]]
+        ring_BL = (start_B[:, None] + np.arange(self.length + 1)) % len(self._tokens)
+        return torch.from_numpy(self._tokens[ring_BL].astype(np.int64))
+
+    @functools.cached_property
+    def _epochs(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """Where each window of the epoch starts; kept for the batches to come."""
+        if epoch not in self._epochs:
+            self._epochs.clear()
+            rng = np.random.default_rng([self.seed, epoch])
+            offset = rng.integers(len(self._tokens))
+            self._epochs[epoch] = offset + self.length * rng.permutation(self.windows_per_epoch)
+        return self._epochs[epoch]
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Windows of documents, each within one, those of a document adjacent and in order.
+
+    Every token of a document but its bos is a target exactly once; the first window of a document
+    begins with bos, the others with the last target of the window before.
+
+    tokens_SL      int64 inputs; padded at the end with bos_id
+    targets_SL     int64; `IGNORE` at the padding
+    sequence_id_S  int64, a hash of the document's id and the number of the window within it
+    document_id, domain   lists of S strings
+    num_bytes_S    int64, UTF-8 bytes that the targets stand for
+
+    `len`, and slices, which are Sequences too.
+    """
+
+    tokens_SL: Tensor
+    targets_SL: Tensor
+    sequence_id_S: Tensor
+    document_id: list[str]
+    domain: list[str]
+    num_bytes_S: Tensor
+
+    def __len__(self) -> int:
+        return len(self.document_id)
+
+    def __getitem__(self, rows: slice) -> Sequences:
+        return Sequences(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @property
+    def num_tokens(self) -> int:
+        """Predicted ones: targets without the padding."""
+        return int((self.targets_SL != IGNORE).sum())
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of all fields: equal hashes, equal sequences."""
+        digest = hashlib.sha256(repr((self.document_id, self.domain)).encode())
+        for tensor in (self.tokens_SL, self.targets_SL, self.sequence_id_S, self.num_bytes_S):
+            digest.update(repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def sequences(
+    corpus: Corpus,
+    length: int,
+    split: str = "validation",
+    limit: int | None = None,
+    max_tokens_per_document: int | None = None,
+) -> Sequences:
+    """Evaluation sequences of a corpus.
+
+    length   L, tokens that a sequence predicts at most
+    limit    documents to take, the same ones every time and spread evenly over the domains; those
+             of a smaller limit are the first of those of a larger one
+    max_tokens_per_document   predicted tokens to take from the beginning of each document
+
+    Raises `ValueError` for an unknown split, one without documents, and numbers below 1.
+    """
+    documents = _sample(corpus.split(split), limit)
+    parts = (
+        (document.document_id, document.domain, corpus.tokens[document.start : document.end])
+        for document in documents.itertuples()
+    )
+    return _cut(parts, corpus.tokenizer, length, max_tokens_per_document)
+
+
+def sequences_from(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    length: int,
+    limit: int | None = None,
+    max_tokens_per_document: int | None = None,
+) -> Sequences:
+    """Evaluation sequences of documents in memory, as `sequences`; those without text are left out.
+
+    tokenizer   anything with the attributes and methods of `cartmoe.tokenizers.Tokenizer`
+
+    Raises `ValueError` for no text at all, ids that two documents share, and numbers below 1.
+    """
+    by_id = {}
+    for document in documents:
+        if by_id.setdefault(document.id, document) is not document:
+            raise ValueError(f"document id {document.id!r} stands for more than one document")
+    rows = [(d.id, d.domain) for d in by_id.values() if d.text]
+    if not rows:
+        raise ValueError("documents have no text")
+    chosen = _sample(pd.DataFrame(rows, columns=["document_id", "domain"]), limit)
+    parts = (
+        (row.document_id, row.domain, document_ids(by_id[row.document_id], tokenizer))
+        for row in chosen.itertuples()
+    )
+    return _cut(parts, tokenizer, length, max_tokens_per_document)
+
+
+def _hash(text: str) -> int:
+    """63 bits: a nonnegative int64."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _sample(documents: pd.DataFrame, limit: int | None) -> pd.DataFrame:
+    """The domains take turns, each with its documents in the order of their hashes."""
+    if limit is not None:
+        check_least("limit", limit, 1)
+    documents = documents.iloc[np.argsort([_hash(id) for id in documents.document_id])]
+    turn = documents.groupby("domain").cumcount()
+    return documents.assign(turn=turn).sort_values(["turn", "domain"])[:limit]
+
+
+def _cut(
+    documents: Iterable[tuple[str, str, np.ndarray]],
+    tokenizer: Tokenizer,
+    length: int,
+    max_tokens: int | None,
+) -> Sequences:
+    check_least("length", length, 1)
+    if max_tokens is not None:
+        check_least("max_tokens_per_document", max_tokens, 1)
+    columns = [[] for _ in fields(Sequences)]
+    for document_id, domain, ids in documents:
+        ids = ids.astype(np.int64)
+        if max_tokens is not None:
+            ids = ids[: max_tokens + 1]
+        for number, start in enumerate(range(0, len(ids) - 1, length)):
+            window = ids[start : start + length + 1]
+            tokens = np.full(length, tokenizer.bos_id)
+            targets = np.full(length, IGNORE)
+            tokens[: len(window) - 1] = window[:-1]
+            targets[: len(window) - 1] = window[1:]
+            # Counted behind the ids before: a decoder may drop a space at the beginning, or meet
+            # half a character, and so the bytes of a document still add up.
+            context = ids[max(0, start + 1 - CONTEXT) : start + 1]
+            num_bytes = tokenizer.num_bytes(np.concatenate([context, window[1:]]))
+            num_bytes -= tokenizer.num_bytes(context)
+            sequence_id = _hash(f"{document_id}\0{number}")
+            row = (tokens, targets, sequence_id, document_id, domain, num_bytes)
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+    tokens, targets, sequence_id, document_id, domain, num_bytes = columns
+    tokens_SL, targets_SL = (torch.from_numpy(np.stack(rows)) for rows in (tokens, targets))
+    sequence_id_S, num_bytes_S = (torch.tensor(column) for column in (sequence_id, num_bytes))
+    return Sequences(tokens_SL, targets_SL, sequence_id_S, document_id, domain, num_bytes_S)
