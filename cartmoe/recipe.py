@@ -1,0 +1,89 @@
+"""How a model is trained: settings, their checks, and a recipe for each preset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cartmoe.config import PRESETS, check_choice, check_least
+from cartmoe.precision import DTYPES
+
+# Where a preset's recipe differs from the defaults. That of "base" and "large" is paper.md's.
+RECIPES: dict[str, dict[str, Any]] = {
+    "nano": {},
+    "small": dict(length=512, learning_rate=1e-3),
+    "base": dict(length=1024, batch_size=1024, accumulate=64, learning_rate=3e-4),
+    "large": dict(length=1024, batch_size=1024, accumulate=128, learning_rate=3e-4),
+}
+# What may differ when a run is resumed, since it changes no weight. Corpus and tokenizer may move:
+# a run knows the SHA-256 of both.
+MAY_CHANGE = ("checkpoint_every", "keep", "corpus", "tokenizer")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. All but `MAY_CHANGE` decides the weights, and is fixed when a run is resumed.
+
+    steps         optimizer steps
+    batch_size    sequences of one optimizer step, over all processes
+    length        tokens that a sequence predicts
+    accumulate    micro-batches that a process takes one after the other in a step
+    learning_rate its peak; falls by a cosine to min_lr_ratio of it
+    warmup        steps to the peak (default: a tenth of all, at most 2000)
+    weight_decay  of matrices
+    clip          the gradient's norm is scaled down to this
+    balance, z_loss   coefficients of the losses summed over all routers
+    precision     "fp32", "bf16" (autocast; weights stay fp32), or "auto": the faster one here
+    checkpoint_every, keep   steps from one checkpoint to the next, and how many to keep
+    compile       whether torch.compile is used
+    """
+
+    steps: int = 1000
+    seed: int = 0
+    corpus: str = "stdlib"
+    tokenizer: str = "bytes"
+    batch_size: int = 32
+    length: int = 256
+    accumulate: int = 1
+    learning_rate: float = 2e-3
+    warmup: int | None = None
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    balance: float = 0.01
+    z_loss: float = 0.0
+    precision: str = "auto"
+    checkpoint_every: int = 100
+    keep: int = 2
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "length", "accumulate", "checkpoint_every", "keep"):
+            check_least(name, getattr(self, name), 1)
+        for name in ("seed", "min_lr_ratio", "weight_decay", "balance", "z_loss"):
+            check_least(name, getattr(self, name), 0)
+        check_choice("precision", self.precision, ("auto", *DTYPES))
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be positive")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it must be a multiple of accumulate = "
+                f"{self.accumulate}"
+            )
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", min(2000, self.steps // 10))
+        check_least("warmup", self.warmup, 0)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> TrainConfig:
+        """The recipe for a preset of `ModelConfig`; `changes` override fields."""
+        check_choice("preset", name, RECIPES)
+        vocab_size = PRESETS[name]["vocab_size"]
+        tokenizer = "bytes" if vocab_size == 256 else f"bpe:{vocab_size}"
+        known = {f.name for f in fields(cls)}
+        for field in changes:
+            check_choice("field of TrainConfig", field, sorted(known))
+        return cls(**({"tokenizer": tokenizer} | RECIPES[name] | changes))

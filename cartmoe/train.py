@@ -1,0 +1,277 @@
+"""Training: one loop for every family, resumed exactly after any kind of end."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cartmoe import run
+from cartmoe.checkpoint import load, read_meta, read_optimizer, save, step_folder
+from cartmoe.config import ModelConfig
+from cartmoe.data import Corpus, TrainBatches, prepare
+from cartmoe.distributed import Ranks, ranks
+from cartmoe.hooks import router_sites
+from cartmoe.interrupt import Interrupt
+from cartmoe.model import LanguageModel
+from cartmoe.objective import Gradient
+from cartmoe.optim import (
+    clip_gradients,
+    gradient_norm,
+    learning_rate_factor,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from cartmoe.precision import probe_precision
+from cartmoe.recipe import MAY_CHANGE, TrainConfig
+from cartmoe.routing import update_selection_bias
+
+__all__ = ["TrainConfig", "train"]
+
+# loss is the mean nll in nats a token; balance and z are sums over routers, without coefficients;
+# max_violation is E max f - 1, f the share of an expert (0: balanced), of the worst router, which
+# is worst_site.
+COLUMNS = (
+    "step",
+    "loss",
+    "balance",
+    "z",
+    "learning_rate",
+    "gradient_norm",
+    "max_violation",
+    "worst_site",
+    "tokens_per_second",
+)
+
+
+def train(
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train a model in the directory `out`, or go on where an earlier process ended; returns it.
+
+    A resumed run computes, bit by bit, what it would have computed without an end, on the same
+    machine with the same number of processes; precision and number of threads are kept. A finished
+    run is left as it is. Ctrl-C and SIGTERM write a checkpoint after the step and raise
+    `KeyboardInterrupt` with a message. Under torchrun all processes share `out`.
+
+    device   default: a GPU if there is one, else "cpu"
+
+    Raises `ValueError` if `out` holds a run of another configuration or is being trained in, and
+    for a vocabulary that does not fit; `FloatingPointError` naming the step for a loss, gradient
+    or router that is not finite; `CheckpointError` if every checkpoint is damaged.
+    """
+    out = Path(out)
+    with ExitStack() as stack:
+        group = stack.enter_context(ranks(device))
+        start = None
+        if group.first:
+            stack.enter_context(run.locked(out))
+            corpus = prepare(train_config.corpus, train_config.tokenizer)
+            found = _start(model_config, train_config, corpus, group, out)
+            start = found, run.resume_point(out)
+        # The others read what the first has written, the corpus in the cache too.
+        found, checkpoint = group.from_first(start)
+        if not group.first:
+            corpus = prepare(train_config.corpus, train_config.tokenizer)
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(found["threads"])
+        gpus = [] if group.device == "cpu" else [group.device]
+        stack.enter_context(torch.random.fork_rng(gpus))
+        config = replace(train_config, precision=found["precision"]["precision"])
+        if checkpoint is None or read_meta(checkpoint)["step"] < config.steps:
+            _Trainer(model_config, config, corpus, group, checkpoint).run(out, progress)
+        elif progress and group.first:
+            tqdm.write(f"{out} is finished: it has all of its {config.steps} steps")
+    return out
+
+
+def _start(
+    model_config: ModelConfig, config: TrainConfig, corpus: Corpus, group: Ranks, out: Path
+) -> dict[str, Any]:
+    """Write run.json, or check the one that is there; returns what was found at the run's start."""
+    if corpus.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"vocab_size is {model_config.vocab_size}; tokenizer {config.tokenizer!r} needs at "
+            f"least {corpus.vocab_size}"
+        )
+    asked = {
+        "model": model_config.to_dict(),
+        "train": asdict(config),
+        "data": {"corpus_sha256": corpus.sha256},
+    }
+    if (out / run.RUN).exists():
+        there = run.read_run(out)
+        run.check_same(out, there["asked"], asked, MAY_CHANGE)
+        return there["found"]
+    precision = {"precision": config.precision}
+    if config.precision == "auto":
+        tokens = config.batch_size // (config.accumulate * group.size) * config.length
+        precision = probe_precision(model_config, tokens, group.device)
+    found = {
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "processes": group.size,
+        "device": group.device,
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    run.start_run(out, asked, found)
+    return found
+
+
+class _Trainer:
+    """A model on its way from step `step` to the last one."""
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        corpus: Corpus,
+        group: Ranks,
+        checkpoint: Path | None,
+    ):
+        self.config, self.corpus, self.group = config, corpus, group
+        self.batches = TrainBatches(corpus, config.batch_size, config.length, config.seed)
+        if checkpoint is None:
+            torch.manual_seed(config.seed)
+            self.step, self.model = 0, LanguageModel(model_config)
+        else:
+            self.step, self.model = read_meta(checkpoint)["step"], load(checkpoint)
+        self.model.to(group.device).train()
+        self.parameters = list(self.model.parameters())
+        self.optimizer = make_optimizer(
+            self.model, config.learning_rate, config.betas, config.weight_decay
+        )
+        if checkpoint is not None:
+            restore_optimizer(self.optimizer, self.model, read_optimizer(checkpoint))
+        self.gradient = Gradient(self.model, config, group)
+        self.sites = router_sites(self.model)
+
+    def run(self, out: Path, progress: bool) -> None:
+        """All steps that are left, with metrics and checkpoints."""
+        config, first = self.config, self.group.first
+        with ExitStack() as stack:
+            interrupt = stack.enter_context(Interrupt(patient=dist.is_torchelastic_launched()))
+            bar = tqdm(
+                total=config.steps,
+                initial=self.step,
+                unit="step",
+                disable=not (progress and first),
+            )
+            stack.enter_context(bar)
+            if first:
+                metrics = run.Metrics(out / "metrics.csv", COLUMNS, self.step)
+                stack.enter_context(closing(metrics))
+            while self.step < config.steps:
+                row = self.take_step()
+                stop = self.group.any(interrupt.signal is not None)
+                if first:
+                    metrics.add(row.values())
+                    bar.set_postfix_str(_summary(row), refresh=False)
+                    bar.update()
+                    if (
+                        stop
+                        or self.step % config.checkpoint_every == 0
+                        or self.step == config.steps
+                    ):
+                        metrics.sync()
+                        self.save(out)
+                if stop:
+                    raise KeyboardInterrupt(
+                        f"stopped after step {self.step} of {config.steps}, which is saved in "
+                        f"{out}; the same again goes on from there"
+                    )
+
+    def take_step(self) -> dict[str, Any]:
+        """One optimizer step; returns its row of metrics."""
+        config, start = self.config, time.perf_counter()
+        step = self.step + 1
+        factor = learning_rate_factor(step, config.steps, config.warmup, config.min_lr_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        self.optimizer.zero_grad()
+        try:
+            parts, counts_SE = self.gradient(self.batches.batch(self.step), step)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step}: {error}; {self._advice()}") from error
+        load_S = counts_SE.shape[-1] * counts_SE.amax(-1) / counts_SE.sum(-1).clamp(min=1) - 1
+        # One synchronisation for all numbers.
+        numbers = torch.cat([parts, gradient_norm(self.parameters)[None], load_S]).tolist()
+        nll, balance, z, norm, *load = numbers
+        for name, value in (("loss", nll + balance + z), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"step {step}: the {name} is {value}; {self._advice()}")
+        clip_gradients(self.parameters, norm, config.clip)
+        self.optimizer.step()
+        self._update_selection_biases(counts_SE)
+        self.step = step
+        worst = max(range(len(load)), key=load.__getitem__) if load else None
+        site = None if worst is None else list(self.sites)[worst]
+        values = (
+            step,
+            nll,
+            balance,
+            z,
+            config.learning_rate * factor,
+            norm,
+            None if site is None else load[worst],
+            None if site is None else f"layer {site.layer} stage {site.stage}",
+            round(config.batch_size * config.length / (time.perf_counter() - start), 1),
+        )
+        return dict(zip(COLUMNS, values, strict=True))
+
+    def _update_selection_biases(self, counts_SE: Tensor) -> None:
+        for router, counts_E in zip(self.sites.values(), counts_SE, strict=True):
+            if router.score_function == "sigmoid":
+                update_selection_bias(router, counts_E, self.model.config.bias_rate)
+
+    def _advice(self) -> str:
+        return (
+            "nothing of this step is kept; earlier checkpoints are good. A lower learning_rate, a "
+            "longer warmup or precision fp32 may help, in another directory"
+        )
+
+    def save(self, out: Path) -> None:
+        """A checkpoint of this step, in place of the oldest."""
+        config = self.config
+        meta = {
+            "step": self.step,
+            "steps": config.steps,
+            "tokens": self.step * config.batch_size * config.length,
+            "train_seed": config.seed,
+            "corpus": config.corpus,
+            "corpus_sha256": self.corpus.sha256,
+            "tokenizer": config.tokenizer,
+            "length": config.length,
+            "precision": config.precision,
+        }
+        save(
+            self.model,
+            step_folder(out, self.step),
+            meta,
+            tokenizer_json=getattr(self.corpus.tokenizer, "json", None),
+            optimizer=optimizer_tensors(self.optimizer, self.model),
+        )
+        run.keep_newest(out, config.keep)
+
+
+def _summary(row: dict[str, Any]) -> str:
+    """The bar's text."""
+    text = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+    if row["worst_site"] is not None:
+        text += f", load up to {1 + row['max_violation']:.1f}x in {row['worst_site']}"
+    return text
