@@ -110,7 +110,7 @@ class Condition:
         """The columns that name it in every table."""
         return {
             "condition": self.id,
-            "perturbation": type(self.perturbation).__name__,
+            "perturbation": self.perturbation.label,
             "strength": self.perturbation.strength,
             "where": str(self.where),
             "point": self.point,

@@ -35,6 +35,14 @@ class Perturbation:
         """Its number on a plot's axis; NaN if it has none."""
         return float(getattr(self, self.strength_field)) if self.strength_field else float("nan")
 
+    @property
+    def label(self) -> str:
+        """Name and those parameters, other than the strength, that are not at their default."""
+        other = [f for f in fields(self) if f.name != self.strength_field]
+        changed = [(f.name, v) for f in other if (v := getattr(self, f.name)) != f.default]
+        name = type(self).__name__
+        return f"{name}({', '.join(f'{n}={v}' for n, v in changed)})" if changed else name
+
     def identity(self) -> Perturbation:
         """The same with the strength that changes nothing: it returns the very input."""
         if self.strength_field is None:
@@ -89,6 +97,11 @@ class DropTop(Perturbation):
     def strength(self) -> float:
         """m, or the ratio if that is given."""
         return float(self.m if self.ratio is None else self.ratio)
+
+    @property
+    def label(self) -> str:
+        """ "DropTop", or "DropTop(ratio)": their strengths are other things."""
+        return "DropTop" if self.ratio is None else "DropTop(ratio)"
 
     def identity(self) -> Perturbation:
         """m = 0."""

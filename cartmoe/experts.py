@@ -1,6 +1,6 @@
-"""Routed SwiGLU experts: dispatch -> one matmul after the other, expert by expert -> combine.
+"""Routed SwiGLU experts: dispatch -> matmuls, expert by expert -> combine.
 
-Shapes: T tokens, K slots a token, N used slots (at most T * K), E experts, D model, F hidden width.
+Shapes: T tokens, K slots a token, E experts, D model, F hidden width, R rows of dispatched work.
 
 A slot is one (token, expert) pair. Slots are put in the order of their experts, so that each
 expert works on one block of rows; slots of weight 0 are left out and cost nothing. The slot's
@@ -10,7 +10,6 @@ the same sum, and its backward needs no expert's output.
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -20,119 +19,145 @@ from torch import Tensor, nn
 
 from cartmoe.routing import Routing
 
+# bf16 matmuls on the CPU are compiled for each number of rows, 0.4 ms each time; a block of rows
+# is therefore filled up with zeros to a multiple of this, so that few numbers occur.
+BF16_ROWS = 32
+
+
+class Block(NamedTuple):
+    """One expert's rows: rows start..start + num_used - 1 are used, those up to stop are zeros."""
+
+    expert: int
+    start: int
+    num_used: int
+    stop: int
+
 
 class Dispatch(NamedTuple):
     """Used slots in the order of their experts.
 
-    token_N  the token that a row works for
-    slot_N   where the row's weight stands in weights_TK.flatten()
-    row_TK   the inverse: the row that a slot has; N for an unused slot
-    counts   rows of each expert (E numbers, their sum is N)
+    blocks   where each expert that has any slot works
+    token_R  the token that a row works for (0 where a row is not used)
+    slot_R   where the row's weight stands in weights_TK.flatten() (likewise)
+    row_TK   the inverse, the row that a slot has; R for a slot that is not used
     """
 
-    token_N: Tensor
-    slot_N: Tensor
+    blocks: list[Block]
+    token_R: Tensor
+    slot_R: Tensor
     row_TK: Tensor
-    counts: list[int]
 
 
-def dispatch(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Dispatch:
-    """Sort the used slots by expert, stably: within an expert, tokens stay in order."""
-    num_slots, K = ids_TK.numel(), ids_TK.shape[1]
-    ids = ids_TK.detach().flatten()
-    used = (weights_TK.detach() != 0).flatten()
-    # An unused slot goes behind every expert's. Radix sort: 10x torch.sort, which has none.
-    key = torch.where(used, ids, num_experts).to(torch.int16)
-    order = torch.from_numpy(np.argsort(key.numpy(), kind="stable"))
-    counts = torch.bincount(key, minlength=num_experts + 1).tolist()[:num_experts]
-    N = sum(counts)
-    row = torch.empty_like(order)
-    row[order] = torch.arange(num_slots)
-    slot_N = order[:N]
-    return Dispatch(slot_N // K, slot_N, row.clamp_(max=N).view(-1, K), counts)
+def dispatch(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, multiple: int = 1) -> Dispatch:
+    """Sort the used slots by expert, stably; each block is filled up to `multiple` rows."""
+    K = ids_TK.shape[1]
+    # An unused slot goes behind every expert's. numpy's radix sort is ten times torch.sort.
+    key = torch.where(weights_TK.detach() != 0, ids_TK.detach(), num_experts).flatten().numpy()
+    order = np.argsort(key.astype(np.int16), kind="stable")
+    counts = np.bincount(key, minlength=num_experts + 1)[:num_experts]
+    sizes = -(-counts // multiple) * multiple
+    starts, first = np.cumsum(sizes) - sizes, np.cumsum(counts) - counts
+    R, num_used = int(sizes.sum()), int(counts.sum())
+    order = order[:num_used]
+    rows = np.arange(num_used) + np.repeat(starts - first, counts)
+    slot_R, row_TK = np.zeros(R, np.int64), np.full(ids_TK.shape, R)
+    slot_R[rows] = order
+    row_TK.reshape(-1)[order] = rows
+    blocks = [
+        Block(e, int(starts[e]), int(counts[e]), int(starts[e] + sizes[e]))
+        for e in np.flatnonzero(counts).tolist()
+    ]
+    slot_R = torch.from_numpy(slot_R)
+    return Dispatch(blocks, slot_R // K, slot_R, torch.from_numpy(row_TK))
 
 
-def _sum_rows(rows_ND: Tensor, d: Dispatch) -> Tensor:
+def _sum_rows(rows_RD: Tensor, d: Dispatch) -> Tensor:
     """(T, D): each token's sum of its rows; a gather, so it is fast and in a fixed order."""
-    N = rows_ND.shape[0] - 1
-    rows_ND[N] = 0  # unused slots point here
-    return F.embedding_bag(d.row_TK, rows_ND, mode="sum")
+    rows_RD[-1] = 0  # one row more than there is work: slots that are not used point here
+    return F.embedding_bag(d.row_TK, rows_RD, mode="sum")
+
+
+def _take(x_TD: Tensor, d: Dispatch, b: Block) -> Tensor:
+    """The block's rows of x; zeros where a row is not used."""
+    x = x_TD.index_select(0, d.token_R[b.start : b.stop])
+    x[b.num_used :] = 0
+    return x
 
 
 class _LoopedExperts(torch.autograd.Function):
     """Forward and backward, one expert's rows at a time, so that temporaries stay in cache.
 
-    Saved for the backward: the inputs and the (N, 2F) pre-activations, nothing else.
+    Kept for the backward: the inputs and the (R, 2F) pre-activations.
     """
 
     @staticmethod
     def forward(ctx, x_TD, weights_TK, gate_up_ECD, down_EDF, d: Dispatch):
-        w_N = weights_TK.flatten()[d.slot_N].to(x_TD.dtype)
-        N, D, C = len(w_N), x_TD.shape[1], gate_up_ECD.shape[1]
-        z_NC = x_TD.new_empty(N, C)
-        y_ND = x_TD.new_empty(N + 1, D)
-        for e, rows in _blocks(d.counts):
-            z = torch.mm(x_TD.index_select(0, d.token_N[rows]), gate_up_ECD[e].T, out=z_NC[rows])
-            gate, up = z.chunk(2, -1)
-            h = F.silu(gate).mul_(up).mul_(w_N[rows, None])
-            torch.mm(h, down_EDF[e].T, out=y_ND[rows])
-        ctx.save_for_backward(x_TD, w_N, gate_up_ECD, down_EDF, z_NC)
-        ctx.dispatch, ctx.weights_like = d, weights_TK
-        return _sum_rows(y_ND, d)
+        R, C = len(d.token_R), gate_up_ECD.shape[1]
+        w_R1 = weights_TK.flatten()[d.slot_R, None].to(x_TD.dtype)
+        z_RC = x_TD.new_empty(R, C)
+        y_RD = x_TD.new_empty(R + 1, x_TD.shape[1])
+        for b in d.blocks:
+            rows = slice(b.start, b.stop)
+            torch.mm(_take(x_TD, d, b), gate_up_ECD[b.expert].T, out=z_RC[rows])
+            gate, up = z_RC[rows].chunk(2, -1)
+            h = F.silu(gate).mul_(up).mul_(w_R1[rows])
+            torch.mm(h, down_EDF[b.expert].T, out=y_RD[rows])
+        ctx.save_for_backward(x_TD, weights_TK, w_R1, gate_up_ECD, down_EDF, z_RC)
+        ctx.dispatch = d
+        return _sum_rows(y_RD, d)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TD):
-        x_TD, w_N, gate_up_ECD, down_EDF, z_NC = ctx.saved_tensors
-        d = ctx.dispatch
-        grad_TD = grad_TD.contiguous()
-        N, D = len(w_N), x_TD.shape[1]
-        dx_ND = x_TD.new_empty(N + 1, D)
-        dw_N = torch.empty(N)
+        x_TD, weights_TK, w_R1, gate_up_ECD, down_EDF, z_RC = ctx.saved_tensors
+        d, grad_TD = ctx.dispatch, grad_TD.contiguous()
+        dx_RD = x_TD.new_empty(len(w_R1) + 1, x_TD.shape[1])
+        dw_R = torch.empty(len(w_R1) + 1)
         dgate_up, ddown = torch.zeros_like(gate_up_ECD), torch.zeros_like(down_EDF)
-        for e, rows in _blocks(d.counts):
-            token, w = d.token_N[rows], w_N[rows, None]
-            x, dy = x_TD.index_select(0, token), grad_TD.index_select(0, token)
-            gate, up = z_NC[rows].chunk(2, -1)
+        for b in d.blocks:
+            e, rows = b.expert, slice(b.start, b.stop)
+            x, dy, w = _take(x_TD, d, b), _take(grad_TD, d, b), w_R1[rows]
+            gate, up = z_RC[rows].chunk(2, -1)
             silu = F.silu(gate)
             h = silu * up
             dh = dy @ down_EDF[e]
-            torch.sum(dh * h, -1, dtype=torch.float32, out=dw_N[rows])
+            torch.sum(dh * h, -1, dtype=torch.float32, out=dw_R[rows])
             torch.mm(dy.T, h.mul_(w), out=ddown[e])
             dh.mul_(w)
-            dz = torch.cat([torch.ops.aten.silu_backward(dh * up, gate), dh.mul_(silu)], -1)
-            torch.mm(dz, gate_up_ECD[e], out=dx_ND[rows])
+            dz = torch.empty_like(z_RC[rows])
+            dgate, dup = dz.chunk(2, -1)
+            torch.mul(dh, silu, out=dup)
+            torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dgate)
+            torch.mm(dz, gate_up_ECD[e], out=dx_RD[rows])
             torch.mm(dz.T, x, out=dgate_up[e])
-        dweights = (
-            torch.zeros_like(ctx.weights_like)
-            .view(-1)
-            .index_copy_(0, d.slot_N, dw_N.to(ctx.weights_like.dtype))
-        )
-        return _sum_rows(dx_ND, d), dweights.view_as(ctx.weights_like), dgate_up, ddown, None
+        dw_R[-1] = 0  # what slots that are not used point at
+        dweights_TK = dw_R[d.row_TK].to(weights_TK.dtype)
+        return _sum_rows(dx_RD, d), dweights_TK, dgate_up, ddown, None
 
 
-def _blocks(counts: list[int]):
-    """(expert, its rows) for every expert that has any."""
-    stops = itertools.accumulate(counts)
-    return [
-        (e, slice(stop - n, stop))
-        for e, (n, stop) in enumerate(zip(counts, stops, strict=True))
-        if n
-    ]
+def _grouped_experts(x_TD, routing: Routing, gate_up_ECD, down_EDF) -> Tensor:
+    """The same on an accelerator, without a synchronisation: grouped matmuls over all T * K rows.
 
-
-def _grouped_experts(x_TD, weights_TK, gate_up_ECD, down_EDF, d: Dispatch) -> Tensor:
-    """The same on an accelerator: three grouped matmuls over all rows, autograd's own backward."""
-    w_N = weights_TK.flatten()[d.slot_N].to(x_TD.dtype)
-    offs = torch.tensor(list(itertools.accumulate(d.counts)), dtype=torch.int32, device=x_TD.device)
-    z_NC = F.grouped_mm(x_TD[d.token_N], gate_up_ECD.transpose(1, 2), offs=offs)
-    gate, up = z_NC.chunk(2, -1)
-    y_ND = F.grouped_mm(F.silu(gate) * up * w_N[:, None], down_EDF.transpose(1, 2), offs=offs)
-    return torch.zeros_like(x_TD).index_add(0, d.token_N, y_ND)
+    Rows of unused slots are sorted behind the last group, where a grouped matmul leaves its output
+    uninitialised; they are set to zero before they can spread.
+    """
+    ids_TK, weights_TK = routing.ids_TK, routing.weights_TK
+    (T, K), E = ids_TK.shape, len(gate_up_ECD)
+    key, order = torch.where(weights_TK != 0, ids_TK, E).flatten().sort(stable=True)
+    experts = torch.arange(E, device=key.device)
+    offs = torch.searchsorted(key, experts, right=True).to(torch.int32)
+    token_R, unused_R1 = order // K, (key == E)[:, None]
+    w_R1 = weights_TK.flatten()[order, None].to(x_TD.dtype)
+    z_RC = F.grouped_mm(x_TD[token_R], gate_up_ECD.transpose(1, 2), offs=offs)
+    gate, up = z_RC.masked_fill(unused_R1, 0).chunk(2, -1)
+    y_RD = F.grouped_mm(F.silu(gate) * up * w_R1, down_EDF.transpose(1, 2), offs=offs)
+    y_RD = y_RD.masked_fill(unused_R1, 0)
+    row_TK = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=key.device))
+    return y_RD[row_TK].view(T, K, -1).sum(1)
 
 
 class RoutedExperts(nn.Module):
-    """E SwiGLU experts without bias, weights stacked: y = sum_i w_i down_i(silu(gate_i x) * up_i x).
+    """E SwiGLU experts without bias: y = sum_i w_i down_i(silu(gate_i x) * up_i x).
 
     Gate and up projection stand in one parameter of 2F rows, gate first.
     """
@@ -146,19 +171,15 @@ class RoutedExperts(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """(T, D), the weighted sum of the chosen experts' outputs; zero for a token without any."""
         device = x_TD.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
-        )
-        d = dispatch(routing.ids_TK, routing.weights_TK, self.num_experts)
-        run = _LoopedExperts.apply if device == "cpu" else _grouped_experts
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
+        x_TD, gate_up, down = (t.to(dtype) for t in (x_TD, self.gate_up_ECD, self.down_EDF))
         with torch.autocast(device, enabled=False):
-            return run(
-                x_TD.to(dtype),
-                routing.weights_TK,
-                self.gate_up_ECD.to(dtype),
-                self.down_EDF.to(dtype),
-                d,
-            )
+            if device != "cpu":
+                return _grouped_experts(x_TD, routing, gate_up, down)
+            multiple = BF16_ROWS if dtype == torch.bfloat16 else 1
+            d = dispatch(routing.ids_TK, routing.weights_TK, self.num_experts, multiple)
+            return _LoopedExperts.apply(x_TD, routing.weights_TK, gate_up, down, d)
 
     def extra_repr(self) -> str:
         E, C, D = self.gate_up_ECD.shape

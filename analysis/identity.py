@@ -1,0 +1,74 @@
+"""Everything that can change a bit of a cell, and what a manifest says of a run."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import analysis
+import cartmoe
+
+# The source files that compute a cell; a change of any is another cell.
+COMPUTES = {
+    "cartmoe": ("config", "routing", "experts", "ffn", "losses", "model", "hooks"),
+    "analysis": (
+        *("noise", "context", "perturb", "effects", "conditions", "doses"),
+        *("intervene", "measure", "adapters/cartmoe"),
+    ),
+}
+
+
+@functools.cache
+def source_sha256() -> str:
+    """Of the files that compute a cell."""
+    digest = hashlib.sha256()
+    for package in (cartmoe, analysis):
+        for name in COMPUTES[package.__name__]:
+            path = Path(package.__file__).parent / f"{name}.py"
+            digest.update(name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def platform_identity(device: str) -> dict[str, Any]:
+    """What of the machine and its libraries changes last bits."""
+    on_gpu = device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "cpu_capability": None if on_gpu else torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "source": source_sha256(),
+    }
+
+
+def manifest() -> dict[str, Any]:
+    """Versions, git commit and hardware of this run."""
+    packages = ("torch", "numpy", "pandas", "scipy", "matplotlib")
+    return {
+        "python": sys.version.split()[0],
+        "versions": {name: version(name) for name in packages},
+        "git_commit": _git_commit(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "platform": platform_identity("cuda" if torch.cuda.is_available() else "cpu"),
+    }
+
+
+def _git_commit() -> str | None:
+    """Of the checkout that the package lies in, "-dirty" appended if it was changed."""
+    where = Path(analysis.__file__).parent
+    command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

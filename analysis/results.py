@@ -1,0 +1,102 @@
+"""What a study or a sweep has measured, as tables."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis import stats
+from analysis.adapters.base import Adapter
+from analysis.conditions import Condition
+from analysis.measure import Cell
+
+CLEAN = {
+    "condition": "clean",
+    "perturbation": "clean",
+    "strength": float("nan"),
+    "where": "all",
+    "point": "logits",
+    "effect": "full",
+    "downstream": "reroute",
+    "eval_seed": 0,
+}
+
+
+def key_columns(model: str, family: str, train_seed: int, condition: Condition | None) -> dict:
+    """The columns that name a cell in every table; condition None is the clean run."""
+    named = {"model": model, "family": family, "train_seed": train_seed}
+    return named | (condition.columns() if condition else CLEAN)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Tables of design.md: `losses` and `routing` hold sums, everything else is derived.
+
+    facts      model, train_seed, layer, stage, metric, value: what is fixed by the architecture
+    finished, planned   cells; a half-finished study can be read like a finished one
+    """
+
+    losses: pd.DataFrame
+    routing: pd.DataFrame
+    facts: pd.DataFrame
+    finished: int
+    planned: int
+
+    @functools.cached_property
+    def _damage(self) -> pd.DataFrame:
+        return stats.damage(self.losses, self.routing)
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether anything but clean runs was measured."""
+        return bool((self.losses.condition != "clean").any())
+
+    def damage(self) -> pd.DataFrame:
+        """Change of every condition with intervals, doses beside it; see `stats.damage`."""
+        return self._damage
+
+    def clean(self) -> pd.DataFrame:
+        """The clean runs, dense models too; see `stats.clean_table`."""
+        return stats.clean_table(self.losses)
+
+    def sites(self) -> pd.DataFrame:
+        """`facts`, and of the clean run, per site: mean entropy (nats), margin (logits), active
+        experts, routed_share (c_0) and routed_ratio (||c_0 routed|| / ||residual||)."""
+        keys = ["model", "train_seed", "layer", "stage"]
+        metrics = ["active", "entropy", "margin", "routed_share", "routed_ratio"]
+        clean = self.routing[self.routing.condition == "clean"]
+        sums = clean.groupby(keys, sort=False)[["num_tokens", *metrics]].sum()
+        means = sums[metrics].div(sums.num_tokens, axis=0).reset_index()
+        long = means.melt(id_vars=keys, var_name="metric", value_name="value")
+        return pd.concat([self.facts, long], ignore_index=True)
+
+    def table(self) -> pd.DataFrame:
+        """The paper's Table 4 with intervals, both mask points, each stage, and the controls."""
+        return stats.robustness_table(self.damage(), self.sites())
+
+
+def facts_of(model: Adapter) -> list[dict[str, Any]]:
+    """Rows of `Results.facts` for one model."""
+    return [
+        dict(model=model.name, train_seed=model.train_seed, layer=site.layer, stage=site.stage,
+             metric=metric, value=value)
+        for site in model.sites()
+        for metric, value in model.site_facts(site).items()
+    ]  # fmt: skip
+
+
+def from_cells(model: Adapter, cells: Iterable[Cell]) -> Results:
+    """Results of cells that were just measured on one model."""
+    tables: dict[str, list[pd.DataFrame]] = {"losses": [], "routing": []}
+    cells = list(cells)
+    for cell in cells:
+        columns = key_columns(model.name, model.family, model.train_seed, cell.condition)
+        for name, parts in tables.items():
+            parts.append(getattr(cell, name).assign(**columns))
+    frames = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+    facts = pd.DataFrame(facts_of(model))
+    return Results(**frames, facts=facts, finished=len(cells), planned=len(cells))

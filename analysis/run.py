@@ -1,0 +1,268 @@
+"""Running a study: train what is to be trained, measure what is missing, keep every cell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from analysis.adapters.base import Adapter
+from analysis.adapters.cartmoe import CartMoEAdapter
+from analysis.conditions import Condition, Where
+from analysis.identity import manifest, platform_identity
+from analysis.intervene import as_adapter, calibrate
+from analysis.measure import measure
+from analysis.perturb import (
+    DropChosen,
+    DropUnchosen,
+    Identity,
+    NoRouted,
+    Perturbation,
+    RandomRouting,
+)
+from analysis.results import Results, facts_of, from_cells, key_columns
+from analysis.store import Store, cell_key
+from analysis.study import ModelSpec, Study, study_dict
+from cartmoe.checkpoint import checkpoint_sha256, load, newest
+from cartmoe.data import Sequences, prepare, sequences
+from cartmoe.files import write_atomically
+from cartmoe.train import train
+
+CONTROLS = (Identity(), DropChosen(1), DropUnchosen(1), RandomRouting(), NoRouted())
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A model of the study that is there to be measured."""
+
+    spec: ModelSpec
+    path: Path
+    identity: str
+
+    def load(self) -> CartMoEAdapter:
+        model = load(self.path)
+        return CartMoEAdapter(
+            model.eval(),
+            name=self.spec.name,
+            train_seed=self.spec.train_seed,
+            identity=self.identity,
+        )
+
+
+def run(study: Study, out: str | Path, progress: bool = True) -> Results:
+    """Do what of the study is not done yet in `out`, and return its results.
+
+    A run that was stopped, however, goes on where it was: training from its last checkpoint, the
+    measurement with the first cell that is not in `out`/results.sqlite.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    say = (lambda text: tqdm.write(text)) if progress else (lambda text: None)
+    checkpoints = [_ready(spec, out, i, len(study.models), say, progress)
+                   for i, spec in enumerate(study.models, 1)]  # fmt: skip
+    corpus = prepare(study.data.corpus, study.data.tokenizer)
+    limits = dict(length=study.data.length, max_tokens_per_document=study.data.max_tokens)
+    docs = sequences(corpus, split=study.data.split, limit=study.data.documents, **limits)
+    slice_ = sequences(corpus, split="train", limit=study.measure.calibration, **limits)
+    size = study.data.shard
+    shards = [docs[i : i + size] for i in range(0, len(docs), size)]
+    plan = _Plan(study, shards, slice_)
+    with Store(out / "results.sqlite") as store:
+        work = [plan.of(checkpoint) for checkpoint in checkpoints]
+        finished = store.keys()
+        _write_plan(out, study, work)
+        missing = sum(len(w.missing(finished)) for w in work)
+        if missing:
+            say(f"measuring {missing} of {sum(len(w.cells) for w in work)} cells")
+        with tqdm(total=missing, unit="cell", disable=not (progress and missing)) as bar:
+            for w in work:
+                bar.set_description(w.checkpoint.spec.name)
+                w.measure(study, shards, slice_, store, finished, bar.update)
+    return read(out)
+
+
+def _ready(spec: ModelSpec, out: Path, number: int, of: int, say, progress: bool) -> _Checkpoint:
+    """Train the model if it is one to be trained and is not yet."""
+    if spec.path:
+        path = newest(spec.path)
+    else:
+        folder = out / "models" / f"{spec.name}-s{spec.train_seed}"
+        say(f"[{number}/{of}] {spec.name}, seed {spec.train_seed}: {folder}")
+        path = newest(train(spec.config, spec.train, folder, progress=progress))
+    return _Checkpoint(spec, path, checkpoint_sha256(path))
+
+
+class _Plan:
+    """Which cells a study has, each with its whole identity."""
+
+    def __init__(self, study: Study, shards: Sequence[Sequences], calibration: Sequences):
+        self.study, self.calibration = study, calibration
+        self.shard_hashes = [shard.sha256 for shard in shards]
+        self.common = platform_identity("cpu") | {
+            "batch_size": study.measure.batch_size,
+            "precision": study.measure.precision,
+        }
+
+    def of(self, checkpoint: _Checkpoint) -> _Work:
+        """The cells of one model: the clean run and every condition that it has a router for."""
+        model = checkpoint.load()
+        conditions = [None, *conditions_for(model, self.study.conditions)]
+        cells = {}
+        for shard, shard_sha256 in enumerate(self.shard_hashes):
+            for condition in conditions:
+                identity = self.common | {
+                    "model": checkpoint.identity,
+                    "data": shard_sha256,
+                    "condition": condition.to_dict() if condition else None,
+                    "calibration": self.calibration.sha256 if condition else None,
+                }
+                cells[cell_key(identity)] = (shard, condition, identity)
+        return _Work(checkpoint, model.family, facts_of(model), cells)
+
+
+def conditions_for(model: Adapter, conditions: Sequence[Condition]) -> list[Condition]:
+    """Those that perturb a router of the model, leaving out a part that is the whole: in a model
+    of one stage a layer, "stage 0" is "all"."""
+    sites = model.sites()
+
+    def chosen(where: Where) -> int:
+        return sum(map(where, sites))
+
+    return [
+        c for c in conditions
+        if chosen(c.where)
+        and (c.where.stage is None or c.where.layer is not None or chosen(c.where) < len(sites))
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The cells of one model by key: (shard, condition, identity)."""
+
+    checkpoint: _Checkpoint
+    family: str
+    facts: list[dict[str, Any]]
+    cells: dict[str, tuple[int, Condition | None, dict[str, Any]]]
+
+    def missing(self, finished: set[str]) -> list[str]:
+        return [key for key in self.cells if key not in finished]
+
+    def measure(self, study, shards, slice_, store, finished, advance: Callable[[int], None]):
+        missing = set(self.missing(finished))
+        if not missing:
+            return
+        model = self.checkpoint.load()
+        bf16 = study.measure.precision == "bf16"
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+            calibration = calibrate(model, slice_) if model.sites() else None
+            for number, shard in enumerate(shards):
+                todo = [
+                    (c, i) for k, (s, c, i) in self.cells.items() if s == number and k in missing
+                ]
+                if not todo:
+                    continue
+                conditions = [c for c, _ in todo if c]
+                identities = {c: identity for c, identity in todo}
+                for cell in measure(
+                    model,
+                    conditions,
+                    shard,
+                    batch_size=study.measure.batch_size,
+                    calibration=calibration,
+                ):
+                    if cell.condition in identities:  # the clean run may be stored already
+                        store.add(identities[cell.condition], cell)
+                        advance(1)
+
+
+def _write_plan(out: Path, study: Study, work: Sequence[_Work]) -> None:
+    """plan.json names every cell, so that results can be read without the models or the data."""
+    plan = {
+        "study": study_dict(study),
+        "manifest": manifest(),
+        "facts": [row for w in work for row in w.facts],
+        "cells": {
+            key: key_columns(
+                w.checkpoint.spec.name, w.family, w.checkpoint.spec.train_seed, condition
+            )
+            for w in work
+            for key, (_, condition, _) in w.cells.items()
+        },
+    }
+    write_atomically(out / "plan.json", json.dumps(plan, indent=1))
+
+
+def plan_path(out: Path) -> Path:
+    """Where the plan of a study's directory is; `FileNotFoundError` if there is none."""
+    path = out / "plan.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{out} holds no study (no plan.json); run one with --out {out}")
+    return path
+
+
+def read(out: str | Path) -> Results:
+    """The results in a study's directory, finished or not.
+
+    Raises `FileNotFoundError` if there is no study, `ValueError` if nothing is measured yet.
+    """
+    out = Path(out)
+    plan = json.loads(plan_path(out).read_text())
+    cells = plan["cells"]
+    columns = pd.DataFrame.from_dict(cells, orient="index").rename_axis("key").reset_index()
+    with Store(out / "results.sqlite") as store:
+        finished = store.keys() & set(cells)
+        if not finished:
+            raise ValueError(
+                f"{out}: 0 of {len(cells)} cells are measured; there is nothing to read"
+            )
+        tables = {
+            name: columns.merge(store.read(name, cells), on="key", sort=False).drop(columns="key")
+            for name in ("losses", "routing")
+        }
+    return Results(
+        **tables, facts=pd.DataFrame(plan["facts"]), finished=len(finished), planned=len(cells)
+    )
+
+
+def sweep(
+    model: object,
+    docs: Sequences,
+    perturbations: Sequence[Perturbation | Condition],
+    *,
+    where: str = "all",
+    point: str = "logits",
+    seed: int = 0,
+    controls: bool = True,
+    calibration: Sequences | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Results:
+    """Measure perturbations of one model in memory; `run` is its long form.
+
+    docs          from `analysis.documents`
+    where, point, seed   for perturbations that are no `Condition` of their own
+    controls      also measure identity, DropChosen, DropUnchosen, RandomRouting and NoRouted
+    calibration   documents that RandomRouting draws from; by default the first 32 of `docs`
+    """
+    model = as_adapter(model)
+    if not model.sites():
+        raise ValueError(f"{model.name} has no router to perturb: it is dense")
+    asked = [
+        p if isinstance(p, Condition) else Condition(p, where, point, eval_seed=seed)
+        for p in (*perturbations, *(CONTROLS if controls else ()))
+    ]
+    conditions = list(dict.fromkeys(asked))
+    stats = calibrate(model, calibration or docs[:32])
+    batches = -(-len(docs) // batch_size)
+    with tqdm(total=batches * len(conditions), unit="batch", disable=not progress) as bar:
+        cells = measure(
+            model, conditions, docs, batch_size=batch_size, calibration=stats, progress=bar.update
+        )
+    return from_cells(model, cells)
