@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cartmoe.experts import RoutedExperts, _grouped_experts, dispatch
-from cartmoe.routing import Routing, expert_counts
+from cartmoe.routing import Routing
 
 GRADS = ("x", "weights", "gate_up", "down")
 
@@ -22,8 +22,7 @@ def looped(experts: RoutedExperts, x_TD, routing):
 
 def grouped(experts: RoutedExperts, x_TD, routing):
     """What an accelerator runs; grouped matmuls work on a CPU too."""
-    d = dispatch(routing.ids_TK, routing.weights_TK, experts.num_experts)
-    return _grouped_experts(x_TD, routing.weights_TK, experts.gate_up_ECD, experts.down_EDF, d)
+    return _grouped_experts(x_TD, routing, experts.gate_up_ECD, experts.down_EDF)
 
 
 def naive(experts: RoutedExperts, x_TD, routing):
@@ -146,8 +145,7 @@ def test_unused_slots_cost_nothing_and_receive_no_gradient(path):
     with torch.no_grad():
         experts.gate_up_ECD[4] = experts.down_EDF[4] = math.nan
     d = dispatch(routing.ids_TK, routing.weights_TK, 5)
-    assert list(d.counts) == expert_counts(routing).tolist()
-    assert sum(d.counts) == 12
+    assert len(d.token_R) == 12
     got = forward_backward(path, experts, x_TD, routing)
     assert all(tensor.isfinite().all() for tensor in got.values())
     assert (got["weights"][:, 1] == 0).all()
@@ -218,12 +216,15 @@ def test_weights_may_be_negative():
     assert_agrees(forward_backward(looped, experts, x_TD, routing), expected, 1e-6)
 
 
-def test_dispatch_sorts_stably_by_expert():
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_dispatch_sorts_stably_by_expert(multiple):
     ids_TK = torch.tensor([[2, 0], [0, 2], [1, 0], [2, 1]])
     weights_TK = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    d = dispatch(ids_TK, weights_TK, 4)
-    assert d.token_N.tolist() == [0, 1, 2, 3, 0, 3]
-    assert list(d.counts) == [3, 1, 2, 0]
+    d = dispatch(ids_TK, weights_TK, 4, multiple)
+    tokens = {b.expert: d.token_R[b.start : b.start + b.num_used].tolist() for b in d.blocks}
+    assert tokens == {0: [0, 1, 2], 1: [3], 2: [0, 3]}
+    assert all((b.stop - b.start) % multiple == 0 for b in d.blocks)
+    assert d.blocks[-1].stop == len(d.token_R) == (6 if multiple == 1 else 12)
 
 
 def test_without_gradients_the_output_is_the_same():
