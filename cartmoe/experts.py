@@ -139,19 +139,25 @@ def _grouped_experts(x_TD, routing: Routing, gate_up_ECD, down_EDF) -> Tensor:
     """The same on an accelerator, without a synchronisation: grouped matmuls over all T * K rows.
 
     Rows of unused slots are sorted behind the last group, where a grouped matmul leaves its output
-    uninitialised; they are set to zero before they can spread.
+    and its gradient uninitialised; they are set to zero before and after it, so that none spreads.
     """
     ids_TK, weights_TK = routing.ids_TK, routing.weights_TK
     (T, K), E = ids_TK.shape, len(gate_up_ECD)
+    if T == 0:
+        return x_TD.clone()  # nothing to do, and a grouped matmul refuses it
     key, order = torch.where(weights_TK != 0, ids_TK, E).flatten().sort(stable=True)
     experts = torch.arange(E, device=key.device)
     offs = torch.searchsorted(key, experts, right=True).to(torch.int32)
     token_R, unused_R1 = order // K, (key == E)[:, None]
     w_R1 = weights_TK.flatten()[order, None].to(x_TD.dtype)
-    z_RC = F.grouped_mm(x_TD[token_R], gate_up_ECD.transpose(1, 2), offs=offs)
-    gate, up = z_RC.masked_fill(unused_R1, 0).chunk(2, -1)
-    y_RD = F.grouped_mm(F.silu(gate) * up * w_R1, down_EDF.transpose(1, 2), offs=offs)
-    y_RD = y_RD.masked_fill(unused_R1, 0)
+
+    def matmul(rows_RX: Tensor, weight_EYX: Tensor) -> Tensor:
+        used_RX = rows_RX.masked_fill(unused_R1, 0)
+        y_RY = F.grouped_mm(used_RX, weight_EYX.transpose(1, 2), offs=offs)
+        return y_RY.masked_fill(unused_R1, 0)
+
+    gate, up = matmul(x_TD[token_R], gate_up_ECD).chunk(2, -1)
+    y_RD = matmul(F.silu(gate) * up * w_R1, down_EDF)
     row_TK = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=key.device))
     return y_RD[row_TK].view(T, K, -1).sum(1)
 
