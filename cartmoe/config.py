@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -48,9 +49,18 @@ def check_choice(name: str, value: object, choices: Any) -> None:
 
 
 def check_least(name: str, value: float, least: float) -> None:
-    """Raise `ValueError` naming the parameter and the value unless value >= least."""
+    """Raise `ValueError` naming parameter and value unless it is a finite number >= least."""
+    if not isinstance(value, (int, float)) or value == math.inf:
+        raise ValueError(f"{name} is {value!r}; it must be a finite number")
     if not value >= least:
         raise ValueError(f"{name} is {value!r}; it must be at least {least}")
+
+
+def check_whole(name: str, value: int, least: int) -> None:
+    """Raise `ValueError` naming parameter and value unless it is an int >= least."""
+    if type(value) is not int:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    check_least(name, value, least)
 
 
 @dataclass(frozen=True)
@@ -70,8 +80,8 @@ class ModelConfig:
     moe_interval, first_moe_layer   layer l is MoE where l >= first and (l - first) % interval == 0
     top_p          probability mass a token's experts must exceed; None: top-k
     score          "softmax", or "sigmoid" with a selection bias (arXiv 2408.15664)
-    renormalize    whether chosen weights are divided by their sum (default: num chosen > 1,
-                   never with top_p)
+    renormalize    whether chosen weights are divided by their sum. Default: where a stage's top_k
+                   is above 1, never with top_p; None stays where stages differ in that
     bias_rate      step of the selection bias, sigmoid only
     router_noise   std of Gaussian noise on the logits in training, in units of logits
     """
@@ -106,24 +116,27 @@ class ModelConfig:
         check_choice("score", self.score, SCORES)
         family = FAMILIES[self.family]
         for name in ("vocab_size", "d_model", "ffn_width", "num_layers", "num_heads"):
-            check_least(name, getattr(self, name), 1)
+            check_whole(name, getattr(self, name), 1)
         fill = self._fill
         fill("grain", family.grain)
         fill("num_stages", family.stages)
-        check_least("grain", self.grain, 1)
-        check_least("num_stages", self.num_stages, 1)
+        check_whole("grain", self.grain, 1)
+        check_whole("num_stages", self.num_stages, 1)
         fill("num_experts", 16 * self.grain)
         fill("top_k", family.top_k * self.grain)
         fill("top_p", family.top_p)
         fill("shared_experts", family.shared)
-        check_least("num_experts", self.num_experts, 1)
-        check_least("moe_interval", self.moe_interval, 1)
-        check_least("first_moe_layer", self.first_moe_layer, 0)
-        check_least("router_noise", self.router_noise, 0)
+        check_whole("num_experts", self.num_experts, 1)
+        check_whole("moe_interval", self.moe_interval, 1)
+        check_whole("first_moe_layer", self.first_moe_layer, 0)
+        for name in ("router_noise", "bias_rate", "norm_eps", "init_std", "rope_base"):
+            check_least(name, getattr(self, name), 0)
         if isinstance(self.top_k, int):
             object.__setattr__(self, "top_k", (self.top_k,) * self.num_stages)
+        check_choice("type of top_k", type(self.top_k).__name__, ("int", "tuple", "list"))
         object.__setattr__(self, "top_k", tuple(self.top_k))
-        fill("renormalize", self.top_p is None and max(self.top_k, default=0) > 1)
+        several = {self.top_p is None and k > 1 for k in self.top_k}
+        fill("renormalize", several.pop() if len(several) == 1 else None)
         self._check_routing(family)
         self._check_widths()
 
@@ -138,6 +151,7 @@ class ModelConfig:
                 f"{self.num_stages} stages"
             )
         for k in self.top_k:
+            check_whole("top_k", k, 0)
             if not 1 <= k <= self.num_experts:
                 raise ValueError(f"top_k is {k}; it must lie in 1..num_experts={self.num_experts}")
         if self.top_p is not None and not 0 < self.top_p < 1:
@@ -165,6 +179,10 @@ class ModelConfig:
                 f"ffn_width is {self.ffn_width}; it must be a multiple of grain * num_stages = "
                 f"{parts}"
             )
+
+    def renormalizes(self, stage: int) -> bool:
+        """Whether this stage's chosen weights are divided by their sum."""
+        return self.top_k[stage] > 1 if self.renormalize is None else self.renormalize
 
     @property
     def expert_width(self) -> int:

@@ -49,7 +49,7 @@ class RoutedStage(nn.Module):
             E,
             config.top_k[stage],
             top_p=config.top_p,
-            renormalize=config.renormalize,
+            renormalize=config.renormalizes(stage),
             score=config.score,
             noise=config.router_noise,
         )

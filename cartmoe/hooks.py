@@ -6,6 +6,7 @@ this file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ def _stages(model: nn.Module) -> dict[RouterSite, RoutedStage]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, RoutedStage):
-            numbers = [int(part) for part in name.split(".") if part.isdigit()]
-            layer, stage, *_ = *numbers, 0, 0  # blocks.LAYER.ffn.stages.STAGE
+            where = re.search(r"(?:blocks\.(\d+)\.ffn\.)?stages\.(\d+)$", name)
+            layer, stage = (int(n or 0) for n in (where.groups() if where else (0, 0)))
             router = module.router
             slots = router.num_experts if router.top_p else router.top_k
             site = RouterSite(f"{name}.router", layer, stage, router.num_experts, slots)

@@ -35,7 +35,7 @@ class _MeanLoss(torch.autograd.Function):
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         for c in _chunks(len(x_TD), len(weight_VD)):
             logits = F.linear(x_TD[c], weight_VD).float()
-            target = targets_T[c, None].clamp(min=0)
+            target = targets_T[c, None].masked_fill(~used_T[c, None], 0)
             used = used_T[c, None].float()
             logsumexp = logits.logsumexp(-1, keepdim=True)
             total += ((logsumexp - logits.gather(-1, target)) * used).sum()

@@ -50,8 +50,8 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D)."""
         B, L, D = x_BLD.shape
-        heads = self.qkv(x_BLD).view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = heads
+        heads = self.qkv(x_BLD).view(B, L, 3, self.num_heads, D // self.num_heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
         q, k = rotate(q, self.rope_base), rotate(k, self.rope_base)
         y_BHLd = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y_BHLd.transpose(1, 2).reshape(B, L, D))

@@ -113,9 +113,15 @@ class _Weights:
         self.unused.discard(name)
         return self.tensors[name].detach().clone()
 
-    def swiglu(self, prefix: str) -> tuple[Tensor, Tensor]:
+    def swiglu(self, prefix: str, width: int) -> tuple[Tensor, Tensor]:
         """(2F, D) gate over up, and (D, F) down."""
         gate, up, down = (self.take(f"{prefix}.{p}_proj.weight") for p in ("gate", "up", "down"))
+        for name, rows in (("gate", len(gate)), ("up", len(up)), ("down", down.shape[-1])):
+            if rows != width:
+                raise ValueError(
+                    f"{prefix}.{name}_proj.weight has width {rows}; the configuration asks for "
+                    f"{width}"
+                )
         return torch.cat([gate, up]), down
 
     def ignore(self, pattern: str) -> None:
@@ -140,7 +146,7 @@ def _layer(weights: _Weights, config: ModelConfig, layer: int) -> dict[str, Tens
     }
     post_norm = weights.take(f"{theirs}.post_attention_layernorm.weight")
     if not config.is_moe(layer):
-        gate_up, down = weights.swiglu(f"{theirs}.mlp")
+        gate_up, down = weights.swiglu(f"{theirs}.mlp", config.ffn_width)
         return out | {
             f"{ours}.ffn.norm.weight": post_norm,
             f"{ours}.ffn.ffn.gate_up.weight": gate_up,
@@ -157,7 +163,10 @@ def _layer(weights: _Weights, config: ModelConfig, layer: int) -> dict[str, Tens
 
 
 def _stage(weights, config, theirs: str, ours: str, number: str) -> dict[str, Tensor]:
-    experts = [weights.swiglu(f"{theirs}.mlp{number}.{e}") for e in range(config.num_experts)]
+    width = config.expert_width
+    experts = [
+        weights.swiglu(f"{theirs}.mlp{number}.{e}", width) for e in range(config.num_experts)
+    ]
     out = {
         f"{ours}.experts.gate_up_ECD": torch.stack([gate_up for gate_up, _ in experts]),
         f"{ours}.experts.down_EDF": torch.stack([down for _, down in experts]),
@@ -167,7 +176,7 @@ def _stage(weights, config, theirs: str, ours: str, number: str) -> dict[str, Te
     if config.shared_experts:
         # Their fine-grained shared expert is the mean of FFNs side by side: one wide FFN here.
         names = [f".mlp{i}" for i in range(config.grain)] if config.grain > 1 else [""]
-        parts = [weights.swiglu(f"{theirs}.res_mlp{number}{name}") for name in names]
+        parts = [weights.swiglu(f"{theirs}.res_mlp{number}{name}", width) for name in names]
         gate_up = torch.cat([torch.cat([g_u.chunk(2)[i] for g_u, _ in parts]) for i in (0, 1)])
         out |= {
             f"{ours}.shared.gate_up.weight": gate_up,

@@ -128,8 +128,8 @@ class Router(nn.Module):
         """(T, E) scores; -inf gives 0, also in a row that has nothing else."""
         if self.score_function == "sigmoid":
             return logits_TE.sigmoid()
-        # A row of -inf alone is 0/0. NaN logits become 0 here too; raise_nonfinite reports them.
-        return logits_TE.softmax(-1).nan_to_num(0.0)
+        nothing_T1 = logits_TE.amax(-1, keepdim=True) == -torch.inf  # 0/0 in a softmax
+        return logits_TE.masked_fill(nothing_T1, 0).softmax(-1).masked_fill(nothing_T1, 0)
 
     def choose(self, scores_TE: Tensor) -> Tensor:
         """(T, K) ids, best first, ties to the lower id."""

@@ -82,7 +82,8 @@ def test_counts_and_round_trip_of_any_configuration(any_config, data):
     model = build_meta(config)
     assert (model.num_parameters(), model.num_parameters(active=True)) == count(config)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert None not in [v for k, v in config.to_dict().items() if k != "top_p"]
+    unset = {name for name, value in config.to_dict().items() if value is None}
+    assert unset <= {"top_p", "renormalize"}
 
 
 @pytest.mark.parametrize(
@@ -205,3 +206,19 @@ def test_config_is_a_value(tiny_config):
     assert hash(tiny_config()) == hash(tiny_config())
     with pytest.raises(AttributeError):
         tiny_config().top_k = 3
+
+
+def test_renormalization_is_decided_for_each_stage(tiny_config):
+    config = tiny_config("cartesian", top_k=(2, 1))
+    assert [config.renormalizes(stage) for stage in (0, 1)] == [True, False]
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(num_experts=4.5), dict(vocab_size=True), dict(top_k=2.0), dict(top_k="2"),
+     dict(bias_rate=float("nan")), dict(router_noise=float("inf")), dict(init_std=-1)],
+)  # fmt: skip
+def test_a_number_of_the_wrong_kind_is_refused_by_name(tiny_config, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        tiny_config("cartesian", **wrong)

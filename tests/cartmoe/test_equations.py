@@ -62,7 +62,10 @@ def route(z, config: ModelConfig, k, bias) -> dict[int, float]:
         chosen = []
         while order and sum(p[i] for i in chosen) <= config.top_p:
             chosen.append(order.pop(0))
-    total = max(sum(p[i] for i in chosen), EPS) if config.renormalize else 1.0
+    # paper.md: K > 1 divides by the sum, K = 1 does not; raw with top-p.
+    by_default = config.top_p is None and k > 1
+    renormalize = by_default if config.renormalize is None else config.renormalize
+    total = max(sum(p[i] for i in chosen), EPS) if renormalize else 1.0
     return {i: p[i] / total for i in chosen}
 
 

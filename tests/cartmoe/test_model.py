@@ -192,3 +192,11 @@ def test_state_dict_round_trip(tiny_model):
 def test_weights_follow_torchs_generator(tiny_model):
     first, second = tiny_model(seed=3), tiny_model(seed=3)
     assert all(map(torch.equal, first.parameters(), second.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_empty_batches(tiny_model, shape):
+    model = tiny_model()
+    tokens_BL = torch.zeros(shape, dtype=torch.int64)
+    assert model(tokens_BL).shape == (*shape, 13)
+    assert model.losses(tokens_BL, tokens_BL).shape == shape

@@ -1,0 +1,46 @@
+# `make study` and `make test` do all the set-up themselves: they make .venv and install into it.
+PYTHON ?= python3
+BIN := .venv/bin
+# Pins for everything installed here; pyproject.toml holds the ranges for users.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+OUT ?= runs/quick
+
+.PHONY: study test test-slow bench lint lab notebooks clean
+
+study: .venv/core
+	$(BIN)/python -m analysis run studies/quick.toml --out $(OUT)
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
+
+bench: .venv/core
+	$(BIN)/python -m benchmarks
+
+lint: .venv/dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+lab: .venv/dev
+	$(BIN)/jupyter lab notebooks
+
+# The stories, executed on the finished study, with their pictures.
+notebooks: .venv/dev study
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# What the study needs, then what the tests need as well; a stamp for each.
+.venv/core: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+.venv/dev: .venv/core
+	$(PIP) -e '.[lab,hf,data,dev]'
+	touch $@

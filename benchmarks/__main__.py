@@ -1,0 +1,13 @@
+"""python -m benchmarks: every speed ratio beside its goal."""
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import layers, memory, steps
+
+capability = torch.backends.cpu.get_cpu_capability()
+print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}\n")
+print(f"{'what':<75} {'ratio':>7}  goal")
+for rows in (layers.rows(), steps.rows(), memory.rows()):
+    for row in rows:
+        tqdm.write(f"{row.what:<75} {row.ratio:>7.3f}  {row.goal:<8} {row.detail}")

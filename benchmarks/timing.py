@@ -1,0 +1,45 @@
+"""Ratios of times: medians of interleaved runs in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+
+class Row(NamedTuple):
+    """One line of the bench table."""
+
+    what: str
+    ratio: float
+    goal: str
+    detail: str = ""
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], repeats: int = 15, warm_up: int = 3
+) -> dict[str, float]:
+    """Median seconds of each function. They take turns, so that a slow spell hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warm_up + repeats):
+        for name, function in functions.items():
+            _wait()
+            start = time.perf_counter()
+            function()
+            _wait()
+            if turn >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def milliseconds(times: Mapping[str, float]) -> str:
+    """ "a 12.3 ms, b 4.5 ms"."""
+    return ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in times.items())
