@@ -37,6 +37,7 @@ __all__ = [
     "import_reference",
     "load",
     "newest",
+    "read_config",
     "read_meta",
     "read_optimizer",
     "read_tokenizer",
@@ -87,7 +88,7 @@ def load(directory: str | Path) -> LanguageModel:
     """
     folder = newest(directory)
     with torch.device("meta"):
-        model = LanguageModel(ModelConfig.from_dict(_read_json(folder / "config.json")))
+        model = LanguageModel(read_config(folder))
     # A copy, because tensors mapped from a file are not aligned as torch aligns its own.
     tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
     try:
@@ -150,6 +151,11 @@ def checkpoint_sha256(directory: str | Path) -> str:
     files = read_manifest(_checked(directory))
     parts = [files[name]["sha256"] for name in ("config.json", "model.safetensors")]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def read_config(directory: str | Path) -> ModelConfig:
+    """The model's configuration."""
+    return ModelConfig.from_dict(_read_json(_checked(directory, "config.json") / "config.json"))
 
 
 def read_meta(directory: str | Path) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(temporary.iterdir())
         }
-        manifest = json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n"
+        # Without a newline at the end, so that it is no JSON once any byte is cut off.
+        manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
         (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
         for path in temporary.iterdir():
             path.chmod(0o644)

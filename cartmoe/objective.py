@@ -41,7 +41,7 @@ class Objective(nn.Module):
         x_BLD, routings = self.model.trunk(tokens_BL[:, :-1])
         nll = self.model.mean_loss(x_BLD, tokens_BL[:, 1:])
         if not routings:
-            return nll, torch.stack([nll.detach(), *nll.new_zeros(2)]), nll.new_zeros(0, 0)
+            return nll, torch.stack([nll.detach(), *nll.new_zeros(2)]), nll.new_zeros(0, 1)
         if counts_SE is None:
             counts_SE = self.group.sum(torch.stack([expert_counts(r) for r in routings]))
         balance, z = nll.new_zeros(2)

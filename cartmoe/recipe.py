@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from cartmoe.config import PRESETS, check_choice, check_least
+from cartmoe.config import PRESETS, check_choice, check_least, check_whole
 from cartmoe.precision import DTYPES
 
 # Where a preset's recipe differs from the defaults. That of "base" and "large" is paper.md's.
@@ -60,13 +60,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "length", "accumulate", "checkpoint_every", "keep"):
-            check_least(name, getattr(self, name), 1)
-        for name in ("seed", "min_lr_ratio", "weight_decay", "balance", "z_loss"):
+            check_whole(name, getattr(self, name), 1)
+        check_whole("seed", self.seed, 0)
+        for name in ("learning_rate", "clip", "min_lr_ratio", "weight_decay", "balance", "z_loss"):
             check_least(name, getattr(self, name), 0)
-        check_choice("precision", self.precision, ("auto", *DTYPES))
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be positive")
+        check_choice("precision", self.precision, ("auto", *DTYPES))
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size is {self.batch_size}; it must be a multiple of accumulate = "
@@ -75,7 +76,7 @@ class TrainConfig:
         object.__setattr__(self, "betas", tuple(self.betas))
         if self.warmup is None:
             object.__setattr__(self, "warmup", min(2000, self.steps // 10))
-        check_least("warmup", self.warmup, 0)
+        check_whole("warmup", self.warmup, 0)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TrainConfig:
