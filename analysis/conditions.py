@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from analysis.context import RouterContext
+from analysis.context import RouterContext, after_score
 from analysis.effects import EFFECTS
-from analysis.perturb import Perturbation, perturbation_from_dict
+from analysis.perturb import Perturbation, perturbation_from_dict, set_number
 from cartmoe.config import check_choice
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Router, Routing
@@ -46,6 +46,8 @@ class Where:
                 "'positions 0:16'"
             )
         layer, stage, first, stop = (None if g is None else int(g) for g in match.groups())
+        if first is not None and first >= stop:
+            raise ValueError(f"where is {text!r}; positions {first}:{stop} are none")
         return cls(layer, stage, None if first is None else (first, stop))
 
     def __str__(self) -> str:
@@ -84,6 +86,7 @@ class Condition:
         check_choice("point", self.point, POINTS)
         check_choice("effect", self.effect, EFFECTS)
         check_choice("downstream", self.downstream, DOWNSTREAM)
+        set_number(self, "eval_seed", int)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` takes it back."""
@@ -139,11 +142,13 @@ class Condition:
         if self.point == "logits":
             logits_TE = p(base.logits_TE, ctx)
             return base if logits_TE is base.logits_TE else router.route(logits_TE)
-        scores_TE = after_score(p, base.scores_TE, ctx)
+        if ctx.stats:
+            ctx = replace(ctx, stats=after_score(ctx.stats, router))
+        scores_TE = perturb_scores(p, base.scores_TE, ctx)
         return base if scores_TE is base.scores_TE else router.decide(base.logits_TE, scores_TE)
 
 
-def after_score(
+def perturb_scores(
     perturb: Callable[[Tensor, RouterContext], Tensor], scores_TE: Tensor, ctx: RouterContext
 ) -> Tensor:
     """scores * exp(perturb(l) - l), l = log scores; a score of 0 stays 0, the identity is exact."""

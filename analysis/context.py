@@ -15,7 +15,7 @@ from torch import Tensor
 
 from analysis.noise import Noise
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import Routing
+from cartmoe.routing import Router, Routing
 
 
 class SiteStats(NamedTuple):
@@ -28,6 +28,13 @@ class SiteStats(NamedTuple):
     reservoir_RE: Tensor
     std: float
     load_E: Tensor
+
+
+def after_score(stats: SiteStats, router: Router) -> SiteStats:
+    """The same of l = log score(z): what a perturbation at point "scores" works on."""
+    log_RE = router.score(stats.reservoir_RE).log()
+    std = log_RE[log_RE.isfinite()].double().std().item()
+    return stats._replace(reservoir_RE=log_RE, std=std)
 
 
 @dataclass(frozen=True)

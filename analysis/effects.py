@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cartmoe.routing import Router, Routing
+from analysis.doses import DenseRouting
+from cartmoe.routing import EPS, Router, Routing
 
 
 def _full(clean: Routing, changed: Routing, router: Router) -> Routing:
@@ -27,17 +28,22 @@ def _selection(clean: Routing, changed: Routing, router: Router) -> Routing:
 
 
 def _weights(clean: Routing, changed: Routing, router: Router) -> Routing:
-    """The ids of R with the weights that the perturbed scores give them."""
-    weights_TK = router.weigh(changed.scores_TE, clean.ids_TK)
+    """The ids of R with the weights that the perturbed scores give them, or, where it was not the
+    scores that were perturbed, the weights that they have in R'."""
+    if changed.scores_TE is clean.scores_TE:
+        weights_TK = DenseRouting(changed).weights_TE.gather(-1, clean.ids_TK)
+    else:
+        weights_TK = changed.scores_TE.gather(-1, clean.ids_TK)
+        # Not router.weigh: with top_p it would also choose how many of R to use.
+        weights_TK = weights_TK * (clean.weights_TK != 0)
+        if router.renormalize:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=EPS)
     return changed._replace(ids_TK=clean.ids_TK, weights_TK=weights_TK)
 
 
 def _no_refill(clean: Routing, changed: Routing, router: Router) -> Routing:
     """The ids of R that are also in R', with their clean weights; nothing for the others."""
-    used_TE = torch.zeros_like(clean.scores_TE).scatter_add_(
-        -1, changed.ids_TK, (changed.weights_TK != 0).to(clean.scores_TE.dtype)
-    )
-    kept_TK = clean.weights_TK * (used_TE.gather(-1, clean.ids_TK) > 0)
+    kept_TK = clean.weights_TK * DenseRouting(changed).used_TE.gather(-1, clean.ids_TK)
     return changed._replace(ids_TK=clean.ids_TK, weights_TK=kept_TK)
 
 

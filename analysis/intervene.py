@@ -103,7 +103,7 @@ def perturbed(
     intervention = Intervention(condition, stats, where=selector)
 
     def begin(tokens_BL: Tensor) -> None:
-        ids = sequence_hash(tokens_BL) if sequence_ids is None else sequence_ids
+        ids = sequence_hash(tokens_BL) if sequence_ids is None else torch.as_tensor(sequence_ids)
         if len(ids) != len(tokens_BL):
             raise ValueError(
                 f"sequence_ids has {len(ids)} rows; the model was given {len(tokens_BL)}"

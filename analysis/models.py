@@ -26,7 +26,7 @@ def load(path: str | Path, *, name: str | None = None) -> CartMoEAdapter:
         load_checkpoint(folder).eval(),
         read_tokenizer(folder),
         name=name,
-        train_seed=read_meta(folder).get("seed", 0),
+        train_seed=read_meta(folder).get("train_seed", 0),
         identity=checkpoint_sha256(folder),
     )
 

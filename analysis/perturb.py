@@ -7,14 +7,16 @@ decision, `p.decide(routing, router, ctx)`, for what is no map of logits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from analysis.context import RouterContext
-from cartmoe.config import check_choice, check_least
+from cartmoe.config import check_choice
 from cartmoe.routing import Router, Routing, stable_topk
 
 
@@ -54,6 +56,21 @@ class Perturbation:
         return {"name": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+def set_number(
+    owner: object, name: str, kind: type, least: float = 0, most: float = math.inf
+) -> None:
+    """Make a field of a frozen dataclass a plain int or float, so that equal values have the same
+    JSON (1 and 1.0, and NumPy's). Raises `ValueError` for other things and other numbers."""
+    value = getattr(owner, name)
+    whole = kind is int
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise ValueError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number")
+    if not least <= value <= most or value == math.inf:
+        span = f"lie in {least}..{most}" if most < math.inf else f"be finite and at least {least}"
+        raise ValueError(f"{name} is {value!r}; it must {span}")
+    object.__setattr__(owner, name, kind(value))
+
+
 def mask_experts(logits_TE: Tensor, ids_TM: Tensor) -> Tensor:
     """A copy with -inf at ids_TM."""
     return logits_TE.scatter(-1, ids_TM, -torch.inf)
@@ -89,9 +106,11 @@ class DropTop(Perturbation):
     ratio: float | None = None
 
     def __post_init__(self) -> None:
-        check_least("m", self.m, 0)
-        if self.ratio is not None and not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio is {self.ratio!r}; it must lie in 0..1")
+        set_number(self, "m", int)
+        if self.ratio is not None:
+            set_number(self, "ratio", float, most=1)
+            if self.m != 1:
+                raise ValueError(f"m is {self.m} and ratio is {self.ratio}; give one of them")
 
     @property
     def strength(self) -> float:
@@ -124,7 +143,7 @@ class _DropRandom(Perturbation):
     m: int = 1
 
     def __post_init__(self) -> None:
-        check_least("m", self.m, 0)
+        set_number(self, "m", int)
 
     def _drop(self, logits_TE: Tensor, among_TE: Tensor, ctx: RouterContext) -> Tensor:
         if self.m == 0:
@@ -178,7 +197,7 @@ class GaussianNoise(Perturbation):
     within: str = "all"
 
     def __post_init__(self) -> None:
-        check_least("sigma", self.sigma, 0)
+        set_number(self, "sigma", float)
         check_choice("scale", self.scale, SCALES)
         check_choice("within", self.within, WITHIN)
 
@@ -221,9 +240,8 @@ class RandomRouting(Perturbation):
     draw: str = "reservoir"
 
     def __post_init__(self) -> None:
+        set_number(self, "share", float, most=1)
         check_choice("draw", self.draw, DRAWS)
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share is {self.share!r}; it must lie in 0..1")
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A copy with other rows for that share of tokens."""
@@ -231,7 +249,7 @@ class RandomRouting(Perturbation):
             return logits_TE
         E = logits_TE.shape[-1]
         if self.draw == "permute":
-            other_TE = logits_TE.gather(-1, ctx.noise.uniform(E, "permute").argsort(-1))
+            other_TE = logits_TE.gather(-1, ctx.noise.uniform(E, "permute").argsort(-1, stable=True))
         else:
             reservoir_RE = ctx.need_stats(self).reservoir_RE
             row_T = ctx.noise.integers(len(reservoir_RE), 1, "row")[:, 0]

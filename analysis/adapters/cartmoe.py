@@ -101,7 +101,8 @@ class CartMoEAdapter:
         seen: dict[RouterSite, tuple[Tensor, Tensor]] = {}
         shares: dict[RouterSite, Tensor] = {}
         with ExitStack() as handles:
-            for site, stage in select_sites(self.model, None).items():
+            stages = select_sites(self.model, None) if self.sites() else {}
+            for site, stage in stages.items():
 
                 def on_mix(mix, args, out, site=site):
                     shares[site] = out.detach().softmax(-1)[:, 0]
