@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -44,7 +45,9 @@ Set = Annotated[
 def _one_line_errors() -> Iterator[None]:
     """What a user can mend is one line on stderr and exit code 2; a stopped run is 130."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
+            yield
     except KeyboardInterrupt as stop:
         typer.echo(str(stop) or "stopped", err=True)
         raise typer.Exit(130) from None

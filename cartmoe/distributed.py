@@ -34,6 +34,8 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether it is set in any process."""
+        if self.size == 1:
+            return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     def from_first(self, value: Any) -> Any:

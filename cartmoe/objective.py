@@ -56,6 +56,17 @@ class Objective(nn.Module):
         return loss, torch.stack([nll, balance, z]).detach(), counts_SE
 
 
+def num_parts(config: TrainConfig, group: Ranks) -> int:
+    """Into how many micro-batches a step's batch is cut. `ValueError` if it does not divide."""
+    parts = config.accumulate * group.size
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size is {config.batch_size}; it must be a multiple of accumulate times the "
+            f"number of processes = {parts}"
+        )
+    return parts
+
+
 class Gradient:
     """The gradient of one optimizer step.
 
@@ -65,13 +76,7 @@ class Gradient:
     """
 
     def __init__(self, model: LanguageModel, config: TrainConfig, group: Ranks):
-        parts = config.accumulate * group.size
-        if config.batch_size % parts:
-            raise ValueError(
-                f"batch_size is {config.batch_size}; it must be a multiple of accumulate times "
-                f"the number of processes = {parts}"
-            )
-        self.config, self.group, self.num_parts = config, group, parts
+        self.config, self.group, self.num_parts = config, group, num_parts(config, group)
         self.objective = Objective(model, config.balance, config.z_loss, group)
         if config.compile:
             self.objective.compile()

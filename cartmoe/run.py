@@ -1,4 +1,4 @@
-"""The directory of a training run: what it is, its metrics, its checkpoints, and who may write.
+"""The directory of a training run: what was asked for, its checkpoints, and who may write.
 
 run.json       what was asked for, and what was found out at the start (precision, threads)
 metrics.csv    a row for every step
@@ -8,14 +8,13 @@ lock           held by the process that trains
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from cartmoe.checkpoint import CHECKPOINTS, newest, run_checkpoints, step_of
 from cartmoe.files import write_atomically
@@ -96,30 +95,3 @@ def keep_newest(out: Path, number: int) -> None:
     """Remove all checkpoints but the newest ones."""
     for folder in run_checkpoints(out)[:-number]:
         remove_folder(folder)
-
-
-class Metrics:
-    """metrics.csv: a header, and a row for each step, the step first.
-
-    Opened after a kill it is cut back to `step`, the one that training goes on from: no row is
-    lost, since `sync` comes before each checkpoint, and none is there twice.
-    """
-
-    def __init__(self, path: Path, columns: Sequence[str], step: int):
-        header = ",".join(columns) + "\n"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        rows = [line for line in text.splitlines(keepends=True)[1:] if line.endswith("\n")]
-        kept = [row for row in rows if int(row.split(",")[0]) <= step]
-        write_atomically(path, header + "".join(kept))
-        self._file: TextIO = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file, lineterminator="\n")
-
-    def add(self, row: Sequence[Any]) -> None:
-        self._writer.writerow(row)
-        self._file.flush()
-
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()

@@ -21,8 +21,9 @@ from cartmoe.data import Corpus, TrainBatches, prepare
 from cartmoe.distributed import Ranks, ranks
 from cartmoe.hooks import router_sites
 from cartmoe.interrupt import Interrupt
+from cartmoe.metrics import Metrics, summary, violations, worst
 from cartmoe.model import LanguageModel
-from cartmoe.objective import Gradient
+from cartmoe.objective import Gradient, num_parts
 from cartmoe.optim import (
     clip_gradients,
     gradient_norm,
@@ -37,19 +38,9 @@ from cartmoe.routing import update_selection_bias
 
 __all__ = ["TrainConfig", "train"]
 
-# loss is the mean nll in nats a token; balance and z are sums over routers, without coefficients;
-# max_violation is E max f - 1, f the share of an expert (0: balanced), of the worst router, which
-# is worst_site.
-COLUMNS = (
-    "step",
-    "loss",
-    "balance",
-    "z",
-    "learning_rate",
-    "gradient_norm",
-    "max_violation",
-    "worst_site",
-    "tokens_per_second",
+ADVICE = (
+    "nothing of this step is kept, earlier checkpoints are good; a lower learning_rate, a longer "
+    "warmup or precision fp32 may help, in another directory"
 )
 
 
@@ -63,10 +54,11 @@ def train(
 ) -> Path:
     """Train a model in the directory `out`, or go on where an earlier process ended; returns it.
 
-    A resumed run computes, bit by bit, what it would have computed without an end, on the same
-    machine with the same number of processes; precision and number of threads are kept. A finished
-    run is left as it is. Ctrl-C and SIGTERM write a checkpoint after the step and raise
-    `KeyboardInterrupt` with a message. Under torchrun all processes share `out`.
+    A resumed run computes, bit by bit, what it would have computed without an end: on a CPU of the
+    same kind with the same number of processes (sums on a GPU have no fixed order). Precision and
+    number of threads are kept. A finished run is left as it is. Ctrl-C and SIGTERM write a
+    checkpoint after the step and raise `KeyboardInterrupt` with a message. Under torchrun all
+    processes share `out`.
 
     device   default: a GPU if there is one, else "cpu"
 
@@ -103,6 +95,9 @@ def _start(
     model_config: ModelConfig, config: TrainConfig, corpus: Corpus, group: Ranks, out: Path
 ) -> dict[str, Any]:
     """Write run.json, or check the one that is there; returns what was found at the run's start."""
+    # What cannot be trained is refused before it leaves a trace.
+    tokens = config.batch_size // num_parts(config, group) * config.length
+    _batches(config, corpus)
     if corpus.vocab_size > model_config.vocab_size:
         raise ValueError(
             f"vocab_size is {model_config.vocab_size}; tokenizer {config.tokenizer!r} needs at "
@@ -119,7 +114,6 @@ def _start(
         return there["found"]
     precision = {"precision": config.precision}
     if config.precision == "auto":
-        tokens = config.batch_size // (config.accumulate * group.size) * config.length
         precision = probe_precision(model_config, tokens, group.device)
     found = {
         "precision": precision,
@@ -131,6 +125,10 @@ def _start(
     }
     run.start_run(out, asked, found)
     return found
+
+
+def _batches(config: TrainConfig, corpus: Corpus) -> TrainBatches:
+    return TrainBatches(corpus, config.batch_size, config.length, config.seed)
 
 
 class _Trainer:
@@ -145,7 +143,7 @@ class _Trainer:
         checkpoint: Path | None,
     ):
         self.config, self.corpus, self.group = config, corpus, group
-        self.batches = TrainBatches(corpus, config.batch_size, config.length, config.seed)
+        self.batches = _batches(config, corpus)
         if checkpoint is None:
             torch.manual_seed(config.seed)
             self.step, self.model = 0, LanguageModel(model_config)
@@ -174,20 +172,17 @@ class _Trainer:
             )
             stack.enter_context(bar)
             if first:
-                metrics = run.Metrics(out / "metrics.csv", COLUMNS, self.step)
+                metrics = Metrics(out / "metrics.csv", self.step)
                 stack.enter_context(closing(metrics))
             while self.step < config.steps:
                 row = self.take_step()
                 stop = self.group.any(interrupt.signal is not None)
                 if first:
-                    metrics.add(row.values())
-                    bar.set_postfix_str(_summary(row), refresh=False)
+                    metrics.add(row)
+                    bar.set_postfix_str(summary(row), refresh=False)
                     bar.update()
-                    if (
-                        stop
-                        or self.step % config.checkpoint_every == 0
-                        or self.step == config.steps
-                    ):
+                    last = stop or self.step == config.steps
+                    if last or self.step % config.checkpoint_every == 0:
                         metrics.sync()
                         self.save(out)
                 if stop:
@@ -207,43 +202,33 @@ class _Trainer:
         try:
             parts, counts_SE = self.gradient(self.batches.batch(self.step), step)
         except FloatingPointError as error:
-            raise FloatingPointError(f"step {step}: {error}; {self._advice()}") from error
-        load_S = counts_SE.shape[-1] * counts_SE.amax(-1) / counts_SE.sum(-1).clamp(min=1) - 1
+            raise FloatingPointError(f"step {step}: {error}; {ADVICE}") from error
         # One synchronisation for all numbers.
-        numbers = torch.cat([parts, gradient_norm(self.parameters)[None], load_S]).tolist()
-        nll, balance, z, norm, *load = numbers
+        numbers = [parts, gradient_norm(self.parameters)[None], violations(counts_SE)]
+        nll, balance, z, norm, *violation = torch.cat(numbers).tolist()
         for name, value in (("loss", nll + balance + z), ("gradient norm", norm)):
             if not math.isfinite(value):
-                raise FloatingPointError(f"step {step}: the {name} is {value}; {self._advice()}")
+                raise FloatingPointError(f"step {step}: the {name} is {value}; {ADVICE}")
         clip_gradients(self.parameters, norm, config.clip)
         self.optimizer.step()
         self._update_selection_biases(counts_SE)
         self.step = step
-        worst = max(range(len(load)), key=load.__getitem__) if load else None
-        site = None if worst is None else list(self.sites)[worst]
-        values = (
-            step,
-            nll,
-            balance,
-            z,
-            config.learning_rate * factor,
-            norm,
-            None if site is None else load[worst],
-            None if site is None else f"layer {site.layer} stage {site.stage}",
-            round(config.batch_size * config.length / (time.perf_counter() - start), 1),
-        )
-        return dict(zip(COLUMNS, values, strict=True))
+        seconds = time.perf_counter() - start
+        return {
+            "step": step,
+            "loss": nll,
+            "balance": balance,
+            "z": z,
+            "learning_rate": config.learning_rate * factor,
+            "gradient_norm": norm,
+            **worst(violation, list(self.sites)),
+            "tokens_per_second": round(config.batch_size * config.length / seconds, 1),
+        }
 
     def _update_selection_biases(self, counts_SE: Tensor) -> None:
         for router, counts_E in zip(self.sites.values(), counts_SE, strict=True):
             if router.score_function == "sigmoid":
                 update_selection_bias(router, counts_E, self.model.config.bias_rate)
-
-    def _advice(self) -> str:
-        return (
-            "nothing of this step is kept; earlier checkpoints are good. A lower learning_rate, a "
-            "longer warmup or precision fp32 may help, in another directory"
-        )
 
     def save(self, out: Path) -> None:
         """A checkpoint of this step, in place of the oldest."""
@@ -267,11 +252,3 @@ class _Trainer:
             optimizer=optimizer_tensors(self.optimizer, self.model),
         )
         run.keep_newest(out, config.keep)
-
-
-def _summary(row: dict[str, Any]) -> str:
-    """The bar's text."""
-    text = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
-    if row["worst_site"] is not None:
-        text += f", load up to {1 + row['max_violation']:.1f}x in {row['worst_site']}"
-    return text

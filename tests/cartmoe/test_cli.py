@@ -105,6 +105,19 @@ def test_train_refuses(train_args, more, message):
     assert message in refused(*train_args(*more))
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_damaged_checkpoint_is_one_line_of_warning(train_args, tmp_path):
+    args = train_args("--steps", 4, "--checkpoint-every", 2)
+    assert invoke(*args).exit_code == 0
+    (step_folder(tmp_path / "run", 4) / "model.safetensors").write_bytes(b"")
+    result = invoke(*args)
+    assert result.exit_code == 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert "model.safetensors has 0 bytes" in line
+    assert line.endswith("step-00000002 is used instead")
+    assert read_meta(tmp_path / "run")["step"] == 4
+
+
 def test_another_configuration_in_the_same_directory(train_args):
     assert invoke(*train_args("--steps", 1)).exit_code == 0
     line = refused(*train_args("--steps", 2, "--lr", 0.5))

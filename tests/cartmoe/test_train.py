@@ -294,6 +294,13 @@ def test_another_text_is_refused_and_another_path_is_not(tiny_run, texts, tmp_pa
         train(*tiny_run(steps=2, **same), tmp_path / "run", progress=False)
 
 
+def test_what_cannot_be_trained_leaves_no_run(tiny_run, tmp_path):
+    for changes in (dict(length=10**6), dict(tokenizer="bpe:300")):
+        with pytest.raises(ValueError, match=r"length is|vocab_size is"):
+            train(*tiny_run(**changes), tmp_path / "run", progress=False)
+    train(*tiny_run(steps=1), tmp_path / "run", progress=False)
+
+
 def test_a_directory_in_use_is_refused(tiny_run, tmp_path):
     with locked(tmp_path / "run"), pytest.raises(ValueError, match=r"in use: process \d+ trains"):
         train(*tiny_run(), tmp_path / "run", progress=False)
