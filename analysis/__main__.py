@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +23,12 @@ def _one_line_errors() -> Iterator[None]:
     """A mistake of the user's is a line or a few on stderr and exit code 2, never a traceback."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, sqlite3.Error) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as interrupt:
-        typer.echo(f"\n{interrupt or 'interrupted'}: the same command goes on from here", err=True)
+        message = str(interrupt) or "interrupted; the same command goes on from here"
+        typer.echo(f"\n{message}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -249,7 +249,8 @@ class RandomRouting(Perturbation):
             return logits_TE
         E = logits_TE.shape[-1]
         if self.draw == "permute":
-            other_TE = logits_TE.gather(-1, ctx.noise.uniform(E, "permute").argsort(-1, stable=True))
+            order_TE = ctx.noise.uniform(E, "permute").argsort(-1, stable=True)
+            other_TE = logits_TE.gather(-1, order_TE)
         else:
             reservoir_RE = ctx.need_stats(self).reservoir_RE
             row_T = ctx.noise.integers(len(reservoir_RE), 1, "row")[:, 0]

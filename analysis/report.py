@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis import plots, stats
@@ -15,19 +16,27 @@ from analysis.run import plan_path, read
 from analysis.store import Store
 from cartmoe.files import write_atomically
 
+STAMP = ".made_from"  # what tables or figures were made from, and their names
 Picture = Callable[[Results], Axes]
 
-# By file name. A picture whose conditions a study does not have is left out.
-FIGURES: dict[str, tuple[set[str], Picture]] = {
-    "droptop_strength": ({"DropTop"}, lambda r: plots.damage_curve(r, "DropTop")),
-    "droptop_mass": ({"DropTop"}, lambda r: plots.damage_curve(r, "DropTop", x="mass_moved")),
-    "noise_strength": ({"GaussianNoise"}, lambda r: plots.damage_curve(r, "GaussianNoise")),
+# By file name: a pattern of labels (see `stats.pairs.label`), and the picture. It is left out
+# where no condition of the study fits the pattern.
+FIGURES: dict[str, tuple[str, Picture]] = {
+    "droptop_strength": (r"DropTop\(\d+\)", lambda r: plots.damage_curve(r, "DropTop")),
+    "droptop_mass": (
+        r"DropTop\(\d+\)",
+        lambda r: plots.damage_curve(r, "DropTop", x="mass_moved"),
+    ),
+    "noise_strength": (
+        r"GaussianNoise\([^,]+\)",
+        lambda r: plots.damage_curve(r, "GaussianNoise"),
+    ),
     "noise_mass": (
-        {"GaussianNoise"},
+        r"GaussianNoise\([^,]+\)",
         lambda r: plots.damage_curve(r, "GaussianNoise", x="mass_moved"),
     ),
-    "controls": ({"DropTop"}, plots.control_dots),
-    "stages": ({"DropTop"}, plots.stage_dots),
+    "controls": (r"DropTop\(1\)", plots.control_dots),
+    "stages": (r"DropTop\(1\)(, stage \d+)?(, scores)?", plots.stage_dots),
 }
 
 
@@ -36,38 +45,54 @@ def summarize(out: Path) -> str:
 
     What was summarized already, from the same cells by the same code, is not done again.
     """
-    stamp, text = out / "tables" / ".made_from", out / "robustness.txt"
-    made_from = _fingerprint(out)
-    if not (text.is_file() and stamp.is_file() and stamp.read_text() == made_from):
+    folder, text, made_from = out / "tables", out / "robustness.txt", _fingerprint(out)
+    if _made(folder, made_from) is None or not text.is_file():
         results = read(out)
-        stamp.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         tables = {"clean": results.clean(), "sites": results.sites()}
         if results.has_conditions:
             tables |= {"damage": results.damage(), "robustness": results.table()}
         for name, table in tables.items():
-            write_atomically(stamp.parent / f"{name}.csv", table.to_csv(index=False))
+            write_atomically(folder / f"{name}.csv", table.to_csv(index=False))
         write_atomically(text, _describe(results))
-        write_atomically(stamp, made_from)
+        _note(folder, made_from, [f"{name}.csv" for name in tables])
     return text.read_text()
 
 
 def plot(out: Path) -> list[Path]:
     """Draw every figure that the study has the conditions for: PNG and PDF in figures/."""
-    folder = out / "figures"
-    stamp = folder / ".made_from"
-    made_from = _fingerprint(out)
-    if not (stamp.is_file() and stamp.read_text() == made_from):
+    folder, made_from = out / "figures", _fingerprint(out)
+    files = _made(folder, made_from)
+    if files is None:
         results = read(out)
         folder.mkdir(exist_ok=True)
-        have = set(results.losses.perturbation)
+        labels = results.damage().label if results.has_conditions else pd.Series([], dtype=str)
+        files = []
         for name, (needs, picture) in FIGURES.items():
-            if needs <= have:
+            if labels.str.fullmatch(needs).any():
                 with plots.paper_style():
                     axes = picture(results)
-                    plots.save(axes, folder / name)
+                    files += plots.save(axes, folder / name)
                     plt.close(axes.figure)
-        write_atomically(stamp, made_from)
-    return sorted([*folder.glob("*.png"), *folder.glob("*.pdf")])
+        _note(folder, made_from, [file.name for file in files])
+    return files
+
+
+def _made(folder: Path, made_from: str) -> list[Path] | None:
+    """What was made there, unless it was from something else or is not all there anymore."""
+    stamp = folder / STAMP
+    known, *names = stamp.read_text().splitlines() if stamp.is_file() else [None]
+    files = [folder / name for name in names]
+    return files if known == made_from and all(file.is_file() for file in files) else None
+
+
+def _note(folder: Path, made_from: str, names: list[str]) -> None:
+    """Note what was made; what an earlier study made here and this one does not have is removed."""
+    stamp = folder / STAMP
+    for name in stamp.read_text().splitlines()[1:] if stamp.is_file() else []:
+        if name not in names:
+            (folder / name).unlink(missing_ok=True)
+    write_atomically(stamp, "\n".join([made_from, *names]) + "\n")
 
 
 def _fingerprint(out: Path) -> str:

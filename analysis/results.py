@@ -14,6 +14,7 @@ from analysis.adapters.base import Adapter
 from analysis.conditions import Condition
 from analysis.measure import Cell
 
+FACTS = ["model", "train_seed", "layer", "stage", "metric", "value"]
 CLEAN = {
     "condition": "clean",
     "perturbation": "clean",
@@ -98,5 +99,5 @@ def from_cells(model: Adapter, cells: Iterable[Cell]) -> Results:
         for name, parts in tables.items():
             parts.append(getattr(cell, name).assign(**columns))
     frames = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
-    facts = pd.DataFrame(facts_of(model))
+    facts = pd.DataFrame(facts_of(model), columns=FACTS)
     return Results(**frames, facts=facts, finished=len(cells), planned=len(cells))

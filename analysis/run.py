@@ -27,11 +27,12 @@ from analysis.perturb import (
     Perturbation,
     RandomRouting,
 )
-from analysis.results import Results, facts_of, from_cells, key_columns
+from analysis.results import FACTS, Results, facts_of, from_cells, key_columns
+from analysis.stats.pairs import CHECKPOINT
 from analysis.store import Store, cell_key
 from analysis.study import ModelSpec, Study, study_dict
-from cartmoe.checkpoint import checkpoint_sha256, load, newest
-from cartmoe.data import Sequences, prepare, sequences
+from cartmoe.checkpoint import checkpoint_sha256, load, newest, read_config, read_tokenizer
+from cartmoe.data import Corpus, Sequences, prepare, sequences
 from cartmoe.files import write_atomically
 from cartmoe.train import train
 
@@ -65,9 +66,9 @@ def run(study: Study, out: str | Path, progress: bool = True) -> Results:
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     say = (lambda text: tqdm.write(text)) if progress else (lambda text: None)
-    checkpoints = [_ready(spec, out, i, len(study.models), say, progress)
-                   for i, spec in enumerate(study.models, 1)]  # fmt: skip
+    # What can fail at once comes before training, which may take hours.
     corpus = prepare(study.data.corpus, study.data.tokenizer)
+    _check_given(study, corpus)
     limits = dict(length=study.data.length, max_tokens_per_document=study.data.max_tokens)
     docs = sequences(corpus, split=study.data.split, limit=study.data.documents, **limits)
     slice_ = sequences(corpus, split="train", limit=study.measure.calibration, **limits)
@@ -75,6 +76,10 @@ def run(study: Study, out: str | Path, progress: bool = True) -> Results:
     shards = [docs[i : i + size] for i in range(0, len(docs), size)]
     plan = _Plan(study, shards, slice_)
     with Store(out / "results.sqlite") as store:
+        checkpoints = [
+            _ready(spec, out, i, len(study.models), say, progress)
+            for i, spec in enumerate(study.models, 1)
+        ]
         work = [plan.of(checkpoint) for checkpoint in checkpoints]
         finished = store.keys()
         _write_plan(out, study, work)
@@ -84,8 +89,28 @@ def run(study: Study, out: str | Path, progress: bool = True) -> Results:
         with tqdm(total=missing, unit="cell", disable=not (progress and missing)) as bar:
             for w in work:
                 bar.set_description(w.checkpoint.spec.name)
-                w.measure(study, shards, slice_, store, finished, bar.update)
+                # Asked for anew: two models may be one, and another process may measure too.
+                w.measure(study, shards, slice_, store, store.keys(), bar.update)
     return read(out)
+
+
+def _check_given(study: Study, corpus: Corpus) -> None:
+    """Raise for a checkpoint of the study that is damaged or cannot read the study's tokens."""
+    for spec in study.models:
+        if not spec.path:
+            continue
+        path = newest(spec.path)
+        tokenizer, size = read_tokenizer(path), read_config(path).vocab_size
+        if tokenizer and tokenizer.identity != corpus.tokenizer.identity:
+            raise ValueError(
+                f"model {spec.name!r} reads tokens of {tokenizer.name!r}; those of the study are "
+                f"of {study.data.tokenizer!r} (data.tokenizer)"
+            )
+        if size < corpus.vocab_size:
+            raise ValueError(
+                f"model {spec.name!r} has a vocabulary of {size}; data.tokenizer "
+                f"{study.data.tokenizer!r} needs {corpus.vocab_size}"
+            )
 
 
 def _ready(spec: ModelSpec, out: Path, number: int, of: int, say, progress: bool) -> _Checkpoint:
@@ -188,13 +213,13 @@ def _write_plan(out: Path, study: Study, work: Sequence[_Work]) -> None:
         "study": study_dict(study),
         "manifest": manifest(),
         "facts": [row for w in work for row in w.facts],
-        "cells": {
-            key: key_columns(
-                w.checkpoint.spec.name, w.family, w.checkpoint.spec.train_seed, condition
-            )
+        # A list: one checkpoint under two names has the same cells twice.
+        "cells": [
+            {"key": key, "shard": shard}
+            | key_columns(w.checkpoint.spec.name, w.family, w.checkpoint.spec.train_seed, condition)
             for w in work
-            for key, (_, condition, _) in w.cells.items()
-        },
+            for key, (shard, condition, _) in w.cells.items()
+        ],
     }
     write_atomically(out / "plan.json", json.dumps(plan, indent=1))
 
@@ -208,27 +233,51 @@ def plan_path(out: Path) -> Path:
 
 
 def read(out: str | Path) -> Results:
-    """The results in a study's directory, finished or not.
+    """The results in a study's directory, finished or not; of an unfinished one those that can be
+    paired.
 
     Raises `FileNotFoundError` if there is no study, `ValueError` if nothing is measured yet.
     """
     out = Path(out)
-    plan = json.loads(plan_path(out).read_text())
-    cells = plan["cells"]
-    columns = pd.DataFrame.from_dict(cells, orient="index").rename_axis("key").reset_index()
+    path = plan_path(out)
+    try:
+        plan = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); run the study again") from error
+    cells = pd.DataFrame(plan["cells"])
     with Store(out / "results.sqlite") as store:
-        finished = store.keys() & set(cells)
-        if not finished:
+        finished = cells[cells.key.isin(store.keys())]
+        parts = [_paired(part) for _, part in finished.groupby(CHECKPOINT, sort=False)]
+        if not sum(map(len, parts)):
             raise ValueError(
-                f"{out}: 0 of {len(cells)} cells are measured; there is nothing to read"
+                f"{out}: {len(finished)} of {len(cells)} cells are measured, and no clean run; "
+                "there is nothing to read"
             )
+        columns = pd.concat(parts).drop(columns="shard")
         tables = {
-            name: columns.merge(store.read(name, cells), on="key", sort=False).drop(columns="key")
+            name: columns.merge(store.read(name, columns.key), on="key").drop(columns="key")
             for name in ("losses", "routing")
         }
     return Results(
-        **tables, facts=pd.DataFrame(plan["facts"]), finished=len(finished), planned=len(cells)
+        **tables,
+        facts=pd.DataFrame(plan["facts"], columns=FACTS),
+        finished=len(finished),
+        planned=len(cells),
     )
+
+
+def _paired(cells: pd.DataFrame) -> pd.DataFrame:
+    """Of one model's finished cells a largest product of shards and conditions, the clean run
+    among them: a condition is compared with the clean run on the same documents."""
+    shards = cells.groupby("condition").shard.agg(frozenset)
+    clean = shards.get("clean", frozenset())
+
+    def measured_on(wanted: frozenset[int]) -> list[str]:
+        return [condition for condition, have in shards.items() if wanted <= have]
+
+    candidates = [have for have in shards if have <= clean]
+    best = max(candidates, key=lambda s: (len(s) * len(measured_on(s)), len(s)), default=clean)
+    return cells[cells.shard.isin(best) & cells.condition.isin(measured_on(best))]
 
 
 def sweep(

@@ -45,12 +45,17 @@ class Store:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(self.path, timeout=120, isolation_level=None)
+        try:
+            self._db = sqlite3.connect(self.path, timeout=120, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise ValueError(f"{self.path} is not a result store: {error}") from error
         try:
             self._open()
-        except sqlite3.DatabaseError as error:
+        except BaseException as error:
             self._db.close()
-            raise ValueError(f"{self.path} is not a result store: {error}") from error
+            if isinstance(error, sqlite3.DatabaseError):
+                raise ValueError(f"{self.path} is not a result store: {error}") from error
+            raise
 
     def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode=WAL")
@@ -114,7 +119,8 @@ class Store:
                 self._insert(cursor, "routing", ROUTING, number, cell.routing)
             cursor.execute("COMMIT")
         except BaseException:
-            cursor.execute("ROLLBACK")
+            if self._db.in_transaction:  # SQLite has rolled back itself where the disk was full
+                cursor.execute("ROLLBACK")
             raise
         return added
 

@@ -18,26 +18,33 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from analysis.conditions import Condition
 from analysis.perturb import PERTURBATIONS, perturbation_from_dict
-from cartmoe.config import FAMILIES, ModelConfig, check_choice, check_least
+from cartmoe.config import FAMILIES, PRESETS, ModelConfig, check_choice, check_whole
 from cartmoe.train import TrainConfig
 
 PRECISIONS = ("fp32", "bf16")
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise `ValueError` naming the parameter and the value unless it is a string with text."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} is {value!r}; it must be a text")
 
 
 @dataclass(frozen=True)
 class Data:
     """Documents to measure on.
 
-    documents    how many; None: all of the split
+    documents    how many at most; None: all of the split
     max_tokens   at most so many tokens of each document; None: all
     shard        sequences in a unit of work
     """
@@ -51,11 +58,14 @@ class Data:
     shard: int = 64
 
     def __post_init__(self) -> None:
+        for name in ("corpus", "tokenizer"):
+            check_text(name, getattr(self, name))
         check_choice("split", self.split, ("train", "validation"))
-        check_least("length", self.length, 2)
-        check_least("shard", self.shard, 1)
-        if self.documents is not None:
-            check_least("documents", self.documents, 2)
+        check_whole("length", self.length, 2)
+        check_whole("shard", self.shard, 1)
+        for name, least in (("documents", 2), ("max_tokens", 1)):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -70,8 +80,8 @@ class Measure:
     calibration: int = 16
 
     def __post_init__(self) -> None:
-        check_least("batch_size", self.batch_size, 1)
-        check_least("calibration", self.calibration, 1)
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("calibration", self.calibration, 1)
         check_choice("precision", self.precision, PRECISIONS)
 
 
@@ -84,6 +94,10 @@ class ModelSpec:
     path: str | None = None
     config: ModelConfig | None = None
     train: TrainConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_text("name", self.name)
+        check_whole("train_seed", self.train_seed, 0)
 
 
 @dataclass(frozen=True)
@@ -114,20 +128,22 @@ class Study:
         cls, table: Mapping[str, Any], source: str = "study", default_name="study"
     ) -> Study:
         """The same from a parsed table; `source` is what errors name."""
-        reader = _Reader(source)
+        reader = _Reader()
         reader.known("", table, ("name", "data", "measure", "train", "models", "conditions"))
-        data = reader.build("data", Data, table.get("data", {}))
-        measure = reader.build("measure", Measure, table.get("measure", {}))
-        models = [*reader.trained(table.get("train"), data), *reader.given(table.get("models", []))]
-        conditions = list(reader.conditions(table.get("conditions", [])))
+        name = table.get("name", default_name)
+        reader.attempt("", check_text, "name", name)
+        data = reader.build("data", Data, table) or Data()
+        measure = reader.build("measure", Measure, table) or Measure()
+        models = [*reader.trained(table, data), *reader.given(table)]
+        conditions = list(reader.conditions(table))
         names = [(m.name, m.train_seed) for m in models]
-        for name in sorted({n for n in names if names.count(n) > 1}):
-            reader.mistakes.append(f"models: {name[0]!r} with seed {name[1]} stands twice")
+        for twice, seed in sorted({n for n in names if names.count(n) > 1}):
+            reader.mistakes.append(f"models: {twice!r} with seed {seed} stands twice")
         if not models and not reader.mistakes:
             reader.mistakes.append("no models: give [train] with families, or [[models]] with path")
         if reader.mistakes:
-            raise ValueError("\n".join(f"{source}: {m}" for m in reader.mistakes))
-        name = str(table.get("name", default_name))
+            # A mistake may be met once for each member of a grid.
+            raise ValueError("\n".join(f"{source}: {m}" for m in dict.fromkeys(reader.mistakes)))
         unique = tuple(dict.fromkeys(conditions))
         return cls(name, data, measure, tuple(models), unique, dict(table))
 
@@ -135,8 +151,7 @@ class Study:
 class _Reader:
     """Reads the tables of a study, and goes on after a mistake so that all are reported at once."""
 
-    def __init__(self, source: str):
-        self.source = source
+    def __init__(self):
         self.mistakes: list[str] = []
 
     def known(self, where: str, table: Mapping, keys: Iterable[str]) -> None:
@@ -150,59 +165,97 @@ class _Reader:
         try:
             return make(*args, **kwargs)
         except (ValueError, TypeError) as error:
-            self.mistakes.append(f"{where}: {error}")
+            # What a TypeError says names no parameter.
+            given = f" ({kwargs})" if isinstance(error, TypeError) else ""
+            self.mistakes.append(f"{where}: {error}{given}".removeprefix(": "))
 
-    def build(self, where: str, cls, table: Mapping):
+    def table(self, where: str, value: Any) -> Mapping:
+        """The value if it is a table; else an empty one."""
+        if isinstance(value, Mapping):
+            return value
+        self.mistakes.append(f"{where}: it is {value!r}; write a table, [{where}]")
+        return {}
+
+    def tables(self, name: str, value: Any) -> Iterable[tuple[str, Mapping]]:
+        """(where, table) for each of an array of tables."""
+        if isinstance(value, list) and all(isinstance(table, Mapping) for table in value):
+            return [(f"{name}[{i}]", table) for i, table in enumerate(value)]
+        self.mistakes.append(f"{name}: it is {value!r}; write tables, [[{name}]]")
+        return []
+
+    def items(self, where: str, value: Any) -> list[Any]:
+        """The items of a list, or the value as the only one."""
+        if value == []:
+            self.mistakes.append(f"{where}: the list is empty")
+        return value if isinstance(value, list) else [value]
+
+    def choices(self, where: str, name: str, value: Any, choices: Iterable[str]) -> list[str]:
+        """Those items that are choices."""
+        items, choices = self.items(where, value), list(choices)
+        for item in items:
+            self.attempt(where, check_choice, name, item, choices)
+        return [item for item in items if item in choices]
+
+    def build(self, name: str, cls, study: Mapping):
+        table = self.table(name, study.get(name, {}))
         names = [f.name for f in fields(cls)]
-        self.known(f"{where}.", table, names)
-        return self.attempt(where, cls, **{k: v for k, v in table.items() if k in names})
+        self.known(f"{name}.", table, names)
+        return self.attempt(name, cls, **{k: v for k, v in table.items() if k in names})
 
-    def trained(self, table: Mapping | None, data: Data | None) -> Iterable[ModelSpec]:
+    def trained(self, study: Mapping, data: Data) -> Iterable[ModelSpec]:
         """families x seeds of [train]; corpus, tokenizer and length come from [data]."""
-        if table is None or data is None:
+        if "train" not in study:
             return
-        table = dict(table)
-        preset = table.pop("preset", "nano")
+        table = dict(self.table("train", study["train"]))
+        presets = self.choices("train.preset", "preset", table.pop("preset", "nano"), PRESETS)
         families = table.pop("families", list(FAMILIES))
-        seeds = table.pop("seeds", [0])
-        options = table.pop("model", {})
+        families = self.choices("train.families", "family", families, FAMILIES)
+        seeds = self.items("train.seeds", table.pop("seeds", [0]))
+        for seed in seeds:
+            self.attempt("train.seeds", check_whole, "seed", seed, 0)
+        options = self.table("train.model", table.pop("model", {}))
         allowed = {f.name for f in fields(TrainConfig)} - {"corpus", "tokenizer", "length", "seed"}
         self.known("train.", table, allowed | {"preset", "families", "seeds", "model"})
-        for family, seed in itertools.product(families, seeds):
-            where = f"train.families={family}"
-            config = self.attempt(where, ModelConfig.preset, preset, family, **options)
-            chosen = {k: v for k, v in table.items() if k in allowed}
-            shared = dict(corpus=data.corpus, tokenizer=data.tokenizer, length=data.length)
-            train = self.attempt("train", TrainConfig, seed=seed, **chosen, **shared)
+        chosen = {k: v for k, v in table.items() if k in allowed}
+        chosen |= dict(corpus=data.corpus, tokenizer=data.tokenizer, length=data.length)
+        train = self.attempt("train", TrainConfig, **chosen)
+        for preset, family in itertools.product(presets[:1], families):
+            build = functools.partial(ModelConfig.preset, preset, family)
+            config = self.attempt("train.model", build, **options)
             if config and train:
-                yield ModelSpec(family, seed, config=config, train=train)
+                # Seeds that are none are mistakes already.
+                for seed in (seed for seed in seeds if type(seed) is int and seed >= 0):
+                    yield ModelSpec(family, seed, None, config, replace(train, seed=seed))
 
-    def given(self, tables: list[Mapping]) -> Iterable[ModelSpec]:
+    def given(self, study: Mapping) -> Iterable[ModelSpec]:
         """[[models]] with path and, to tell them apart, name and train_seed."""
-        for i, table in enumerate(tables):
-            where = f"models[{i}]."
-            self.known(where, table, ("path", "name", "train_seed"))
-            path = Path(str(table.get("path", "")))
-            if not table.get("path") or not path.is_dir():
-                self.mistakes.append(
-                    f"{where}path: {str(path)!r} is no checkpoint or run directory"
-                )
+        for where, table in self.tables("models", study.get("models", [])):
+            self.known(f"{where}.", table, ("path", "name", "train_seed"))
+            text = table.get("path", "")
+            path = Path(text if isinstance(text, str) else "").expanduser()
+            if not text or not path.is_dir():
+                self.mistakes.append(f"{where}.path: {text!r} is no checkpoint or run directory")
                 continue
-            yield ModelSpec(table.get("name", path.name), table.get("train_seed", 0), str(path))
+            name, seed = table.get("name", path.resolve().name), table.get("train_seed", 0)
+            spec = self.attempt(where, ModelSpec, name, seed, str(path))
+            if spec:
+                yield spec
 
-    def conditions(self, tables: list[Mapping]) -> Iterable[Condition]:
+    def conditions(self, study: Mapping) -> Iterable[Condition]:
         """The product over all values that are lists."""
         shape = {f.name for f in fields(Condition)} - {"perturbation"}
-        for i, table in enumerate(tables):
-            where = f"conditions[{i}]"
-            names = _as_list(table.get("perturbation"))
-            for name in names:
-                self.attempt(f"{where}.perturbation", check_choice, "it", name, PERTURBATIONS)
-            known = [PERTURBATIONS[name] for name in names if name in PERTURBATIONS]
+        for where, table in self.tables("conditions", study.get("conditions", [])):
+            asked = table.get("perturbation")
+            names = self.choices(f"{where}.perturbation", "perturbation", asked, PERTURBATIONS)
+            known = [PERTURBATIONS[name] for name in names]
             parameters = {f.name for cls in known for f in fields(cls)}
-            if len(known) == len(names):
+            if len(known) == len(asked if isinstance(asked, list) else [asked]):
                 self.known(f"{where}.", table, shape | parameters | {"perturbation"})
-            values = {k: _as_list(v) for k, v in table.items() if k in shape | parameters}
+            values = {
+                k: self.items(f"{where}.{k}", v)
+                for k, v in table.items()
+                if k in shape | parameters
+            }
             for cls, combination in itertools.product(known, itertools.product(*values.values())):
                 one = dict(zip(values, combination, strict=True))
                 own = {k: v for k, v in one.items() if k in parameters}
@@ -211,10 +264,6 @@ class _Reader:
                 condition = p and self.attempt(where, Condition, p, **rest)
                 if condition:
                     yield condition
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def study_dict(study: Study) -> dict[str, Any]:
