@@ -7,6 +7,7 @@ results = an.sweep(model, docs, [an.DropTop(m) for m in range(1, 5)])
 an.plots.damage_curve(results, "DropTop")
 """
 
+import cartmoe  # noqa: F401  first: it says how threads wait, before torch loads
 from analysis import plots, stats
 from analysis.conditions import Condition, Where
 from analysis.intervene import calibrate, perturbed
