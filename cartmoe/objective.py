@@ -5,8 +5,9 @@ Shapes: B sequences of a micro-batch, L tokens, E experts, S router sites of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cartmoe.distributed import Ranks
+from cartmoe.hooks import router_sites
 from cartmoe.model import LanguageModel
 from cartmoe.precision import DTYPES
 from cartmoe.recipe import TrainConfig
-from cartmoe.routing import balance_loss, expert_counts, z_loss
+from cartmoe.routing import Routing, balance_loss, expert_counts, z_loss
 
 
 class Objective(nn.Module):
@@ -43,7 +45,7 @@ class Objective(nn.Module):
         if not routings:
             return nll, torch.stack([nll.detach(), *nll.new_zeros(2)]), nll.new_zeros(0, 1)
         if counts_SE is None:
-            counts_SE = self.group.sum(torch.stack([expert_counts(r) for r in routings]))
+            counts_SE = self._count(routings)
         balance, z = nll.new_zeros(2)
         # Without a coefficient they are only recorded.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.balance > 0):
@@ -54,6 +56,14 @@ class Objective(nn.Module):
                 z = z + z_loss(routing.logits_TE)
         loss = nll + self.balance * balance + self.z_loss * z
         return loss, torch.stack([nll, balance, z]).detach(), counts_SE
+
+    @torch.no_grad()
+    def count(self, tokens_BL: Tensor) -> Tensor:
+        """The (S, E) counts of (B, L + 1) tokens in all processes, and nothing else."""
+        return self._count(self.model.trunk(tokens_BL[:, :-1])[1])
+
+    def _count(self, routings: Sequence[Routing]) -> Tensor:
+        return self.group.sum(torch.stack([expert_counts(r) for r in routings]))
 
 
 def num_parts(config: TrainConfig, group: Ranks) -> int:
@@ -77,6 +87,7 @@ class Gradient:
 
     def __init__(self, model: LanguageModel, config: TrainConfig, group: Ranks):
         self.config, self.group, self.num_parts = config, group, num_parts(config, group)
+        self.routed = bool(router_sites(model))
         self.objective = Objective(model, config.balance, config.z_loss, group)
         if config.compile:
             self.objective.compile()
@@ -94,30 +105,32 @@ class Gradient:
         parts = tokens_BL.chunk(self.num_parts)
         own = range(self.group.rank, self.num_parts, self.group.size)
         counts = None
-        if len(own) > 1 and self.config.balance:
-            with torch.no_grad():
-                counts = sum(self._forward(self.objective, parts[i], step, i)[2] for i in own)
+        if len(own) > 1 and self.config.balance and self.routed:
+            counts = sum(self._run(self.objective.count, parts[i], step, i) for i in own)
         losses, counted = [], []
         for i in own:
             last = i == own[-1]
             wait = nullcontext() if last or self.group.size == 1 else self.wrapped.no_sync()
             with wait:
-                loss, of_part, counts_of_part = self._forward(
-                    self.wrapped, parts[i], step, i, counts
-                )
+                loss, of_part, counts_of_part = self._run(self.wrapped, parts[i], step, i, counts)
                 (loss / len(own)).backward()
             losses.append(of_part)
             counted.append(counts_of_part)
         mean = self.group.sum(torch.stack(losses).sum(0)) / self.num_parts
         return mean, sum(counted) if counts is None else counts
 
-    def _forward(
-        self, module: nn.Module, tokens_BL: Tensor, step: int, part: int, *counts: Tensor | None
-    ) -> Sequence[Tensor]:
+    def _run(
+        self,
+        run: Callable[..., Any],
+        tokens_BL: Tensor,
+        step: int,
+        part: int,
+        *counts: Tensor | None,
+    ) -> Any:
         # For router_noise: the same whether the run was resumed, and in the pass that counts.
         seed = np.random.SeedSequence([self.config.seed, step, part]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
         device = self.group.device
         on = self.config.precision == "bf16"
         with torch.autocast(torch.device(device).type, DTYPES["bf16"], enabled=on):
-            return module(tokens_BL.to(device), *counts)
+            return run(tokens_BL.to(device), *counts)

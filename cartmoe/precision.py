@@ -10,21 +10,22 @@ import torch
 from cartmoe.config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MAX_ROWS = 2048  # of a probed product: a CPU without bf16 instructions can be 40 times slower in it
+# Limits of a probed product: a CPU without bf16 instructions can be 40 times slower in bf16.
+MAX_ROWS, MIN_ROWS, MAX_WORK = 2048, 64, 2**29  # work: multiplications
 CASTS = 1.25  # bf16 must win by this factor, since weights and activations are cast at every step
 
 
 def probe_precision(config: ModelConfig, num_tokens: int, device: str) -> dict[str, Any]:
-    """Time the model's matrix products in both precisions; a fraction of a second.
+    """Time the model's matrix products in both precisions; about a second.
 
     num_tokens   of one forward
 
     Returns {"precision": "fp32" or "bf16", "milliseconds": {"fp32": ..., "bf16": ...}}. The answer
     may differ from one time to the next, so a run keeps its first.
     """
-    D, F = config.d_model, config.ffn_width
-    rows = min(num_tokens, MAX_ROWS)
-    products = [(rows, D, 3 * D), (rows, D, 2 * F), (rows, F, D), (rows, D, config.vocab_size)]
+    D, F, V = config.d_model, config.ffn_width, config.vocab_size
+    rows = min(num_tokens, MAX_ROWS, max(MIN_ROWS, MAX_WORK // (D * max(2 * F, V))))
+    products = [(rows, D, 3 * D), (rows, D, 2 * F), (rows, F, D), (rows, D, V)]
     if any(config.is_moe(layer) for layer in range(config.num_layers)):
         rows_of_expert = max(1, rows * max(config.top_k) // config.num_experts)
         width = config.expert_width
