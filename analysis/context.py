@@ -31,10 +31,9 @@ class SiteStats(NamedTuple):
 
 
 def after_score(stats: SiteStats, router: Router) -> SiteStats:
-    """The same of l = log score(z): what a perturbation at point "scores" works on."""
-    log_RE = router.score(stats.reservoir_RE).log()
-    std = log_RE[log_RE.isfinite()].double().std().item()
-    return stats._replace(reservoir_RE=log_RE, std=std)
+    """With rows of l = log score(z), what a perturbation at point "scores" works on; the std stays
+    that of z, so that noise has the same dose at both points."""
+    return stats._replace(reservoir_RE=router.score(stats.reservoir_RE).log())
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ class RandomRouting(Perturbation):
             return logits_TE
         E = logits_TE.shape[-1]
         if self.draw == "permute":
-            order_TE = ctx.noise.uniform(E, "permute").argsort(-1, stable=True)
+            order_TE = ctx.noise.uniform(E, "permute").argsort(dim=-1, stable=True)
             other_TE = logits_TE.gather(-1, order_TE)
         else:
             reservoir_RE = ctx.need_stats(self).reservoir_RE
