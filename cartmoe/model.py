@@ -26,14 +26,15 @@ class Step(NamedTuple):
     routers: tuple[Router, ...] = ()
 
 
-def rotate(x_BHLd: Tensor, base: float) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), channel i paired with i + d/2 as in LLaMA."""
-    length, width = x_BHLd.shape[-2:]
-    device = x_BHLd.device
+def rotate(x_Ld: Tensor, base: float) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of (..., L, d), channel i paired with i + d/2
+    as in LLaMA."""
+    length, width = x_Ld.shape[-2:]
+    device = x_Ld.device
     frequency = base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
     angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
-    cos, sin = angle.cos().to(x_BHLd.dtype), angle.sin().to(x_BHLd.dtype)
-    a, b = x_BHLd.chunk(2, -1)
+    cos, sin = angle.cos().to(x_Ld.dtype), angle.sin().to(x_Ld.dtype)
+    a, b = x_Ld.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
@@ -51,8 +52,8 @@ class Attention(nn.Module):
         """(B, L, D)."""
         B, L, D = x_BLD.shape
         heads = self.qkv(x_BLD).view(B, L, 3, self.num_heads, D // self.num_heads)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, self.rope_base), rotate(k, self.rope_base)
+        heads = heads.permute(2, 0, 3, 1, 4)
+        (q, k), v = rotate(heads[:2], self.rope_base), heads[2]
         y_BHLd = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y_BHLd.transpose(1, 2).reshape(B, L, D))
 
