@@ -53,7 +53,8 @@ class Attention(nn.Module):
         B, L, D = x_BLD.shape
         heads = self.qkv(x_BLD).view(B, L, 3, self.num_heads, D // self.num_heads)
         heads = heads.permute(2, 0, 3, 1, 4)
-        (q, k), v = rotate(heads[:2], self.rope_base), heads[2]
+        q, k = rotate(heads[:2], self.rope_base)
+        v = heads[2].contiguous()  # as q and k are: the kernel is slow on a mixture
         y_BHLd = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y_BHLd.transpose(1, 2).reshape(B, L, D))
 
