@@ -46,7 +46,7 @@ def run(
         from analysis.study import Study
 
         run_study(Study.read(study), out, progress)
-        _print(report.summarize(out), report.plot(out))
+        _print(report.summarize(out), report.plot(out, progress))
         typer.echo(f"\n{time.monotonic() - start:.0f} s in all. Everything is in {out}")
 
 
@@ -65,7 +65,7 @@ def plot(out: Path = typer.Argument(help="The --out of a study, finished or not.
     with _one_line_errors():
         from analysis import report
 
-        _print("", report.plot(out))
+        _print("", report.plot(out, progress=True))
 
 
 def _print(text: str, figures: list[Path]) -> None:

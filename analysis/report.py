@@ -9,8 +9,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from tqdm import tqdm
 
 from analysis import plots, stats
+from analysis.perturb import PERTURBATIONS
 from analysis.results import Results
 from analysis.run import plan_path, read
 from analysis.store import Store
@@ -59,7 +61,7 @@ def summarize(out: Path) -> str:
     return text.read_text()
 
 
-def plot(out: Path) -> list[Path]:
+def plot(out: Path, progress: bool = False) -> list[Path]:
     """Draw every figure that the study has the conditions for: PNG and PDF in figures/."""
     folder, made_from = out / "figures", _fingerprint(out)
     files = _made(folder, made_from)
@@ -68,12 +70,12 @@ def plot(out: Path) -> list[Path]:
         folder.mkdir(exist_ok=True)
         labels = results.damage().label if results.has_conditions else pd.Series([], dtype=str)
         files = []
-        for name, (needs, picture) in FIGURES.items():
-            if labels.str.fullmatch(needs).any():
-                with plots.paper_style():
-                    axes = picture(results)
-                    files += plots.save(axes, folder / name)
-                    plt.close(axes.figure)
+        drawable = [n for n, (needs, _) in FIGURES.items() if labels.str.fullmatch(needs).any()]
+        for name in tqdm(drawable, desc="drawing", unit="figure", disable=not progress):
+            with plots.paper_style():
+                axes = FIGURES[name][1](results)
+                files += plots.save(axes, folder / name)
+                plt.close(axes.figure)
         _note(folder, made_from, [file.name for file in files])
     return files
 
@@ -119,6 +121,7 @@ def _describe(results: Results) -> str:
         parts.append("Routing robustness (form of arXiv 2410.16077, Table 4)")
         parts.append(stats.format_robustness(results.table()))
         parts.append(_positive_control(results))
+        parts += _without_effect(results)
     return "\n\n".join(parts) + "\n"
 
 
@@ -134,3 +137,18 @@ def _positive_control(results: Results) -> str:
         for r in failed.itertuples()
     )
     return f"Positive control FAILED: random routing is not shown to hurt {names}"
+
+
+def _without_effect(results: Results) -> list[str]:
+    """Conditions that did not change what they are there to change: they failed, and say nothing
+    of robustness."""
+    damage = results.damage()
+    dose = {"selection": "flips", "weights": "mass_moved"}
+    failed = [
+        f"{row['model']} (seed {row['train_seed']}): {row['label']} has {dose[expects]} of 0"
+        for row in damage.to_dict("records")
+        if (expects := PERTURBATIONS[row["perturbation"].split("(")[0]].expects) in dose
+        and row[dose[expects]] == 0
+        and row["strength"] != 0
+    ]
+    return [f"FAILED, changed nothing: {'; '.join(failed)}"] if failed else []
