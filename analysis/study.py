@@ -232,8 +232,8 @@ class _Reader:
         for where, table in self.tables("models", study.get("models", [])):
             self.known(f"{where}.", table, ("path", "name", "train_seed"))
             text = table.get("path", "")
-            path = Path(text if isinstance(text, str) else "").expanduser()
-            if not text or not path.is_dir():
+            path = Path(str(text)).expanduser()
+            if not text or not isinstance(text, str) or not path.is_dir():
                 self.mistakes.append(f"{where}.path: {text!r} is no checkpoint or run directory")
                 continue
             name, seed = table.get("name", path.resolve().name), table.get("train_seed", 0)
