@@ -1,75 +1,95 @@
-"""Folders with a manifest: written whole or not at all, and checked byte by byte when read."""
+"""Folders with a manifest: written whole or not at all, and checked byte by byte when read.
+
+manifest.json   {"format": 1, "key": what decides the content, "files": {name: size and SHA-256}};
+                a folder that is not of a cache has no key
+"""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
-import shutil
-import uuid
+import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from cartmoe.files import sync_directory
+from cartmoe.files import remove_leftovers, sync, temporary
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder with the files that `fill(path)` writes, and size and SHA-256 of each.
+def write_folder(folder: Path, fill: Callable[[Path], None], key: Any = None) -> None:
+    """Make the folder with the files that `fill(path)` writes, and its manifest.
 
-    They are written beside it, synced, and renamed: a crash leaves nothing under its name. What
-    killed writers of the same folder left is removed. Raises `FileExistsError` if there is one.
+    A crash leaves nothing under its name. Raises `FileExistsError` if there is one.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; nothing is overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder.parent, folder.name)
-    temporary = _aside(folder)
-    temporary.mkdir()
-    try:
-        fill(temporary)
+    with temporary(folder) as new:
+        new.mkdir()
+        fill(new)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(temporary.iterdir())
+            for path in sorted(new.iterdir())
         }
         # Without a newline at the end, so that it is no JSON once any byte is cut off.
-        manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
-        (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
-        for path in temporary.iterdir():
+        manifest = json.dumps(_head(key) | {"files": files}, indent=1)
+        (new / MANIFEST).write_text(manifest, encoding="utf-8")
+        for path in new.iterdir():
             path.chmod(0o644)
-            _sync(path)
-        sync_directory(temporary)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_directory(folder.parent)
+            sync(path)
+        sync(new)
+        new.rename(folder)
+    sync(folder.parent)
+
+
+def cached_folder(cache: Path, name: str, key: Any, fill: Callable[[Path], None]) -> Path:
+    """The folder of `cache` that `fill(path)` makes, found or made now.
+
+    key   plain JSON of everything that decides the content; name is for people
+
+    A folder that differs from its manifest is made anew, with a warning. Processes that make the
+    same folder at once all succeed; the first to finish stays.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(cache)
+    digest = hashlib.sha256(json.dumps(_head(key)).encode()).hexdigest()
+    folder = cache / f"{name}-{digest[:16]}"
+    if folder.exists():
+        problem = damage(folder, key=key)
+        if problem is None:
+            return folder
+        warnings.warn(f"{folder} is damaged ({problem}); it is made anew", stacklevel=3)
+        with suppress(FileNotFoundError):  # another process was faster
+            remove_folder(folder)
+    try:
+        write_folder(folder, fill, key)
+    except OSError:
+        if not folder.exists():
+            raise
+        # Another process was faster, and what it made is the same.
+    return folder
 
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder so that a crash never leaves half of it under its name."""
-    aside = _aside(folder)
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    with temporary(folder) as aside:
+        folder.rename(aside)
 
 
-def remove_leftovers(parent: Path, name: str = "*") -> None:
-    """Remove what killed writers of parent/name left; "*" stands for any name."""
-    name = name if name == "*" else glob.escape(name)
-    for path in parent.glob(f".{name}.partial-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
+def damage(folder: Path, names: Iterable[str] | None = None, key: Any = None) -> str | None:
     """What is wrong with the folder, naming the file; None where every byte is as it was written.
 
     names   files to check, default: all that the manifest has
     """
     try:
-        files = read_manifest(folder)
+        manifest = _read(folder)
+        files = manifest.pop("files")
+        if manifest != _head(key):
+            return f"{MANIFEST} is of something else, or in another format"
         for name in files if names is None else names:
             path, expected = folder / name, files[name]
             size = path.stat().st_size
@@ -85,22 +105,19 @@ def damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:
-    """{file: {"bytes": ..., "sha256": ...}}; raises what reading and parsing raise."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{folder / MANIFEST} has format {manifest['format']!r}, not {FORMAT}")
-    return manifest["files"]
+    """{file: {"bytes": ..., "sha256": ...}} of a folder in which `damage` found nothing."""
+    return _read(folder)["files"]
 
 
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex}")
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _head(key: Any) -> dict[str, Any]:
+    """What a manifest says besides the files."""
+    return {"format": FORMAT} | ({} if key is None else {"key": key})
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cartmoe.checkpoint import CHECKPOINTS, newest, run_checkpoints, step_of
-from cartmoe.files import write_atomically
-from cartmoe.folders import remove_folder, remove_leftovers
+from cartmoe.files import remove_leftovers, write_atomically
+from cartmoe.folders import remove_folder
 
 RUN = "run.json"
 
@@ -40,7 +40,7 @@ def locked(out: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        remove_leftovers(out / CHECKPOINTS)
+        remove_leftovers(out / CHECKPOINTS, locked=True)
         yield
 
 

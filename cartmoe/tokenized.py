@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from cartmoe.cache import cached_folder, read_manifest
 from cartmoe.config import check_choice
 from cartmoe.corpora import Document, Source, open_source
 from cartmoe.duplicates import drop_near_duplicates
+from cartmoe.folders import cached_folder, read_manifest
 from cartmoe.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, tokenizer_key
 
 FORMAT = 1  # raise it when a cached corpus' files change, or what a reader makes of a corpus
@@ -117,7 +117,7 @@ def _open(folder: Path, name: str, tokenizer_name: str) -> Corpus:
     # A document may be called "NA".
     documents = pd.read_csv(folder / "documents.csv", dtype=text, keep_default_na=False)
     tokens = np.memmap(folder / "tokens.bin", _dtype(tokenizer), mode="r")
-    files = read_manifest(folder)["files"]
+    files = read_manifest(folder)
     parts = [tokenizer.identity, *(files[f]["sha256"] for f in ("tokens.bin", "documents.csv"))]
     sha256 = hashlib.sha256("".join(parts).encode()).hexdigest()
     return Corpus(name, tokens, documents, tokenizer, sha256)

@@ -24,6 +24,7 @@ from cartmoe.checkpoint import (
     run_checkpoints,
     step_folder,
 )
+from cartmoe.files import temporary
 from cartmoe.hooks import router_sites
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -205,30 +206,34 @@ def test_leftovers_of_killed_writers_are_removed(tiny_model, tmp_path):
     (tmp_path / ".a.partial-0").mkdir()
     (tmp_path / ".a.partial-0" / "model.safetensors").write_bytes(b"begun")
     (tmp_path / ".b.partial-0").mkdir()  # somebody else's
-    save(tiny_model(), tmp_path / "a")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.partial-0", "a"]
+    with temporary(tmp_path / "a") as alive:  # a writer that is not dead
+        alive.mkdir()
+        save(tiny_model(), tmp_path / "a")
+        names = [".b.partial-0", "a", alive.name]
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 def test_the_folder_appears_last(tiny_model, tmp_path, monkeypatch):
     """By its rename, when all files and the folder that holds them are on the disk."""
     synced = []
-    monkeypatch.setattr(folders, "_sync", lambda path: synced.append(path.name))
-    monkeypatch.setattr(folders, "sync_directory", lambda path: synced.append(path.exists()))
+    monkeypatch.setattr(folders, "sync", synced.append)
     rename = Path.rename
 
     def renamed(self, target):
-        assert sorted(name for name in synced if name is not True) == [
+        *files, folder = synced
+        assert sorted(path.name for path in files) == [
             "config.json",
             "manifest.json",
             "meta.json",
             "model.safetensors",
         ]
+        assert {path.parent for path in files} == {folder} == {self}
         synced.append("rename")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", renamed)
     save(tiny_model(), tmp_path / "a")
-    assert synced[-3:] == [True, "rename", True]
+    assert synced[-2:] == ["rename", tmp_path]
 
 
 # Runs ----------------------------------------------------------------------------------------

@@ -1,10 +1,8 @@
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 
 from cartmoe.corpora import Document
 from cartmoe.data import IGNORE, Sequences, TrainBatches, prepare, sequences, sequences_from
+from cartmoe.files import temporary
 from cartmoe.tokenized import SPLITS
 from cartmoe.tokenizers import ByteTokenizer
 
@@ -226,12 +225,12 @@ class TestProcesses:
         process.send_signal(signal.SIGKILL)
         process.communicate()
         (left,) = cache.iterdir()
-        assert left.name.startswith(".making.")
-        alive = cache / f".making.{socket.gethostname()}.{os.getpid()}.0"
-        alive.mkdir()
-        corpus = prepare(folder, cache_dir=cache)
-        assert not left.exists()
-        assert alive.exists()
+        assert f".partial-{process.pid}-" in left.name
+        with temporary(cache / "other") as alive:
+            alive.mkdir()
+            corpus = prepare(folder, cache_dir=cache)
+            assert not left.exists()
+            assert alive.exists()
         assert corpus.sha256 == prepare(folder, cache_dir=tmp_path / "fresh").sha256
 
 
