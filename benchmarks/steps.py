@@ -32,7 +32,7 @@ def dense_twin(config: ModelConfig) -> LanguageModel:
 def training_step(model: LanguageModel, bf16: bool, batch: int = BATCH):
     """A function that does one step of training as `cartmoe.train` does."""
     torch.manual_seed(0)
-    optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95))
+    optimizer = make_optimizer(model, 1e-3, (0.9, 0.95), 0.1)
     tokens = torch.randint(256, (batch, LENGTH + 1))
     parameters = list(model.parameters())
 

@@ -65,13 +65,14 @@ def mean_loss(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
 @torch.no_grad()
 def token_losses(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
     """(T,) fp32 nats of each target, 0 where it is `IGNORE`. Not differentiable."""
-    parts = [
-        F.cross_entropy(
-            F.linear(x_TD[c], weight_VD).float(),
-            targets_T[c],
-            reduction="none",
-            ignore_index=IGNORE,
-        )
-        for c in _chunks(len(x_TD), len(weight_VD))
-    ]
-    return torch.cat(parts) if parts else x_TD.new_zeros(0, dtype=torch.float32)
+    nll_T = torch.zeros(len(x_TD), device=x_TD.device)
+    used_T = targets_T != IGNORE
+    for c in _chunks(len(x_TD), len(weight_VD)):
+        logits = F.linear(x_TD[c], weight_VD).float()
+        target = targets_T[c, None].masked_fill(~used_T[c, None], 0)
+        of_target = logits.gather(-1, target)
+        # log-sum-exp in place: each pass over the logits is paid in memory traffic.
+        highest = logits.amax(-1, keepdim=True)
+        logsumexp = logits.sub_(highest).exp_().sum(-1, keepdim=True).log_().add_(highest)
+        nll_T[c] = (logsumexp - of_target)[:, 0]
+    return nll_T.masked_fill_(~used_T, 0)

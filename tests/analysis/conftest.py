@@ -135,9 +135,9 @@ def calibration_of(shard):
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
-    """A folder of twelve documents of different words."""
+    """A folder of forty documents of different words, about four of them for validation."""
     folder = tmp_path_factory.mktemp("texts")
-    for i in range(12):
+    for i in range(40):
         draw = random.Random(i)
         own = [f"{draw.choice(WORDS)}{i}{draw.choice('abcdef')}" for _ in range(20)]
         (folder / f"{i}.txt").write_text(" ".join(draw.choice(own) for _ in range(60)))
