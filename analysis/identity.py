@@ -38,6 +38,11 @@ def source_sha256() -> str:
     return digest.hexdigest()
 
 
+def default_device() -> str:
+    """Where studies measure: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def platform_identity(device: str) -> dict[str, Any]:
     """What of the machine and its libraries changes last bits."""
     on_gpu = device.startswith("cuda")
@@ -59,7 +64,7 @@ def manifest() -> dict[str, Any]:
         "git_commit": _git_commit(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
-        "platform": platform_identity("cuda" if torch.cuda.is_available() else "cpu"),
+        "platform": platform_identity(default_device()),
     }
 
 

@@ -144,7 +144,7 @@ def calibrate(
     counts: dict[RouterSite, Tensor] = {}
     priorities = []
     for first in range(0, len(sequences), batch_size):
-        batch = sequences[first : first + batch_size]
+        batch = sequences[first : first + batch_size].to(model.device)
         used_T = (batch.targets_SL >= 0).flatten()
         tokens = Tokens.of(batch.tokens_SL, batch.sequence_id_S)
         key_T = mix64(mix64(tokens.sequence_T + seed) + tokens.position_T)[used_T]

@@ -84,7 +84,7 @@ def measure(
             )
     collectors = [_Collector(c) for c in (None, *conditions)]
     for first in range(0, len(shard), batch_size):
-        batch = shard[first : first + batch_size]
+        batch = shard[first : first + batch_size].to(model.device)
         clean = _run_clean(model, segments, batch, collectors[0])
         for collector in collectors[1:]:
             _run_condition(model, segments, clean, batch, collector, calibration)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from analysis.adapters.base import Adapter
 from analysis.adapters.cartmoe import CartMoEAdapter
 from analysis.conditions import Condition, Where
-from analysis.identity import manifest, platform_identity
+from analysis.identity import default_device, manifest, platform_identity
 from analysis.intervene import as_adapter, calibrate
 from analysis.measure import measure
 from analysis.perturb import (
@@ -48,7 +48,7 @@ class _Checkpoint:
     identity: str
 
     def load(self) -> CartMoEAdapter:
-        model = load(self.path)
+        model = load(self.path).to(default_device())
         return CartMoEAdapter(
             model.eval(),
             name=self.spec.name,
@@ -130,7 +130,7 @@ class _Plan:
     def __init__(self, study: Study, shards: Sequence[Sequences], calibration: Sequences):
         self.study, self.calibration = study, calibration
         self.shard_hashes = [shard.sha256 for shard in shards]
-        self.common = platform_identity("cpu") | {
+        self.common = platform_identity(default_device()) | {
             "batch_size": study.measure.batch_size,
             "precision": study.measure.precision,
         }
@@ -185,7 +185,7 @@ class _Work:
             return
         model = self.checkpoint.load()
         bf16 = study.measure.precision == "bf16"
-        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+        with torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext():
             calibration = calibrate(model, slice_) if model.sites() else None
             for number, shard in enumerate(shards):
                 todo = [

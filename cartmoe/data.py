@@ -110,6 +110,11 @@ class Sequences:
     def __getitem__(self, rows: slice) -> Sequences:
         return Sequences(*(getattr(self, field.name)[rows] for field in fields(self)))
 
+    def to(self, device: str | torch.device) -> Sequences:
+        """The same with its tensors on a device."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return Sequences(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
+
     @property
     def num_tokens(self) -> int:
         """Predicted ones: targets without the padding."""
@@ -120,7 +125,7 @@ class Sequences:
         """Of all fields: equal hashes, equal sequences."""
         digest = hashlib.sha256(repr((self.document_id, self.domain)).encode())
         for tensor in (self.tokens_SL, self.targets_SL, self.sequence_id_S, self.num_bytes_S):
-            digest.update(repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+            digest.update(repr(tuple(tensor.shape)).encode() + tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
 
 

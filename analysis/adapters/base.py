@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from cartmoe.hooks import RouterSite
@@ -40,6 +41,7 @@ class Adapter(Protocol):
     name        what tables and figures call it;  family and train_seed likewise
     identity    SHA-256 of its weights' files, or of its tensors for an object in memory
     tokenizer   with `encode` and `num_bytes` (see cartmoe.tokenizers)
+    device      where its weights are
     """
 
     name: str
@@ -47,6 +49,7 @@ class Adapter(Protocol):
     train_seed: int
     identity: str
     tokenizer: Any
+    device: torch.device
 
     def sites(self) -> list[RouterSite]:
         """Every router in order of depth."""

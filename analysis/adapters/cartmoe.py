@@ -40,6 +40,11 @@ class CartMoEAdapter:
             self._identity = tensors_sha256(self.model)
         return self._identity
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.model.head.weight.device
+
     def sites(self) -> list[RouterSite]:
         """Every router in order of depth."""
         return list(router_sites(self.model))

@@ -41,6 +41,9 @@ def paper_style() -> AbstractContextManager[None]:
 
     Text in a PDF stays text (TrueType). Only what is drawn or saved inside is affected.
     """
+    # A notebook's backend makes itself interactive when the first figure loads it. Loaded within
+    # the context it would be reset at the end, and never show another figure.
+    plt.switch_backend(mpl.get_backend())
     return mpl.rc_context(
         {
             "font.size": 8,
