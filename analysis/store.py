@@ -65,6 +65,8 @@ class Store:
             for name, fields in (("losses", LOSSES), ("routing", ROUTING))
         }
         with closing(self._db.cursor()) as cursor:
+            if cursor.execute("PRAGMA user_version").fetchone() == (SCHEMA,):
+                return  # without writing to it
             cursor.execute("BEGIN IMMEDIATE")
             (version,) = cursor.execute("PRAGMA user_version").fetchone()
             tables = cursor.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]

@@ -1,0 +1,224 @@
+"""python -m analysis: what it prints, its exit codes, and errors without a traceback."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from analysis.__main__ import app
+
+COMMANDS = ["run", "summarize", "plot"]
+
+
+def call(*arguments):
+    """In this process; what it printed on stdout and stderr, and its exit code."""
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def error_of(*arguments) -> str:
+    """The message; nothing but it is printed, and the exit code is 2."""
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+@pytest.fixture(scope="module")
+def small(write_study, tmp_path_factory):
+    """(a study of one model and one condition, its finished directory, what the run printed)."""
+    folder = tmp_path_factory.mktemp("cli")
+    conditions = [{"perturbation": "DropTop"}]
+    path = write_study(folder / "s.toml", train={"families": ["cartesian"]}, conditions=conditions)
+    return path, folder / "out", call("run", path, "--out", folder / "out", "--no-progress")
+
+
+# ---- what it does
+
+
+def test_run(small):
+    _, out, result = small
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""  # no bars
+    assert result.stdout.startswith("Clean validation loss")
+    assert "DropTop(1)" in result.stdout
+    assert f"Everything is in {out}" in result.stdout
+    for path in (out / "figures").glob("[!.]*"):
+        assert f"  {path}\n" in result.stdout
+
+
+def test_summarize_and_plot(small):
+    _, out, result = small
+    summary = call("summarize", out)
+    assert (summary.exit_code, summary.stderr) == (0, "")
+    assert result.stdout.startswith(summary.stdout.rstrip())
+    plot = call("plot", out)
+    assert plot.exit_code == 0
+    assert plot.stdout.count(".pdf") == plot.stdout.count(".png") == 4
+
+
+def test_again(small):
+    path, out, result = small
+    again = call("run", path, "--out", out, "--no-progress")
+    assert again.exit_code == 0
+    assert (
+        again.stdout.split(" s in all")[0].rsplit("\n", 1)[0]
+        == (result.stdout.split(" s in all")[0].rsplit("\n", 1)[0])
+    )
+
+
+def test_progress(small):
+    path, out, _ = small
+    result = call("run", path, "--out", out)
+    assert result.exit_code == 0
+    assert "[1/1] cartesian, seed 0" in result.stdout
+    assert "measuring" not in result.stdout  # there is nothing left
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([c, "--help"] for c in COMMANDS)], ids=str)
+def test_help(environment, arguments):
+    result = call(*arguments)
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
+
+
+def test_without_arguments(environment):
+    result = call()
+    assert result.exit_code in (0, 2)  # click has changed its mind about that
+    assert all(command in result.output for command in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [["walk"], ["run"], ["run", "x"], ["summarize", "a", "b"]])
+def test_wrong_usage(arguments):
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize("command", ["summarize", "plot"])
+def test_directories_without_a_study(tmp_path, command):
+    for path in (tmp_path / "missing", tmp_path, tmp_path / "file"):
+        (tmp_path / "file").write_text("x")
+        assert error_of(command, path).startswith(f"{path} holds no study (no plan.json)")
+
+
+def test_no_study_file(tmp_path):
+    for path in (tmp_path / "missing.toml", tmp_path):
+        assert error_of("run", path, "--out", tmp_path / "out") == f"no study at {path}"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no models"),
+        (b"[[", "not TOML"),
+        (b"\xff\xfe\x00", "not TOML"),
+        (b"[train]\nfamilies = ['moe']", "train.families: family is 'moe'"),
+        (b"[[models]]\npath = '/none'", "models[0].path: '/none' is no checkpoint"),
+        (b"[data]\ncorpus = '/none'\n[train]\nsteps = 1", "corpus is '/none', which is no file"),
+        (b"[data]\ntokenizer = 'bp'\n[train]\nsteps = 1", "tokenizer"),
+    ],
+)
+def test_study_files_with_mistakes(tmp_path, texts, environment, content, message):
+    path = tmp_path / "s.toml"
+    if b"tokenizer" in content:
+        content = content.replace(b"[data]", f'[data]\ncorpus = "{texts}"'.encode())
+    path.write_bytes(content)
+    assert message in error_of("run", path, "--out", tmp_path / "out", "--no-progress")
+
+
+def test_several_mistakes_are_a_line_each(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text("[data]\nlength = 0\nsplit = 'x'\n[train]\nsteps = 0\n")
+    result = call("run", path, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 2  # of a table, its first wrong value
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_cannot_be(small, tmp_path):
+    path, _, _ = small
+    (tmp_path / "file").write_text("x")
+    assert "exists" in error_of("run", path, "--out", tmp_path / "file")
+    assert "Not a directory" in error_of("run", path, "--out", tmp_path / "file" / "out")
+
+
+def test_an_out_of_another_study(small, write_study, tmp_path):
+    _, out, _ = small
+    other = write_study(tmp_path / "s.toml", train={"families": ["cartesian"], "steps": 4})
+    message = error_of("run", other, "--out", out, "--no-progress")
+    assert "holds a run of another configuration (steps is 3 there, 4 asked for)" in message
+
+
+@pytest.mark.parametrize("name", ["plan.json", "results.sqlite"])
+def test_damaged_files(small, tmp_path, name):
+    _, out, _ = small
+    for file in ("plan.json", "results.sqlite"):
+        (tmp_path / file).write_bytes((out / file).read_bytes())
+    (tmp_path / name).write_bytes(b"{ damaged" * 100)
+    message = error_of("summarize", tmp_path)
+    assert message.startswith(str(tmp_path / name))
+
+
+def test_a_full_disk(small, monkeypatch, tmp_path, write_study):
+    """Whatever SQLite cannot do is a line too."""
+    path, _, _ = small
+
+    def full(*arguments):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("analysis.store.Store.add", full)
+    message = error_of("run", path, "--out", tmp_path / "out", "--no-progress")
+    assert message == "database or disk is full"
+
+
+# ---- Ctrl-C
+
+
+@pytest.mark.parametrize("text", ["", "stopped after step 3"])
+def test_interrupted(monkeypatch, tmp_path, text):
+    def stop(path):
+        raise KeyboardInterrupt(*([text] if text else []))
+
+    monkeypatch.setattr("analysis.study.Study.read", stop)
+    result = call("run", "x", "--out", tmp_path)
+    assert result.exit_code == 130
+    assert result.stderr.strip() == (text or "interrupted; the same command goes on from here")
+
+
+def test_ctrl_c(write_study, tmp_path):
+    """In the middle of training: a checkpoint is kept, and the same command goes on."""
+    path, out = tmp_path / "s.toml", tmp_path / "out"
+    write_study(path, train={"families": ["cartesian"], "steps": 2000}, conditions=[])
+    command = [sys.executable, "-m", "analysis", "run", str(path), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--no-progress"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ,
+    )  # fmt: skip
+    metrics = out / "models" / "cartesian-s0" / "metrics.csv"
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert stderr.strip().startswith("stopped after step")
+    assert len(stderr.strip().splitlines()) == 1
+    assert list((out / "models" / "cartesian-s0" / "checkpoints").glob("step-*"))
