@@ -1,0 +1,57 @@
+"""The studies that come with the project can be read, and hold what they say."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from analysis.study import Study
+from cartmoe import FAMILIES, ModelConfig
+
+from .tiny import tiny_study
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "studies").glob("*.toml"))
+# Conditions by perturbation, all different ones.
+CONDITIONS = {
+    "quick": dict(DropTop=6 + 3, GaussianNoise=5),
+    "small": dict(DropTop=14 + 3, GaussianNoise=10, DropChosen=2, DropUnchosen=2, RandomRouting=2),
+    "paper": dict(DropTop=6 + 4, GaussianNoise=5),
+}
+CONTROLS = dict.fromkeys(["Identity", "DropChosen", "DropUnchosen", "RandomRouting", "NoRouted"], 1)
+
+
+def test_all_are_here():
+    assert {path.stem for path in STUDIES} == set(CONDITIONS)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_reading(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # neither corpus nor tokenizer is there
+    study = Study.read(path)
+    assert study.name == path.stem
+    counts = Counter(type(condition.perturbation).__name__ for condition in study.conditions)
+    assert counts == CONTROLS | CONDITIONS[study.name]
+    seeds = 3 if study.name == "small" else 1
+    assert [(m.name, m.train_seed) for m in study.models] == [
+        (family, seed) for family in FAMILIES for seed in range(seeds)
+    ]
+    assert all(m.train.length == study.data.length for m in study.models)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_presets():
+    """A study's models are the preset of its size, whatever else it sets."""
+    for path, preset in zip(STUDIES, ("base", "nano", "small"), strict=True):
+        for model in Study.read(path).models:
+            assert model.config == ModelConfig.preset(preset, model.name)
+
+
+def test_the_tiny_study_is_the_main_one(tmp_path):
+    """So that what the other tests run is what users run."""
+    (tmp_path / "tiny.toml").write_text(tiny_study())
+    tiny, quick = Study.read(tmp_path / "tiny.toml"), Study.read(ROOT / "studies" / "quick.toml")
+    assert tiny.conditions == quick.conditions
+    assert [m.name for m in tiny.models] == [m.name for m in quick.models]
+    assert tiny.models[0].config.d_model == 32
+    assert (tiny.models[0].train.steps, tiny.data.length) == (3, 64)
