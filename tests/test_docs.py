@@ -1,0 +1,204 @@
+"""README.md: what it names is there, and what it tells users to type works.
+
+Its commands are run in order in an empty directory, where quick.toml is a tiny study and "stdlib"
+a tiny corpus; training is cut short by options behind its own.
+"""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import analysis
+import cartmoe
+from analysis.__main__ import app as analysis_app
+from cartmoe import FAMILIES, PRESETS, ModelConfig
+from cartmoe.__main__ import app as cartmoe_app
+from cartmoe.corpora import CORPORA, open_source
+
+from .tiny import MODEL, tiny_study, write_corpus
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PROSE = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+SPANS = re.findall(r"`([^`]+)`", PROSE)
+APPS = {"cartmoe": cartmoe_app, "analysis": analysis_app}
+SHORT = [
+    "--steps=2",
+    "--batch-size=2",
+    "--length=32",
+    *(f"--set={k}={v}" for k, v in MODEL.items()),
+]
+
+
+def commands():
+    """Every `python -m ...` of ours, in order, as words, also those in comments."""
+    lines = [line for _, block in BLOCKS for line in block.splitlines()]
+    shown = [part for line in lines for part in re.split(r"\s#|: ", line)]
+    return [shlex.split(part)[2:] for part in shown if part.startswith("python -m ")]
+
+
+def section(title):
+    """The text under a heading."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)[1]
+
+
+def first_column(title):
+    """Names in a section's table."""
+    return re.findall(r"^\| (`.*?`) \|", section(title), re.MULTILINE)
+
+
+# What is named is there, and what is there is named ----------------------------------------------
+
+
+def test_families_and_presets():
+    assert first_column("Families") == [f"`{family}`" for family in FAMILIES]
+    presets = re.search(r"^Presets (.*?);", section("Families"), re.MULTILINE)[1]
+    assert presets == ", ".join(f"`{preset}`" for preset in PRESETS)
+
+
+def test_perturbations():
+    names = re.findall(r"`(\w+)`", " ".join(first_column("Perturbations")))
+    assert sorted(names) == sorted(analysis.PERTURBATIONS)
+
+
+@pytest.mark.parametrize("package", APPS)
+def test_every_command_is_shown(package):
+    shown = {words[1] for words in commands() if words[0] == package}
+    there = APPS[package].registered_commands
+    assert shown == {command.name or command.callback.__name__ for command in there}
+
+
+def test_make_targets():
+    code = [*SPANS, *(block for _, block in BLOCKS)]
+    named = {target for text in code for target in re.findall(r"\bmake ([a-z][\w-]*)", text)}
+    targets = set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"study", "test", "bench", "lab"} <= named <= targets
+
+
+def test_the_tree_exists():
+    (tree,) = [block for _, block in BLOCKS if "cartmoe/ " in block]
+    parent, paths = ROOT, []
+    for line in tree.splitlines():
+        names = re.findall(r"(?<![\w/.])[\w-]+(?:\.py|/)(?=[\s,]|$)", line)
+        parent = parent if line.startswith(" ") else ROOT
+        paths += [parent / name for name in names]
+        parent = parent if line.startswith(" ") else ROOT / names[0]
+    assert len(paths) > 30
+    assert [path for path in paths if not path.exists()] == []
+
+
+def test_files_in_the_text_exist():
+    words = [word for span in SPANS for word in span.split()]
+    named = [word for word in words if re.fullmatch(r"\w[\w/.-]*\.(toml|md|ipynb|yml|py)", word)]
+    assert "studies/paper.toml" in named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_names_of_the_packages_exist():
+    for span in SPANS:
+        package, *names = span.split(".")
+        if package in ("an", "cartmoe") and all(name.isidentifier() for name in names):
+            found = {"an": analysis, "cartmoe": cartmoe}[package]
+            for name in names:
+                found = getattr(found, name)
+        elif span.startswith("ModelConfig."):
+            assert isinstance(eval(span, {"ModelConfig": ModelConfig}), ModelConfig)
+
+
+def test_the_other_name_of_the_command():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert "`cartmoe-study`" in README
+    assert scripts["cartmoe-study"] == "analysis.__main__:app"
+
+
+# What is shown works -----------------------------------------------------------------------------
+
+
+def write_reference(folder):
+    """What the authors' code saves."""
+    folder.mkdir()
+    with safe_open(ROOT / "tests/goldens/cartesian_shared.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.startswith("w.")]  # noqa: SIM118
+        weights = {name.removeprefix("w."): file.get_tensor(name) for name in names}
+        (folder / "config.json").write_text(file.metadata()["config"])
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """The reader's, with what the commands need."""
+    directory = tmp_path_factory.mktemp("readme")
+    corpus = write_corpus(directory / "corpus")
+    (directory / "studies").mkdir()
+    families = ["dense", "smoe_share", "cartesian"]
+    (directory / "studies" / "quick.toml").write_text(tiny_study(families=families))
+    write_reference(directory / "AUTHORS_DIR")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CARTMOE_CACHE", str(directory / "cache"))
+        patch.setitem(CORPORA, "stdlib", lambda: open_source(corpus))
+        patch.chdir(directory)
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def printed(directory):
+    """What each command printed; they go on from each other."""
+    printed = {}
+    for package, *words in commands():
+        more = SHORT if words[0] == "train" else []
+        result = CliRunner().invoke(APPS[package], [*words, *more])
+        assert result.exit_code == 0, f"{words}: {result.stderr}"
+        printed[" ".join(words)] = result.stdout
+    return printed
+
+
+def test_commands(printed, directory):
+    assert len(printed) == 7
+    assert re.search(r"^step +2$", printed["info runs/mine"], re.MULTILINE)
+    assert "cartesian" in printed["import AUTHORS_DIR --out DIR"]
+    run = next(text for words, text in printed.items() if words.startswith("run "))
+    assert "Routing robustness" in run
+    assert "Everything is in runs/quick" in run
+    assert printed["summarize runs/quick"].strip() in run
+    assert all((directory / line.strip()).is_file() for line in re.findall(r"^  .*\.p\w\w$", run))
+
+
+def test_the_same_command_again_is_finished(printed):
+    words = next(words for words in commands() if "train" in words)
+    result = CliRunner().invoke(cartmoe_app, [*words[1:], *SHORT])
+    assert result.exit_code == 0
+    assert "is finished" in result.stdout
+
+
+def test_python(printed, directory):
+    (snippet,) = [block for kind, block in BLOCKS if kind == "python"]
+    assert snippet.count("\n    ...\n") == 1  # where the reader's code goes
+    snippet = snippet.replace("...\n", "model.model(docs.tokens_SL[:2])\n")
+    scope = {}
+    before = torch.get_rng_state()
+    exec(compile(snippet, "README.md", "exec"), scope)
+    assert torch.equal(torch.get_rng_state(), before)  # no global seed
+    assert len(scope["results"].table()) > 0
+    assert {"DropTop(1)", "DropTop(2)", "DropTop(3)"} <= set(scope["results"].damage().label)
+    assert (directory / "damage.pdf").is_file()
+
+
+def test_commands_are_found():
+    """As they are written today, so that a change of form does not lose one."""
+    assert [" ".join(words[:2]) for words in commands()] == [
+        "cartmoe train",
+        "cartmoe info",
+        "cartmoe info",
+        "cartmoe import",
+        "analysis run",
+        "analysis summarize",
+        "analysis plot",
+    ]

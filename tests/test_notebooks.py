@@ -1,0 +1,113 @@
+"""Notebooks tell stories: little logic, no internals, run with their pictures and without error."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from analysis import Study, plots, run
+
+from .tiny import tiny_study, write_corpus
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PICTURES = set(plots.__all__) - {"paper_style", "save"}
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path):
+    cells = json.loads(path.read_text())["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells if "outputs" in cell]
+
+
+def faults(source):
+    """What a cell should not have."""
+    found = []
+    for node in ast.walk(ast.parse(re.sub(r"(?m)^[%!].*$", "", source))):
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 6:
+            found.append(f"{node.name} is longer than six lines")
+        names = []
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [*(alias.name for alias in node.names), getattr(node, "module", None) or ""]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr]
+        parts = [part for name in names for part in name.split(".")]
+        found += [f"{part} is internal" for part in parts if re.match(r"_(?!_)", part)]
+    return found
+
+
+def assert_executed(cells):
+    """All cells from top to bottom, in one go, without error or warning, each picture shown."""
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        outputs = cell["outputs"]
+        problems = [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+        assert problems == [], cell["source"]
+        drawn = re.findall(r"\.plots\.(\w+)\(", cell["source"])
+        shown = [o for o in outputs if "image/png" in o.get("data", {})]
+        assert len(shown) == sum(name in PICTURES for name in drawn), cell["source"]
+
+
+def test_there_are_notebooks():
+    assert [path.stem[:2] for path in NOTEBOOKS] == [
+        f"{i:02}" for i in range(1, len(NOTEBOOKS) + 1)
+    ]
+    assert NOTEBOOKS
+
+
+@every_notebook
+def test_no_logic_and_no_internals(path):
+    assert [fault for cell in code_cells(path) for fault in faults(cell["source"])] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("def f():\n" + "    x = 1\n" * 5, []),
+        ("def f():\n" + "    x = 1\n" * 6, ["f is longer than six lines"]),
+        ("from analysis.run import _paired", ["_paired is internal"]),
+        ("import analysis._x as x", ["_x is internal"]),
+        ("%time 1\nresults._x()", ["_x is internal"]),
+        ("an.__version__\n_ = 1", []),
+    ],
+)
+def test_faults_are_found(source, found):
+    assert faults(source) == found
+
+
+@every_notebook
+def test_it_is_stored_as_executed(path):
+    assert_executed(code_cells(path))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The directory of a finished study with the conditions of the main one."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "tiny.toml").write_text(tiny_study(corpus=write_corpus(folder / "corpus")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CARTMOE_CACHE", str(folder / "cache"))
+        run(Study.read(folder / "tiny.toml"), folder / "out", progress=False)
+    return folder / "out"
+
+
+@every_notebook
+def test_it_runs(path, study, tmp_path):
+    """As `make notebooks` does it, in a process of its own without the user's settings."""
+    own = {name: str(tmp_path / name) for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR")}
+    own |= {"JUPYTER_DATA_DIR": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | own
+    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", path]
+    done = subprocess.run(
+        [*command, "--output-dir", tmp_path],
+        env=environment | {"STUDY": str(study)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_executed(code_cells(tmp_path / path.name))
