@@ -156,7 +156,15 @@ def test_again_does_nothing(done, tiny):
     assert after["plan.json"][1] == before["plan.json"][1]
 
 
-def test_more_conditions_measure_only_those(tiny, study_dict_of, tmp_path):
+@pytest.fixture
+def two_figures(monkeypatch):
+    """A figure takes half a second."""
+    chosen = {name: report.FIGURES[name] for name in ("controls", "noise_mass")}
+    monkeypatch.setattr(report, "FIGURES", chosen)
+
+
+@pytest.mark.usefixtures("two_figures")
+def test_more_conditions_measure_only_those(study_dict_of, tmp_path):
     small = study_dict_of(train={"families": ["smoe_share"]})
     small["conditions"] = [{"perturbation": "DropTop", "m": [1, 2]}]
     out = tmp_path / "out"
@@ -177,7 +185,7 @@ def test_more_conditions_measure_only_those(tiny, study_dict_of, tmp_path):
     assert not (out / "figures" / "controls.png").exists()  # of conditions it does not have now
 
 
-def test_a_deleted_figure_comes_back(done, tmp_path):
+def test_a_deleted_figure_comes_back(done):
     figure = done / "figures" / "controls.png"
     content = figure.read_bytes()
     figure.unlink()
@@ -314,7 +322,8 @@ def models_of(out) -> list[dict]:
     return [{"path": str(out / "models" / f"{name}-s0"), "name": name} for name in families]
 
 
-@pytest.mark.parametrize("cells", [1, 4, 14, 25])
+@pytest.mark.usefixtures("two_figures")
+@pytest.mark.parametrize("cells", [1, 14, 25])
 def test_half_finished(study_dict_of, done, tmp_path, monkeypatch, cells):
     """It can be summarized and drawn at any point; the end is that of a run without a stop."""
     study = Study.from_dict(study_dict_of(train=None, models=models_of(done)))
