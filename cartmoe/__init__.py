@@ -2,9 +2,10 @@
 
 import os
 
-# Before torch loads OpenMP: threads that spin while they wait make two busy processes on one
-# machine eight times slower than two that sleep; alone, the difference is small.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch loads OpenMP: its threads spin while they wait, by default for so long that a busy
+# neighbor on the machine makes training ten times slower. So short a spin makes that four times,
+# and costs a few percent where there is none (benchmarks/LOG.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from cartmoe.checkpoint import load, save
 from cartmoe.config import FAMILIES, PRESETS, ModelConfig
