@@ -24,8 +24,9 @@ from analysis.perturb import (
     RandomRouting,
 )
 from analysis.results import Results
-from analysis.run import read, run, sweep
+from analysis.run import read, run
 from analysis.study import Study
+from analysis.sweep import sweep
 
 __all__ = [
     "PERTURBATIONS",

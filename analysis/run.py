@@ -17,17 +17,9 @@ from analysis.adapters.base import Adapter
 from analysis.adapters.cartmoe import CartMoEAdapter
 from analysis.conditions import Condition, Where
 from analysis.identity import default_device, manifest, platform_identity
-from analysis.intervene import as_adapter, calibrate
+from analysis.intervene import calibrate
 from analysis.measure import measure
-from analysis.perturb import (
-    DropChosen,
-    DropUnchosen,
-    Identity,
-    NoRouted,
-    Perturbation,
-    RandomRouting,
-)
-from analysis.results import FACTS, Results, facts_of, from_cells, key_columns
+from analysis.results import FACTS, Results, facts_of, key_columns
 from analysis.stats.pairs import CHECKPOINT
 from analysis.store import Store, cell_key
 from analysis.study import ModelSpec, Study, study_dict
@@ -35,8 +27,6 @@ from cartmoe.checkpoint import checkpoint_sha256, load, newest, read_config, rea
 from cartmoe.data import Corpus, Sequences, prepare, sequences
 from cartmoe.files import write_atomically
 from cartmoe.train import train
-
-CONTROLS = (Identity(), DropChosen(1), DropUnchosen(1), RandomRouting(), NoRouted())
 
 
 @dataclass(frozen=True)
@@ -278,40 +268,3 @@ def _paired(cells: pd.DataFrame) -> pd.DataFrame:
     candidates = [have for have in shards if have <= clean]
     best = max(candidates, key=lambda s: (len(s) * len(measured_on(s)), len(s)), default=clean)
     return cells[cells.shard.isin(best) & cells.condition.isin(measured_on(best))]
-
-
-def sweep(
-    model: object,
-    docs: Sequences,
-    perturbations: Sequence[Perturbation | Condition],
-    *,
-    where: str = "all",
-    point: str = "logits",
-    seed: int = 0,
-    controls: bool = True,
-    calibration: Sequences | None = None,
-    batch_size: int = 16,
-    progress: bool = True,
-) -> Results:
-    """Measure perturbations of one model in memory; `run` is its long form.
-
-    docs          from `analysis.documents`
-    where, point, seed   for perturbations that are no `Condition` of their own
-    controls      also measure identity, DropChosen, DropUnchosen, RandomRouting and NoRouted
-    calibration   documents that RandomRouting draws from; by default the first 32 of `docs`
-    """
-    model = as_adapter(model)
-    if not model.sites():
-        raise ValueError(f"{model.name} has no router to perturb: it is dense")
-    asked = [
-        p if isinstance(p, Condition) else Condition(p, where, point, eval_seed=seed)
-        for p in (*perturbations, *(CONTROLS if controls else ()))
-    ]
-    conditions = list(dict.fromkeys(asked))
-    stats = calibrate(model, calibration or docs[:32])
-    batches = -(-len(docs) // batch_size)
-    with tqdm(total=batches * len(conditions), unit="batch", disable=not progress) as bar:
-        cells = measure(
-            model, conditions, docs, batch_size=batch_size, calibration=stats, progress=bar.update
-        )
-    return from_cells(model, cells)

@@ -18,9 +18,10 @@ import analysis
 from analysis import report
 from analysis.conditions import Condition
 from analysis.perturb import DropTop, GaussianNoise, Identity, RandomRouting
-from analysis.run import _paired, read, run, sweep
+from analysis.run import _paired, read, run
 from analysis.store import Store
 from analysis.study import Study
+from analysis.sweep import sweep
 from cartmoe import LanguageModel, ModelConfig
 from cartmoe.checkpoint import save
 from cartmoe.data import prepare, sequences

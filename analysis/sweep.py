@@ -1,0 +1,60 @@
+"""A sweep: the short form of a study, for a notebook and one model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from analysis.conditions import Condition
+from analysis.intervene import as_adapter, calibrate
+from analysis.measure import measure
+from analysis.perturb import (
+    DropChosen,
+    DropUnchosen,
+    Identity,
+    NoRouted,
+    Perturbation,
+    RandomRouting,
+)
+from analysis.results import Results, from_cells
+from cartmoe.data import Sequences
+
+CONTROLS = (Identity(), DropChosen(1), DropUnchosen(1), RandomRouting(), NoRouted())
+
+
+def sweep(
+    model: object,
+    docs: Sequences,
+    perturbations: Sequence[Perturbation | Condition],
+    *,
+    where: str = "all",
+    point: str = "logits",
+    seed: int = 0,
+    controls: bool = True,
+    calibration: Sequences | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Results:
+    """Measure perturbations of one model in memory; `run` is its long form.
+
+    docs          from `analysis.documents`
+    where, point, seed   for perturbations that are no `Condition` of their own
+    controls      also measure identity, DropChosen, DropUnchosen, RandomRouting and NoRouted
+    calibration   documents that RandomRouting draws from; by default the first 32 of `docs`
+    """
+    model = as_adapter(model)
+    if not model.sites():
+        raise ValueError(f"{model.name} has no router to perturb: it is dense")
+    asked = [
+        p if isinstance(p, Condition) else Condition(p, where, point, eval_seed=seed)
+        for p in (*perturbations, *(CONTROLS if controls else ()))
+    ]
+    conditions = list(dict.fromkeys(asked))
+    stats = calibrate(model, calibration or docs[:32])
+    batches = -(-len(docs) // batch_size)
+    with tqdm(total=batches * len(conditions), unit="batch", disable=not progress) as bar:
+        cells = measure(
+            model, conditions, docs, batch_size=batch_size, calibration=stats, progress=bar.update
+        )
+    return from_cells(model, cells)
