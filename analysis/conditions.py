@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analysis.context import RouterContext, after_score
 from analysis.effects import EFFECTS
-from analysis.perturb import Perturbation, perturbation_from_dict, set_number
+from analysis.perturb import PERTURBATIONS, Perturbation, perturbation_from_dict, set_number
 from cartmoe.config import check_choice
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Router, Routing
@@ -82,6 +82,12 @@ class Condition:
     eval_seed: int = 0
 
     def __post_init__(self) -> None:
+        p = self.perturbation
+        if isinstance(p, type) or not (callable(p) or hasattr(p, "decide")):
+            raise ValueError(
+                f"perturbation is {p!r}; give an object such as DropTop(1), of "
+                f"{', '.join(PERTURBATIONS)}, or a function (logits_TE, ctx) -> logits_TE"
+            )
         object.__setattr__(self, "where", Where.parse(self.where))
         check_choice("point", self.point, POINTS)
         check_choice("effect", self.effect, EFFECTS)

@@ -64,4 +64,4 @@ def documents(
             f"the model's tokenizer {tokenizer.name!r} is not the one of that name trained on "
             f"{corpus!r} here; give documents as a path"
         )
-    return sequences(prepared, split=split, **limits)
+    return sequences(prepared, split=split, **limits).by_group(prepared)

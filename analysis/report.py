@@ -115,14 +115,31 @@ def _describe(results: Results) -> str:
     parts = []
     if results.finished < results.planned:
         parts.append(f"UNFINISHED: {results.finished} of {results.planned} cells are measured")
-    parts.append("Clean validation loss (nats per token [95 % interval over documents])")
+    parts.append(
+        "Clean validation loss (nats per token [95 % interval over documents; of the standard "
+        "library, over packages])"
+    )
     parts.append(clean[columns].to_string(index=False, float_format=lambda v: f"{v:.3f}"))
     if results.has_conditions:
         parts.append("Routing robustness (form of arXiv 2410.16077, Table 4)")
         parts.append(stats.format_robustness(results.table()))
-        parts.append(_positive_control(results))
-        parts += _without_effect(results)
+        parts += [*_identity(results), _positive_control(results), *_without_effect(results)]
     return "\n\n".join(parts) + "\n"
+
+
+def _identity(results: Results) -> list[str]:
+    """The verdict on the hooks themselves: an identity that is not exactly 0 voids the study."""
+    damage = results.damage()
+    identity = damage[damage.perturbation == "Identity"]
+    if identity.empty:
+        return []
+    wrong = identity[(identity[["delta_nats", "kl", "mass_moved"]] != 0).any(axis=1)]
+    if wrong.empty:
+        return ["Identity control: hooks alone change nothing, to the last bit: passed"]
+    names = ", ".join(
+        f"{r.model} (seed {r.train_seed}): {r.delta_nats:g}" for r in wrong.itertuples()
+    )
+    return [f"Identity control FAILED: hooks alone change the loss of {names}"]
 
 
 def _positive_control(results: Results) -> str:

@@ -24,6 +24,7 @@ from analysis.stats.pairs import CHECKPOINT
 from analysis.store import Store, cell_key
 from analysis.study import ModelSpec, Study, study_dict
 from cartmoe.checkpoint import checkpoint_sha256, load, newest, read_config, read_tokenizer
+from cartmoe.corpora import CORPORA
 from cartmoe.data import Corpus, Sequences, prepare, sequences
 from cartmoe.files import write_atomically
 from cartmoe.train import train
@@ -61,6 +62,8 @@ def run(study: Study, out: str | Path, progress: bool = True) -> Results:
     _check_given(study, corpus)
     limits = dict(length=study.data.length, max_tokens_per_document=study.data.max_tokens)
     docs = sequences(corpus, split=study.data.split, limit=study.data.documents, **limits)
+    if study.data.corpus in CORPORA:
+        docs = docs.by_group(corpus)
     slice_ = sequences(corpus, split="train", limit=study.measure.calibration, **limits)
     size = study.data.shard
     shards = [docs[i : i + size] for i in range(0, len(docs), size)]

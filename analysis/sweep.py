@@ -26,7 +26,7 @@ CONTROLS = (Identity(), DropChosen(1), DropUnchosen(1), RandomRouting(), NoRoute
 def sweep(
     model: object,
     docs: Sequences,
-    perturbations: Sequence[Perturbation | Condition],
+    perturbations: Perturbation | Condition | Sequence[Perturbation | Condition],
     *,
     where: str = "all",
     point: str = "logits",
@@ -46,10 +46,18 @@ def sweep(
     model = as_adapter(model)
     if not model.sites():
         raise ValueError(f"{model.name} has no router to perturb: it is dense")
+    if isinstance(perturbations, Perturbation | Condition):
+        perturbations = [perturbations]
     asked = [
         p if isinstance(p, Condition) else Condition(p, where, point, eval_seed=seed)
         for p in (*perturbations, *(CONTROLS if controls else ()))
     ]
+    for condition in asked:
+        if not isinstance(condition.perturbation, Perturbation):
+            raise ValueError(
+                f"perturbations has {condition.perturbation!r}, which tables cannot name; make "
+                "it a frozen dataclass derived from analysis.Perturbation"
+            )
     conditions = list(dict.fromkeys(asked))
     stats = calibrate(model, calibration or docs[:32])
     batches = -(-len(docs) // batch_size)

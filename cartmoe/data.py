@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pandas as pd
@@ -115,6 +115,15 @@ class Sequences:
         values = (getattr(self, field.name) for field in fields(self))
         return Sequences(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
 
+    def by_group(self, corpus: Corpus) -> Sequences:
+        """The same with a document's group of the corpus in the place of its id.
+
+        Statistics take what shares a document_id for one unit; in the standard library that is the
+        package, since its files are not independent. Sequence ids stay.
+        """
+        group_of = dict(zip(corpus.documents.document_id, corpus.documents.group, strict=True))
+        return replace(self, document_id=[group_of[id] for id in self.document_id])
+
     @property
     def num_tokens(self) -> int:
         """Predicted ones: targets without the padding."""
@@ -187,10 +196,13 @@ def _hash(text: str) -> int:
 
 
 def _sample(documents: pd.DataFrame, limit: int | None) -> pd.DataFrame:
-    """The domains take turns, each with its documents in the order of their hashes."""
+    """The domains take turns; within one its groups do, each with its documents by their hashes."""
     if limit is not None:
         check_least("limit", limit, 1)
     documents = documents.iloc[np.argsort([_hash(id) for id in documents.document_id])]
+    if "group" in documents:
+        nth = documents.groupby(["domain", "group"]).cumcount()
+        documents = documents.iloc[np.argsort(nth, kind="stable")]
     turn = documents.groupby("domain").cumcount()
     return documents.assign(turn=turn).sort_values(["turn", "domain"])[:limit]
 
