@@ -287,3 +287,9 @@ def test_certainty():
     assert got["entropy"].item() == pytest.approx(-(p * p.log()).sum().item())
     uses_all = Router(None, 4, 4).route(clean.logits_TE)
     assert certainty_of(uses_all, DenseRouting(uses_all))["margin"] == 0
+
+
+@pytest.mark.parametrize("wrong", ["DropTop", DropTop, None, 3])
+def test_what_is_no_perturbation_is_refused_with_the_choices(wrong):
+    with pytest.raises(ValueError, match=r"perturbation is .*DropTop\(1\), of Identity"):
+        Condition(wrong)

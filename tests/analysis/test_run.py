@@ -453,3 +453,31 @@ def test_sweep_takes_a_plain_model_and_conditions(tiny_model, shard):
 def test_sweep_of_a_dense_model(model_of, shard):
     with pytest.raises(ValueError, match="no router to perturb: it is dense"):
         sweep(model_of("dense"), shard, [DropTop(1)], progress=False)
+
+
+def test_sweep_takes_one_perturbation_and_refuses_a_nameless_function(model_of, shard):
+    model = model_of("smoe_share")
+    results = sweep(model, shard, DropTop(1), controls=False, progress=False)
+    assert results.damage().label.tolist() == ["DropTop(1)"]
+    with pytest.raises(ValueError, match="which tables cannot name"):
+        sweep(model, shard, [lambda logits_TE, ctx: logits_TE], progress=False)
+
+
+# ---- verdicts
+
+
+@pytest.mark.parametrize(
+    ("label", "column", "verdict"),
+    [
+        (None, None, "Identity control: hooks alone change nothing, to the last bit: passed"),
+        ("Identity", "delta_nats", "Identity control FAILED"),
+        ("Identity", "kl", "Identity control FAILED"),
+        ("DropTop(1)", "flips", "FAILED, changed nothing: cartesian (seed 0): DropTop(1)"),
+    ],
+)
+def test_verdicts(model_of, shard, label, column, verdict):
+    results = sweep(model_of("cartesian"), shard, [DropTop(1)], progress=False)
+    damage = results.damage()
+    if label:
+        damage.loc[damage.label == label, column] = 0.0 if column == "flips" else 1e-9
+    assert verdict in report._describe(results)

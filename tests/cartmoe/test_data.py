@@ -248,6 +248,17 @@ class TestStdlib:
         of_json = stdlib.documents[stdlib.documents.group == "json"].document_id
         assert {"code/json/decoder.py", "docstrings/json/decoder.py"} <= set(of_json)
 
+    def test_packages_are_the_units_and_take_turns(self, stdlib):
+        files = sequences(stdlib, 256, limit=40, max_tokens_per_document=256)
+        units = files.by_group(stdlib)
+        assert torch.equal(units.sequence_id_S, files.sequence_id_S)
+        groups = stdlib.split("validation").groupby("domain").group.nunique()
+        for domain, packages in groups.items():
+            of_domain = [
+                u for u, d in zip(units.document_id, units.domain, strict=True) if d == domain
+            ]
+            assert len(set(of_domain)) == min(packages, len(of_domain))
+
     def test_no_long_passage_is_on_both_sides(self, stdlib):
         """Of what a model could copy word for word: paragraphs of 400 bytes and more."""
         passages = {"train": set(), "validation": set()}
