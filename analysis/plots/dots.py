@@ -15,6 +15,7 @@ ROW_HEIGHT, FRAME_HEIGHT = 0.32, 0.95  # inches
 
 
 def figure_height(num_rows: int) -> float:
+    """Inches of a figure with so many rows of dots."""
     return FRAME_HEIGHT + ROW_HEIGHT * num_rows
 
 

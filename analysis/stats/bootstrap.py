@@ -20,6 +20,8 @@ CHUNK = 2**22  # numbers in one block of counts: 32 MiB, however many documents 
 
 
 class Intervals(NamedTuple):
+    """M estimates, and the bounds of their intervals."""
+
     value_M: np.ndarray
     low_M: np.ndarray
     high_M: np.ndarray
