@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from analysis.context import RouterContext, after_score
+from analysis.context import RouterContext, Tokens, after_score
 from analysis.effects import EFFECTS
-from analysis.perturb import PERTURBATIONS, Perturbation, perturbation_from_dict, set_number
+from analysis.perturb import PERTURBATIONS, Compose, Perturbation, perturbation_from_dict
+from analysis.perturb.base import set_number
+from analysis.perturb.decisions import where_tokens
+from analysis.tokens import KINDS
 from cartmoe.config import check_choice
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Router, Routing
@@ -24,43 +26,71 @@ DOWNSTREAM = ("reroute", "replay")
 
 @dataclass(frozen=True)
 class Where:
-    """A set of sites: those of these layers and stages (None: any), positions first..last - 1.
+    """A set of sites: those of these layers and stages (None: any); and of their tokens those at
+    positions first..stop - 1 (stop None: to the end) and of one of `tokens.KINDS`.
 
-    Written "all", "layer 2", "stage 0", "layer 2 stage 1", "positions 0:16", or joined by spaces.
+    Written "all", "layer 2", "stage 0", "layer 2 stage 1", "positions 0:16", "positions 16:",
+    "tokens digit", or these joined by spaces, in this order.
     """
 
     layer: int | None = None
     stage: int | None = None
-    positions: tuple[int, int] | None = None
+    positions: tuple[int, int | None] | None = None
+    tokens: str | None = None
 
     @classmethod
-    def parse(cls, text: str | Where) -> Where:
-        """`ValueError` with examples for what cannot be read."""
+    def parse(cls, text: str | Where | RouterSite) -> Where:
+        """`ValueError` with examples for what cannot be read. A site stands for itself."""
         if isinstance(text, Where):
             return text
-        pattern = r"(?:layer (\d+))? ?(?:stage (\d+))? ?(?:positions (\d+):(\d+))?"
+        if isinstance(text, RouterSite):
+            return cls(text.layer, text.stage)
+        pattern = (
+            r"(?:layer (\d+))? ?(?:stage (\d+))? ?(?:positions (\d+):(\d*))? ?(?:tokens (\w+))?"
+        )
         match = re.fullmatch(pattern, "" if text == "all" else str(text).strip())
         if match is None or (text != "all" and not str(text).strip()):
             raise ValueError(
-                f"where is {text!r}; write 'all', 'layer 2', 'stage 0', 'layer 2 stage 1' or "
-                "'positions 0:16'"
+                f"where is {text!r}; write 'all', 'layer 2', 'stage 0', 'layer 2 stage 1', "
+                "'positions 0:16' or 'tokens digit'"
             )
-        layer, stage, first, stop = (None if g is None else int(g) for g in match.groups())
-        if first is not None and first >= stop:
+        layer, stage, first, stop = (None if not g else int(g) for g in match.groups()[:4])
+        if first is not None and stop is not None and first >= stop:
             raise ValueError(f"where is {text!r}; positions {first}:{stop} are none")
-        return cls(layer, stage, None if first is None else (first, stop))
+        tokens = match[5]
+        if tokens is not None:
+            check_choice(f"where is {text!r}; tokens", tokens, KINDS)
+        return cls(layer, stage, None if first is None else (first, stop), tokens)
 
     def __str__(self) -> str:
         parts = [
             f"{n} {v}" for n, v in (("layer", self.layer), ("stage", self.stage)) if v is not None
         ]
         if self.positions:
-            parts.append("positions {}:{}".format(*self.positions))
+            first, stop = self.positions
+            parts.append(f"positions {first}:{'' if stop is None else stop}")
+        if self.tokens:
+            parts.append(f"tokens {self.tokens}")
         return " ".join(parts) or "all"
 
     def __call__(self, site: RouterSite) -> bool:
         """Whether the site belongs to the set."""
         return self.layer in (None, site.layer) and self.stage in (None, site.stage)
+
+    def inside(self, tokens: Tokens) -> Tensor | None:
+        """(T,) which tokens belong to the set; None if all do."""
+        inside_T = None
+        if self.positions:
+            first, stop = self.positions
+            inside_T = tokens.position_T >= first
+            if stop is not None:
+                inside_T &= tokens.position_T < stop
+        if self.tokens:
+            if tokens.kind_T is None:
+                raise ValueError(f"where is '{self}'; kinds of tokens need a model with tokenizer")
+            is_kind_T = tokens.kind_T == KINDS.index(self.tokens)
+            inside_T = is_kind_T if inside_T is None else inside_T & is_kind_T
+        return inside_T
 
 
 @dataclass(frozen=True)
@@ -83,7 +113,7 @@ class Condition:
 
     def __post_init__(self) -> None:
         p = self.perturbation
-        if isinstance(p, type) or not (callable(p) or hasattr(p, "decide")):
+        if isinstance(p, type) or not (isinstance(p, Perturbation) or callable(p)):
             raise ValueError(
                 f"perturbation is {p!r}; give an object such as DropTop(1), of "
                 f"{', '.join(PERTURBATIONS)}, or a function (logits_TE, ctx) -> logits_TE"
@@ -92,6 +122,10 @@ class Condition:
         check_choice("point", self.point, POINTS)
         check_choice("effect", self.effect, EFFECTS)
         check_choice("downstream", self.downstream, DOWNSTREAM)
+        if self.point not in getattr(p, "points", POINTS):
+            raise ValueError(
+                f"point is {self.point!r}; {type(p).__name__} works at {' and '.join(p.points)}"
+            )
         set_number(self, "eval_seed", int)
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +155,7 @@ class Condition:
             "condition": self.id,
             "perturbation": self.perturbation.label,
             "strength": self.perturbation.strength,
+            "expects": self.perturbation.expects,
             "where": str(self.where),
             "point": self.point,
             "effect": self.effect,
@@ -130,19 +165,19 @@ class Condition:
 
     def apply(self, base: Routing, router: Router, ctx: RouterContext) -> Routing:
         """The decision under this condition of a router whose own one is `base`."""
-        changed = self._perturb(base, router, ctx)
+        changed = self._perturb(self.perturbation, base, router, ctx)
         if changed is base:
             return base
         changed = EFFECTS[self.effect](base, changed, router)
-        if self.where.positions:
-            first, stop = self.where.positions
-            inside_T1 = ((ctx.tokens.position_T >= first) & (ctx.tokens.position_T < stop))[:, None]
-            pairs = zip(changed, base, strict=True)
-            changed = Routing(*(torch.where(inside_T1, new, old) for new, old in pairs))
-        return changed
+        inside_T = self.where.inside(ctx.tokens)
+        return changed if inside_T is None else where_tokens(inside_T, changed, base)
 
-    def _perturb(self, base: Routing, router: Router, ctx: RouterContext) -> Routing:
-        p = self.perturbation
+    def _perturb(self, p, base: Routing, router: Router, ctx: RouterContext) -> Routing:
+        if isinstance(p, Compose):
+            for i, part in enumerate(p.parts):
+                own = replace(ctx, clean=base, noise=ctx.noise.stream(i))
+                base = self._perturb(part, base, router, own)
+            return base
         if hasattr(p, "decide"):
             return p.decide(base, router, ctx)
         if self.point == "logits":

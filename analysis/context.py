@@ -59,13 +59,16 @@ class Tokens(NamedTuple):
     token_ids_T: Tensor
     position_T: Tensor  # within the sequence
     sequence_T: Tensor  # id of the sequence
+    kind_T: Tensor | None = None  # see `analysis.tokens`; None without a tokenizer
 
     @classmethod
-    def of(cls, tokens_BL: Tensor, sequence_B: Tensor) -> Tokens:
-        """From (B, L) token ids and (B,) sequence ids."""
+    def of(cls, tokens_BL: Tensor, sequence_B: Tensor, kinds_V: Tensor | None = None) -> Tokens:
+        """From (B, L) token ids, (B,) sequence ids and the kind of each id of the vocabulary."""
         B, L = tokens_BL.shape
-        position_T = torch.arange(L, device=tokens_BL.device).repeat(B)
-        return cls(tokens_BL.flatten(), position_T, sequence_B.repeat_interleave(L))
+        ids_T = tokens_BL.flatten()
+        position_T = torch.arange(L, device=ids_T.device).repeat(B)
+        kind_T = None if kinds_V is None else kinds_V.to(ids_T.device)[ids_T]
+        return cls(ids_T, position_T, sequence_B.repeat_interleave(L), kind_T)
 
 
 @dataclass(frozen=True)

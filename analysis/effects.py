@@ -7,11 +7,13 @@ perturbation; both list experts best first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import combinations
 
 import torch
-from torch import Tensor
 
 from analysis.doses import DenseRouting
+from analysis.perturb.decisions import fit
 from cartmoe.routing import EPS, Router, Routing
 
 
@@ -23,7 +25,9 @@ def _full(clean: Routing, changed: Routing, router: Router) -> Routing:
 def _selection(clean: Routing, changed: Routing, router: Router) -> Routing:
     """The ids of R', by rank with the sorted clean weights, as many as both have."""
     by_rank_TK = clean.weights_TK.sort(-1, descending=True).values
-    weights_TK = torch.where(changed.weights_TK != 0, _fit(by_rank_TK, changed.weights_TK), 0)
+    weights_TK = torch.where(
+        changed.weights_TK != 0, fit(by_rank_TK, changed.weights_TK.shape[-1]), 0
+    )
     return changed._replace(weights_TK=weights_TK)
 
 
@@ -47,15 +51,42 @@ def _no_refill(clean: Routing, changed: Routing, router: Router) -> Routing:
     return changed._replace(ids_TK=clean.ids_TK, weights_TK=kept_TK)
 
 
-def _fit(a_TK: Tensor, b_TK: Tensor) -> Tensor:
-    """a with as many columns as b, cut or padded with 0."""
-    missing = b_TK.shape[-1] - a_TK.shape[-1]
-    return torch.nn.functional.pad(a_TK, (0, missing)) if missing else a_TK
+def _part(parts: frozenset[str], clean: Routing, changed: Routing, router: Router) -> Routing:
+    """The `parts` of R', everything else of R: their damages are what Shapley values divide.
 
+    set      which experts are used
+    weights  how the routed weight is divided among them: by rank, as shares of the whole; of R'
+             on the set of R the shares that effect "weights" gives
+    mass     the sum of the routed weights
+    All three parts make R', none makes R.
+    """
+    if "set" in parts:
+        ids_TK, own_TK = changed.ids_TK, changed.weights_TK
+        if "weights" not in parts:
+            by_rank_TK = clean.weights_TK.sort(-1, descending=True).values
+            # Ranks of R' by its own weights, so that the largest share goes to its first choice.
+            rank_TK = own_TK.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            by_rank_TK = fit(by_rank_TK, own_TK.shape[-1]).gather(-1, rank_TK)
+            own_TK = torch.where(own_TK != 0, by_rank_TK, 0)
+    else:
+        source = _weights(clean, changed, router) if "weights" in parts else clean
+        ids_TK, own_TK = clean.ids_TK, source.weights_TK
+    total_T1 = (changed if "mass" in parts else clean).weights_TK.sum(-1, keepdim=True)
+    scale_T1 = total_T1 / own_TK.sum(-1, keepdim=True).clamp(min=EPS)
+    return changed._replace(ids_TK=ids_TK, weights_TK=own_TK * scale_T1)
+
+
+PARTS = ("set", "weights", "mass")
+# Every proper coalition of them: "part set", "part set+weights", ...
+COALITIONS = {
+    f"part {'+'.join(some)}": frozenset(some)
+    for size in range(1, len(PARTS))
+    for some in combinations(PARTS, size)
+}
 
 EFFECTS: dict[str, Callable[[Routing, Routing, Router], Routing]] = {
     "full": _full,
     "selection": _selection,
     "weights": _weights,
     "no_refill": _no_refill,
-}
+} | {name: partial(_part, parts) for name, parts in COALITIONS.items()}

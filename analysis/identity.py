@@ -17,12 +17,12 @@ import torch
 import analysis
 import cartmoe
 
-# The source files that compute a cell; a change of any is another cell.
+# The source files that compute a cell (folders: all in them); a change of any is another cell.
 COMPUTES = {
     "cartmoe": ("config", "routing", "experts", "ffn", "losses", "model", "hooks"),
     "analysis": (
-        *("noise", "context", "perturb", "effects", "conditions", "doses"),
-        *("intervene", "measure", "adapters/cartmoe"),
+        *("noise", "tokens", "context", "perturb", "trace", "effects", "conditions", "doses"),
+        *("losses", "clean", "intervene", "tabulate", "worst", "measure", "adapters/cartmoe"),
     ),
 }
 
@@ -33,8 +33,9 @@ def source_sha256() -> str:
     digest = hashlib.sha256()
     for package in (cartmoe, analysis):
         for name in COMPUTES[package.__name__]:
-            path = Path(package.__file__).parent / f"{name}.py"
-            digest.update(name.encode() + path.read_bytes())
+            place = Path(package.__file__).parent / name
+            for path in sorted(place.glob("*.py")) or [place.with_suffix(".py")]:
+                digest.update(f"{name}/{path.name}".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from analysis.adapters.base import Adapter, State
+from analysis.clean import CleanPass
 from analysis.conditions import Condition, Where
 from analysis.context import Calibration, RouterContext, SiteStats, Tokens
 from analysis.noise import Noise, mix64, sequence_hash
-from analysis.perturb import Perturbation
+from analysis.perturb import Perturbation, ResidualNoise
+from analysis.tokens import token_kinds
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Router, Routing, expert_counts
 
@@ -47,27 +51,65 @@ class Intervention:
         """A forward over these tokens comes next. `draws` keeps noise for all that share it."""
         self.tokens, self.draws, self.earlier = tokens, draws, dict(earlier or {})
 
+    def begin_at(self, clean: CleanPass, first: int) -> State:
+        """A forward over the clean pass's tokens begins with the segment of this number; the
+        stream that enters it."""
+        remaining = clean.sites_from(first)
+        earlier = {s: r for s, r in clean.routings.items() if s not in remaining}
+        self.begin(clean.tokens, clean.draws, earlier)
+        return clean.states[first]
+
+    @contextmanager
+    def attached(
+        self, model: Adapter, where: Callable[[RouterSite], bool] | None = None
+    ) -> Iterator[None]:
+        """Within the block the model runs under the condition; `where`: the sites that will run,
+        by default all."""
+        with ExitStack() as stack:
+            if isinstance(self.condition.perturbation, ResidualNoise):
+                self.intended: dict[RouterSite, Routing] = {}
+                add_noise = partial(self._add_noise, model)
+                stack.enter_context(model.edit_output(add_noise, where))
+            stack.enter_context(model.edit(self, where))
+            yield
+
     def __call__(self, routing: Routing, router: Router, site: RouterSite, x_TD: Tensor) -> Routing:
-        replay = self.condition.downstream == "replay"
+        condition = self.condition
+        replay = condition.downstream == "replay"
         base = self.recorded[site] if replay else routing
         changed = base
         if self.where(site):
             stats = self.calibration.sites.get(site) if self.calibration else None
-            key = (site.layer, site.stage)
-            noise = Noise(
-                self.condition.eval_seed,
-                key,
-                self.tokens.sequence_T,
-                self.tokens.position_T,
-                self.draws,
-            )
+            x_TD = None if replay else x_TD
             ctx = RouterContext(
-                site, base, None if replay else x_TD, self.tokens, noise, stats, self.earlier
+                site, base, x_TD, self.tokens, self._noise(site), stats, self.earlier
             )
-            changed = self.condition.apply(base, router, ctx)
+            if isinstance(condition.perturbation, ResidualNoise):
+                of = replace(condition, perturbation=condition.perturbation.of)
+                self.intended[site] = of.apply(base, router, ctx)
+            else:
+                changed = condition.apply(base, router, ctx)
             self.observe(site, base, changed)
         self.earlier[site] = changed
         return changed
+
+    def _noise(self, site: RouterSite) -> Noise:
+        key = (site.layer, site.stage)
+        tokens = self.tokens
+        seed = self.condition.eval_seed
+        return Noise(seed, key, tokens.sequence_T, tokens.position_T, self.draws)
+
+    def _add_noise(
+        self, model: Adapter, output_TD: Tensor, x_TD: Tensor, routing: Routing, site: RouterSite
+    ) -> Tensor | None:
+        """For `ResidualNoise`: a random direction as long as the change that was intended."""
+        intended = self.intended.pop(site, None)
+        if intended is None or intended is routing:
+            return None
+        change_TD = (model.stage_output(site, x_TD, intended) - output_TD).float()
+        noise_TD = self._noise(site).normal(output_TD.shape[-1], "residual")
+        length_T1 = change_TD.norm(dim=-1, keepdim=True) / noise_TD.norm(dim=-1, keepdim=True)
+        return output_TD + (length_T1 * noise_TD).to(output_TD.dtype)
 
 
 @contextmanager
@@ -100,7 +142,17 @@ def perturbed(
         selector, where = where, "all"
     condition = Condition(perturbation, where, point=point, effect=effect, eval_seed=seed)
     selector = selector or condition.where
-    intervention = Intervention(condition, stats, where=selector)
+    sites = model.sites()
+    fired = {site: 0 for site in sites if selector(site)}
+    if sites and not fired:
+        have = ", ".join(f"layer {s.layer} stage {s.stage}" for s in sites)
+        raise ValueError(f"where selects no router; the model has {have}")
+
+    def count(site: RouterSite, base: Routing, changed: Routing) -> None:
+        fired[site] += 1
+
+    intervention = Intervention(condition, stats, where=selector, observe=count)
+    kinds_V = token_kinds(model.tokenizer) if condition.where.tokens and model.tokenizer else None
 
     def begin(tokens_BL: Tensor) -> None:
         ids = sequence_hash(tokens_BL) if sequence_ids is None else torch.as_tensor(sequence_ids)
@@ -108,9 +160,10 @@ def perturbed(
             raise ValueError(
                 f"sequence_ids has {len(ids)} rows; the model was given {len(tokens_BL)}"
             )
-        intervention.begin(Tokens.of(tokens_BL, ids.to(tokens_BL.device)), {})
+        intervention.begin(Tokens.of(tokens_BL, ids.to(tokens_BL.device), kinds_V), {})
 
-    with model.on_forward(begin), model.edit(intervention, selector) as fired:
+    # All routers, also those that stay as they are: a perturbation may look back at them.
+    with model.on_forward(begin), intervention.attached(model):
         yield fired
 
 

@@ -2,60 +2,51 @@
 
 The shard stands outside, conditions inside: each batch gets one clean pass, which every condition
 shares. A condition begins at the first segment in which it perturbs something, from the clean
-stream kept there. Shapes: B batch, L length, T = B * L tokens.
+stream kept there. Shapes: S sequences, L length, T = S * L tokens.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.adapters.base import Adapter, State
+from analysis.adapters.base import Adapter
+from analysis.clean import CleanPass
 from analysis.conditions import Condition
-from analysis.context import Calibration, Tokens
+from analysis.context import Calibration
 from analysis.doses import DenseRouting, certainty_of, change_of
 from analysis.intervene import Intervention
+from analysis.tabulate import Table, worth_tabulating
+from analysis.tokens import token_kinds
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.losses import IGNORE
-
-CHUNK_LOGITS = 2**22  # logits held at once when losses are taken: 16 MiB in fp32
-LOSS_SUMS = ("nll_sum", "kl_sum", "num_agree")
 
 
 class Cell(NamedTuple):
     """What one condition (None: the clean run) gave on one shard.
 
-    losses   a row a sequence: document_id, sequence_id, domain, num_tokens, num_bytes, nll_sum and
-             kl_sum in nats, num_agree
+    losses   a row a sequence: document_id, domain, sequence_id, num_tokens, num_bytes, nll_sum and
+             kl_sum in nats, num_agree, delta_max (the largest rise of a token's nll)
     routing  a row a sequence and perturbed site (clean: every site): document_id, sequence_id,
              layer, stage, num_tokens, and sums over the tokens of what `doses` defines
+    tokens   where they are kept, a row a sequence: document_id, sequence_id, nll (fp32 nats of the
+             tokens with a target, as bytes) and, of the clean run, targets (int32, as bytes)
     """
 
     condition: Condition | None
     losses: pd.DataFrame
     routing: pd.DataFrame
     seconds: float
-
-
-@dataclass
-class _Clean:
-    """The clean pass over one batch, and what conditions need of it."""
-
-    states: list[State]  # before each segment, and after the last
-    routings: dict[RouterSite, object]
-    dense: dict[RouterSite, DenseRouting]
-    tokens: Tokens
-    targets_T: Tensor
-    draws: dict
+    tokens: pd.DataFrame | None = None
 
 
 @torch.no_grad()
@@ -66,13 +57,18 @@ def measure(
     *,
     batch_size: int = 16,
     calibration: Calibration | None = None,
+    tabulate: Collection[Condition] | None = None,
+    keep_tokens: bool = False,
     progress: Callable[[int], None] = lambda conditions_done: None,
 ) -> list[Cell]:
     """The clean cell, then one a condition, in their order.
 
+    tabulate      conditions that take the expert outputs of their first site from a table; by
+                  default those for which `worth_tabulating` says that it pays
+    keep_tokens   keep every token's loss, for quantiles and groups of tokens
+
     Raises `ValueError` if a condition's `where` selects no router of the model.
     """
-    segments = model.segments()
     sites = model.sites()
     for condition in conditions:
         if not any(map(condition.where, sites)):
@@ -82,139 +78,154 @@ def measure(
             raise ValueError(
                 f"where is '{condition.where}', which selects no router of {model.name} ({have})"
             )
-    collectors = [_Collector(c) for c in (None, *conditions)]
+    if tabulate is None:
+        tabulate = worth_tabulating(model, conditions, batch_size * shard.tokens_SL.shape[1])
+    needs_kinds = model.tokenizer and any(c.where.tokens for c in conditions)
+    kinds_V = token_kinds(model.tokenizer) if needs_kinds else None
+    collectors = [_Collector(c, keep_tokens) for c in (None, *conditions)]
     for first in range(0, len(shard), batch_size):
         batch = shard[first : first + batch_size].to(model.device)
-        clean = _run_clean(model, segments, batch, collectors[0])
+        with collectors[0].timed():
+            clean = CleanPass.of(model, batch, kinds_V)
+            _collect_clean(model, clean, batch, collectors[0])
+        tables: dict[RouterSite, Table] = {}
         for collector in collectors[1:]:
-            _run_condition(model, segments, clean, batch, collector, calibration)
+            with collector.timed():
+                tabulated = collector.condition in tabulate
+                _run_condition(
+                    model, clean, batch, collector, calibration, tables if tabulated else None
+                )
             progress(1)
     return [c.cell() for c in collectors]
 
 
-def _run_clean(model, segments, batch: Sequences, collector: _Collector) -> _Clean:
-    with collector.timed():
-        states = [State(None, batch.tokens_SL)]
-        with model.watch_branches() as branches:
-            for segment in segments:
-                states.append(segment.run(states[-1]))
-        model.check()
-        routings = dict(zip(model.sites(), states[-1].decisions, strict=True))
-        dense = {site: DenseRouting(r) for site, r in routings.items()}
-        targets_T = batch.targets_SL.flatten()
-        tokens = Tokens.of(batch.tokens_SL, batch.sequence_id_S)
-        clean = _Clean(states, routings, dense, tokens, targets_T, {})
-        collector.add_losses(batch, compare(model, states[-1].hidden_BLD, None, targets_T))
-        residual = {s: states[i].hidden_BLD for i, seg in enumerate(segments) for s in seg.sites}
-        for site, routing in routings.items():
-            share_T, routed_T = branches[site]
-            collector.add_site(
-                batch,
-                site,
-                change_of(dense[site], dense[site], dense[site])
-                | certainty_of(routing, dense[site])
-                | {
-                    "routed_share": share_T,
-                    "routed_ratio": routed_T / residual[site].flatten(0, 1).float().norm(dim=-1),
-                },
-            )
-    return clean
+def _collect_clean(
+    model: Adapter, clean: CleanPass, batch: Sequences, collector: _Collector
+) -> None:
+    nll_T, used_T = clean.losses.nll_T, batch.targets_SL.flatten() != IGNORE
+    nothing_T = torch.zeros_like(nll_T)
+    collector.add_losses(batch, {"nll": nll_T, "kl": nothing_T, "agree": used_T.float()}, nll_T)
+    for number, segment in enumerate(clean.segments):
+        for site in segment.sites:
+            share_T, routed_T = clean.branches[site]
+            dense = clean.dense[site]
+            doses = change_of(dense, dense, dense)
+            doses |= certainty_of(clean.routings[site], dense, model.router(site))
+            ratio_T = routed_T / clean.residual_norm(number)
+            doses |= {"output_change": nothing_T, "routed_share": share_T, "routed_ratio": ratio_T}
+            collector.add_site(batch, site, doses)
 
 
-def _run_condition(model, segments, clean: _Clean, batch, collector: _Collector, calibration):
-    condition = collector.condition
+def _run_condition(
+    model: Adapter,
+    clean: CleanPass,
+    batch: Sequences,
+    collector: _Collector,
+    calibration: Calibration | None,
+    tables: dict[RouterSite, Table] | None,
+) -> None:
+    doses: dict[RouterSite, dict[str, Tensor]] = {}
 
     def observe(site, base, changed) -> None:
         base_dense = clean.dense[site] if base is clean.routings[site] else DenseRouting(base)
         changed_dense = base_dense if changed is base else DenseRouting(changed)
-        collector.add_site(batch, site, change_of(base_dense, changed_dense, clean.dense[site]))
+        doses[site] = change_of(base_dense, changed_dense, clean.dense[site])
 
-    with collector.timed():
-        first = next(i for i, seg in enumerate(segments) if any(map(condition.where, seg.sites)))
-        remaining = {site for segment in segments[first:] for site in segment.sites}
-        earlier = {s: r for s, r in clean.routings.items() if s not in remaining}
-        intervention = Intervention(condition, calibration, clean.routings, observe=observe)
-        intervention.begin(clean.tokens, clean.draws, earlier)
-        state = clean.states[first]
-        with model.edit(intervention, remaining.__contains__):
-            for segment in segments[first:]:
-                state = segment.run(state)
-        model.check()
-        before_BLD = clean.states[-1].hidden_BLD
-        collector.add_losses(batch, compare(model, state.hidden_BLD, before_BLD, clean.targets_T))
+    asked = collector.condition
+    prepared = asked.perturbation.prepare(model, clean, asked)
+    condition = asked if prepared is asked.perturbation else replace(asked, perturbation=prepared)
+    first = clean.first_segment(condition.where)
+    intervention = Intervention(condition, calibration, clean.routings, observe=observe)
+    state = intervention.begin_at(clean, first)
+    with intervention.attached(model, clean.sites_from(first).__contains__):
+        for number in range(first, len(clean.segments)):
+            segment, before = clean.segments[number], state
+            with _tabulated(model, segment, tables if number == first else None):
+                state = segment.run(before)
+            if any(map(condition.where, segment.sites)):
+                change_T = clean.output_change(number, before, state)
+                for site in filter(condition.where, segment.sites):
+                    collector.add_site(batch, site, doses[site] | {"output_change": change_T})
+    model.check()
+    losses = clean.losses.compare(model, state.hidden_BLD.flatten(0, 1))
+    collector.add_losses(batch, losses, clean.losses.nll_T)
 
 
-def compare(
-    model: Adapter, hidden_BLD: Tensor, clean_BLD: Tensor | None, targets_T: Tensor
-) -> dict[str, Tensor]:
-    """(T,) fp32 each, 0 where the target is -100: nll; KL(clean || this) and top-1 agreement,
-    which are 0 and 1 where there is nothing to compare with."""
-    hidden_TD = hidden_BLD.flatten(0, 1)
-    used_T = targets_T != IGNORE
-    nll_T = torch.zeros(len(hidden_TD), device=hidden_TD.device)
-    kl_T, agree_T = torch.zeros_like(nll_T), used_T.float()
-    rows = used_T.nonzero()[:, 0]
-    vocab_size = model.logits(hidden_TD[:1]).shape[-1]
-    for chunk in rows.split(max(1, CHUNK_LOGITS // vocab_size)):
-        log_p = model.logits(hidden_TD[chunk]).log_softmax(-1)
-        nll_T[chunk] = F.nll_loss(log_p, targets_T[chunk], reduction="none")
-        if clean_BLD is not None and clean_BLD is not hidden_BLD:
-            clean_log_p = model.logits(clean_BLD.flatten(0, 1)[chunk]).log_softmax(-1)
-            kl_T[chunk] = (clean_log_p.exp() * (clean_log_p - log_p)).sum(-1)
-            agree_T[chunk] = (clean_log_p.argmax(-1) == log_p.argmax(-1)).float()
-    return {"nll_sum": nll_T, "kl_sum": kl_T, "num_agree": agree_T}
+def _tabulated(model: Adapter, segment, tables: dict[RouterSite, Table] | None):
+    """The segment's experts replaced by a table of their outputs, made when first needed."""
+    if tables is None:
+        return nullcontext()
+    (site,) = segment.sites
+    table = tables.setdefault(site, Table(model, site))
+    return model.replace_experts(site, table)
 
 
 class _Collector:
     """Sums of one condition over the batches of a shard, as frames at the end."""
 
-    def __init__(self, condition: Condition | None):
-        self.condition, self.seconds = condition, 0.0
-        self.losses: list[pd.DataFrame] = []
-        self.routing: list[pd.DataFrame] = []
+    def __init__(self, condition: Condition | None, keep_tokens: bool):
+        self.condition, self.keep_tokens, self.seconds = condition, keep_tokens, 0.0
+        self.losses: list[tuple[dict, np.ndarray]] = []
+        self.routing: list[tuple[dict, np.ndarray]] = []
+        self.tokens: list[dict] = []
 
-    def timed(self) -> _Timed:
-        return _Timed(self)
+    @contextmanager
+    def timed(self):
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
 
-    def add_losses(self, batch: Sequences, per_token: dict[str, Tensor]) -> None:
-        frame = _sums(batch, per_token)
-        frame.insert(1, "domain", list(batch.domain))
-        frame.insert(4, "num_bytes", batch.num_bytes_S.tolist())
-        self.losses.append(frame)
+    def add_losses(self, batch: Sequences, losses: dict[str, Tensor], clean_T: Tensor) -> None:
+        keys = {
+            "document_id": batch.document_id,
+            "domain": batch.domain,
+            "sequence_id": batch.sequence_id_S.tolist(),
+            "num_tokens": (batch.targets_SL != IGNORE).sum(-1).tolist(),
+            "num_bytes": batch.num_bytes_S.tolist(),
+        }
+        nll_T = losses["nll"]
+        used_SL = batch.targets_SL != IGNORE
+        rise_SL = (nll_T - clean_T).view_as(used_SL).masked_fill(~used_SL, -torch.inf)
+        sums = {"nll_sum": nll_T, "kl_sum": losses["kl"], "num_agree": losses["agree"]}
+        columns = _sums(batch, sums) | {"delta_max": rise_SL.amax(-1).double().cpu().numpy()}
+        self.losses.append(keys | columns)
+        if self.keep_tokens:
+            nll_SL, used_SL = nll_T.view_as(used_SL).cpu().numpy(), used_SL.cpu().numpy()
+            targets_SL = batch.targets_SL.cpu().numpy().astype(np.int32)
+            pairs = list(zip(nll_SL, targets_SL, used_SL, strict=True))
+            rows = {
+                "document_id": batch.document_id,
+                "sequence_id": batch.sequence_id_S.tolist(),
+                "nll": [nll_L[used_L].tobytes() for nll_L, _, used_L in pairs],
+            }
+            if self.condition is None:
+                rows["targets"] = [t_L[used_L].tobytes() for _, t_L, used_L in pairs]
+            self.tokens.append(rows)
 
-    def add_site(self, batch: Sequences, site: RouterSite, per_token: dict[str, Tensor]) -> None:
-        frame = _sums(batch, per_token)
-        frame.insert(2, "layer", site.layer)
-        frame.insert(3, "stage", site.stage)
-        self.routing.append(frame)
+    def add_site(self, batch: Sequences, site: RouterSite, doses: dict[str, Tensor]) -> None:
+        keys = {
+            "document_id": batch.document_id,
+            "sequence_id": batch.sequence_id_S.tolist(),
+            "layer": [site.layer] * len(batch),
+            "stage": [site.stage] * len(batch),
+            "num_tokens": (batch.targets_SL != IGNORE).sum(-1).tolist(),
+        }
+        self.routing.append(keys | _sums(batch, doses))
 
     def cell(self) -> Cell:
-        routing = pd.concat(self.routing, ignore_index=True) if self.routing else pd.DataFrame()
-        losses = pd.concat(self.losses, ignore_index=True)
-        return Cell(self.condition, losses, routing, self.seconds)
+        routing = _frame(self.routing) if self.routing else pd.DataFrame()
+        tokens = _frame(self.tokens) if self.tokens else None
+        return Cell(self.condition, _frame(self.losses), routing, self.seconds, tokens)
 
 
-class _Timed:
-    def __init__(self, collector: _Collector):
-        self.collector = collector
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *exception) -> None:
-        self.collector.seconds += time.perf_counter() - self.start
+def _frame(parts: list[dict]) -> pd.DataFrame:
+    """Batches one below the other."""
+    return pd.DataFrame({name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
 
 
-def _sums(batch: Sequences, per_token: dict[str, Tensor]) -> pd.DataFrame:
+def _sums(batch: Sequences, per_token: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Per sequence: fp64 sums over the tokens that have a target."""
     used_SL = batch.targets_SL != IGNORE
     stacked = torch.stack([v.to(torch.float32) for v in per_token.values()])
     sums = (stacked.view(-1, *used_SL.shape).double() * used_SL).sum(-1).cpu().numpy()
-    return pd.DataFrame(
-        {
-            "document_id": list(batch.document_id),
-            "sequence_id": batch.sequence_id_S.tolist(),
-            "num_tokens": used_SL.sum(-1).tolist(),
-        }
-        | dict(zip(per_token, np.asarray(sums), strict=True))
-    )
+    return dict(zip(per_token, sums, strict=True))

@@ -85,6 +85,26 @@ class Noise:
 
         return self._once("normal", width, purpose, draw)
 
+    def gumbel(self, width: int, purpose: str = "") -> Tensor:
+        """(T, width) fp32 standard Gumbel."""
+
+        def draw() -> Tensor:
+            uniform = (_shift(self.bits(width, purpose), 11).double() + 0.5).mul_(2.0**-53)
+            return uniform.log_().neg_().log_().neg_().float()
+
+        return self._once("gumbel", width, purpose, draw)
+
+    def of_experts(self, width: int, purpose: str = "") -> Tensor:
+        """(width,) fp64 in (0, 1), on the CPU: a draw for each expert that all tokens share."""
+        key = torch.tensor(hash_key(self.seed, self.site, purpose))
+        bits = mix64(mix64(key) + torch.arange(1, width + 1) * GOLDEN)
+        return (_shift(bits, 11).double() + 0.5) * 2.0**-53
+
+    def stream(self, name: object) -> Noise:
+        """Draws that are independent of these, for a part of a compound perturbation."""
+        site = (self.site, name)
+        return Noise(self.seed, site, self.sequence_T, self.position_T, self.cache)
+
     def integers(self, high: int, width: int, purpose: str = "") -> Tensor:
         """(T, width) int64 in 0..high-1."""
         return _shift(self.bits(width, purpose), 1) % high

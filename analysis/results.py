@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -19,6 +19,7 @@ CLEAN = {
     "condition": "clean",
     "perturbation": "clean",
     "strength": float("nan"),
+    "expects": "none",
     "where": "all",
     "point": "logits",
     "effect": "full",
@@ -39,6 +40,10 @@ class Results:
 
     facts      model, train_seed, layer, stage, metric, value: what is fixed by the architecture
     finished, planned   cells; a half-finished study can be read like a finished one
+    cells      a row a finished cell: the columns that name it, shard, seconds
+    failed     a row a cell that killed its workers: the columns that name it, shard, reason
+    tokens     where every token's loss was kept: (model, train_seed, condition) -> the frame
+               `Cell.tokens` of all its shards, condition "clean" being the clean run
     """
 
     losses: pd.DataFrame
@@ -46,6 +51,9 @@ class Results:
     facts: pd.DataFrame
     finished: int
     planned: int
+    cells: pd.DataFrame = field(default_factory=pd.DataFrame)
+    failed: pd.DataFrame = field(default_factory=pd.DataFrame)
+    tokens: Callable[[str, int, str], pd.DataFrame] | None = None
 
     @functools.cached_property
     def _damage(self) -> pd.DataFrame:
@@ -91,13 +99,29 @@ def facts_of(model: Adapter) -> list[dict[str, Any]]:
 
 
 def from_cells(model: Adapter, cells: Iterable[Cell]) -> Results:
-    """Results of cells that were just measured on one model."""
+    """Results of cells that were just measured on one model, one shard."""
+    return join([(model, list(cells))])
+
+
+def join(measured: Sequence[tuple[Adapter, Sequence[Cell]]]) -> Results:
+    """Results of cells that were just measured on several models, one shard each."""
     tables: dict[str, list[pd.DataFrame]] = {"losses": [], "routing": []}
-    cells = list(cells)
-    for cell in cells:
-        columns = key_columns(model.name, model.family, model.train_seed, cell.condition)
-        for name, parts in tables.items():
-            parts.append(getattr(cell, name).assign(**columns))
+    rows, tokens = [], {}
+    for model, cells in measured:
+        for cell in cells:
+            columns = key_columns(model.name, model.family, model.train_seed, cell.condition)
+            for name, parts in tables.items():
+                parts.append(getattr(cell, name).assign(**columns))
+            rows.append(columns | {"shard": 0, "seconds": cell.seconds})
+            if cell.tokens is not None:
+                tokens[model.name, model.train_seed, columns["condition"]] = cell.tokens
     frames = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
-    facts = pd.DataFrame(facts_of(model), columns=FACTS)
-    return Results(**frames, facts=facts, finished=len(cells), planned=len(cells))
+    facts = [row for model, _ in measured for row in facts_of(model)]
+    return Results(
+        **frames,
+        facts=pd.DataFrame(facts, columns=FACTS),
+        finished=len(rows),
+        planned=len(rows),
+        cells=pd.DataFrame(rows),
+        tokens=(lambda *key: tokens[key]) if tokens else None,
+    )

@@ -34,6 +34,7 @@ def sweep(
     controls: bool = True,
     calibration: Sequences | None = None,
     batch_size: int = 16,
+    tokens: bool = False,
     progress: bool = True,
 ) -> Results:
     """Measure perturbations of one model in memory; `run` is its long form.
@@ -42,6 +43,7 @@ def sweep(
     where, point, seed   for perturbations that are no `Condition` of their own
     controls      also measure identity, DropChosen, DropUnchosen, RandomRouting and NoRouted
     calibration   documents that RandomRouting draws from; by default the first 32 of `docs`
+    tokens        keep every token's loss, for quantiles and groups of tokens
     """
     model = as_adapter(model)
     if not model.sites():
@@ -63,6 +65,12 @@ def sweep(
     batches = -(-len(docs) // batch_size)
     with tqdm(total=batches * len(conditions), unit="batch", disable=not progress) as bar:
         cells = measure(
-            model, conditions, docs, batch_size=batch_size, calibration=stats, progress=bar.update
+            model,
+            conditions,
+            docs,
+            batch_size=batch_size,
+            calibration=stats,
+            keep_tokens=tokens,
+            progress=bar.update,
         )
     return from_cells(model, cells)

@@ -63,12 +63,15 @@ class RoutedStage(nn.Module):
     def forward(self, h_TD: Tensor, token_ids_T: Tensor) -> tuple[Tensor, Routing]:
         """(T, D) to be added to the residual stream, and the decision taken."""
         routing = self.router(h_TD, token_ids_T)
+        return self.output(h_TD, routing), routing
+
+    def output(self, h_TD: Tensor, routing: Routing) -> Tensor:
+        """(T, D) that this decision adds to the residual stream."""
         routed_TD = self.experts(h_TD, routing)
         if self.shared is None:
-            return routed_TD, routing
+            return routed_TD
         c = self.mix(h_TD).softmax(-1).to(routed_TD.dtype)
-        shared_TD = self.shared(h_TD)
-        return c[:, :1] * routed_TD + (c[:, 1:] / self.grain) * shared_TD, routing
+        return c[:, :1] * routed_TD + (c[:, 1:] / self.grain) * self.shared(h_TD)
 
 
 class DenseLayer(nn.Module):

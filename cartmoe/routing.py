@@ -119,10 +119,13 @@ class Router(nn.Module):
         """The decision that these logits lead to."""
         return self.decide(logits_TE, self.score(logits_TE))
 
-    def decide(self, logits_TE: Tensor, scores_TE: Tensor) -> Routing:
-        """The decision that these scores lead to; the logits are only kept beside it."""
-        ids_TK = self.choose(scores_TE)
-        return Routing(logits_TE, scores_TE, ids_TK, self.weigh(scores_TE, ids_TK))
+    def decide(self, logits_TE: Tensor, scores_TE: Tensor, k: int | None = None) -> Routing:
+        """The decision that these scores lead to; the logits are only kept beside it.
+
+        k   experts to use in place of the router's own top_k or top_p
+        """
+        ids_TK = self.choose(scores_TE, k)
+        return Routing(logits_TE, scores_TE, ids_TK, self.weigh(scores_TE, ids_TK, k))
 
     def score(self, logits_TE: Tensor) -> Tensor:
         """(T, E) scores; -inf gives 0, also in a row that has nothing else."""
@@ -131,19 +134,22 @@ class Router(nn.Module):
         nothing_T1 = logits_TE.amax(-1, keepdim=True) == -torch.inf  # 0/0 in a softmax
         return logits_TE.masked_fill(nothing_T1, 0).softmax(-1).masked_fill(nothing_T1, 0)
 
-    def choose(self, scores_TE: Tensor) -> Tensor:
-        """(T, K) ids, best first, ties to the lower id."""
-        scores_TE = scores_TE.detach()
-        if self.score_function == "sigmoid":
-            # A masked expert has score 0, and must stay behind one with a low bias.
-            biased_TE = scores_TE + self.selection_bias_E
-            scores_TE = biased_TE.masked_fill(scores_TE == 0, -torch.inf)
-        return stable_topk(scores_TE, self.num_experts if self.top_p else self.top_k)
+    def selection_scores(self, scores_TE: Tensor) -> Tensor:
+        """(T, E) what experts are chosen by: the scores, and with a sigmoid the bias too."""
+        if self.score_function != "sigmoid":
+            return scores_TE
+        # A masked expert has score 0, and must stay behind one with a low bias.
+        return (scores_TE + self.selection_bias_E).masked_fill(scores_TE == 0, -torch.inf)
 
-    def weigh(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        """(T, K) weights of the chosen."""
+    def choose(self, scores_TE: Tensor, k: int | None = None) -> Tensor:
+        """(T, K) ids, best first, ties to the lower id; k in place of the router's own number."""
+        slots = k or (self.num_experts if self.top_p else self.top_k)
+        return stable_topk(self.selection_scores(scores_TE.detach()), slots)
+
+    def weigh(self, scores_TE: Tensor, ids_TK: Tensor, k: int | None = None) -> Tensor:
+        """(T, K) weights of the chosen; with a given k all of them are used, whatever top_p is."""
         weights_TK = scores_TE.gather(-1, ids_TK)
-        if self.top_p:
+        if self.top_p and not k:
             before_TK = F.pad(weights_TK.detach().cumsum(-1)[:, :-1], (1, 0))
             weights_TK = weights_TK * (before_TK <= self.top_p)
         if self.renormalize:

@@ -33,6 +33,18 @@ class Segment(NamedTuple):
 
 
 EditFunction = Callable[[Routing, Router, RouterSite, Tensor], Routing | None]
+# (what the stage adds to the stream (T, D), what enters its router (T, D), decision, site).
+OutputFunction = Callable[[Tensor, Tensor, Routing, RouterSite], Tensor | None]
+# (what enters the routed experts (T, D), decision) -> the weighted sum of their outputs (T, D).
+ExpertsFunction = Callable[[Tensor, Routing], Tensor]
+
+
+class RoutedFlow(NamedTuple):
+    """What went through one site's routed experts in a forward with gradients."""
+
+    x_TD: Tensor
+    routing: Routing
+    output_TD: Tensor  # part of the graph, so the loss has a gradient by it
 
 
 class Adapter(Protocol):
@@ -42,6 +54,7 @@ class Adapter(Protocol):
     identity    SHA-256 of its weights' files, or of its tensors for an object in memory
     tokenizer   with `encode` and `num_bytes` (see cartmoe.tokenizers)
     device      where its weights are
+    width       D of its residual stream
     """
 
     name: str
@@ -50,6 +63,7 @@ class Adapter(Protocol):
     identity: str
     tokenizer: Any
     device: torch.device
+    width: int
 
     def sites(self) -> list[RouterSite]:
         """Every router in order of depth."""
@@ -71,6 +85,33 @@ class Adapter(Protocol):
         self, fn: EditFunction, where: Callable[[RouterSite], bool] | None = None
     ) -> AbstractContextManager:
         """Within the block, fn(routing, router, site, x_TD) may replace each decision."""
+        ...
+
+    def edit_output(
+        self, fn: OutputFunction, where: Callable[[RouterSite], bool] | None = None
+    ) -> AbstractContextManager:
+        """Within the block, fn(output_TD, x_TD, routing, site) may replace what a routed stage
+        adds to the residual stream (shared expert included)."""
+        ...
+
+    def stage_output(self, site: RouterSite, x_TD: Tensor, routing: Routing) -> Tensor:
+        """(T, D) that the stage would add to the residual stream under this decision."""
+        ...
+
+    def replace_experts(self, site: RouterSite, fn: ExpertsFunction) -> AbstractContextManager:
+        """Within the block, fn computes the routed part of the site in the experts' place."""
+        ...
+
+    def watch_experts(self) -> AbstractContextManager[dict[RouterSite, RoutedFlow]]:
+        """Within the block, by site of the last forward: what went through the experts."""
+        ...
+
+    def router(self, site: RouterSite) -> Router:
+        """The site's router."""
+        ...
+
+    def gate(self, site: RouterSite) -> Callable[[Tensor, Tensor], Tensor]:
+        """(x_TD, token_ids_T) -> logits_TE, whatever hooks there are on the router."""
         ...
 
     def on_forward(self, fn: Callable[[Tensor], None]) -> AbstractContextManager:

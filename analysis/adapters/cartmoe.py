@@ -11,9 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.adapters.base import EditFunction, Segment, State
+from analysis.adapters.base import (
+    EditFunction,
+    ExpertsFunction,
+    OutputFunction,
+    RoutedFlow,
+    Segment,
+    State,
+)
+from cartmoe.ffn import RoutedStage
 from cartmoe.hooks import RouterSite, hook_routers, router_sites, select_sites
 from cartmoe.model import LanguageModel, Step
+from cartmoe.routing import Router, Routing
 
 
 class CartMoEAdapter:
@@ -29,7 +38,7 @@ class CartMoEAdapter:
         identity: str | None = None,
     ):
         self.model = model
-        self.family = model.config.family
+        self.family, self.width = model.config.family, model.config.d_model
         self.name, self.train_seed, self.tokenizer = name or self.family, train_seed, tokenizer
         self._identity = identity
 
@@ -91,6 +100,64 @@ class CartMoEAdapter:
                 )
             )
 
+    def router(self, site: RouterSite) -> Router:
+        """The site's router."""
+        return self._stage(site).router
+
+    def gate(self, site: RouterSite) -> Callable[[Tensor, Tensor], Tensor]:
+        """The router's gate."""
+        return self._stage(site).router.gate
+
+    def _stage(self, site: RouterSite) -> RoutedStage:
+        return select_sites(self.model, site.__eq__)[site]
+
+    @contextmanager
+    def edit_output(
+        self, fn: OutputFunction, where: Callable[[RouterSite], bool] | None = None
+    ) -> Iterator[None]:
+        """Through hooks on the routed stages."""
+        with ExitStack() as handles:
+            for site, stage in select_sites(self.model, where).items():
+
+                def hook(stage, args, out, site=site):
+                    output_TD, routing = out
+                    changed_TD = fn(output_TD, args[0], routing, site)
+                    return None if changed_TD is None else (changed_TD, routing)
+
+                handles.callback(stage.register_forward_hook(hook).remove)
+            yield
+
+    def stage_output(self, site: RouterSite, x_TD: Tensor, routing: Routing) -> Tensor:
+        """(T, D)."""
+        return self._stage(site).output(x_TD, routing)
+
+    @contextmanager
+    def replace_experts(self, site: RouterSite, fn: ExpertsFunction) -> Iterator[None]:
+        """Through the instance's own `forward`, so that hooks on the experts still fire."""
+        experts = self._stage(site).experts
+        before = vars(experts).get("forward")
+        experts.forward = fn
+        try:
+            yield
+        finally:
+            if before is None:
+                del experts.forward
+            else:
+                experts.forward = before
+
+    @contextmanager
+    def watch_experts(self) -> Iterator[dict[RouterSite, RoutedFlow]]:
+        """Through hooks on the routed experts."""
+        seen: dict[RouterSite, RoutedFlow] = {}
+        with ExitStack() as handles:
+            for site, stage in select_sites(self.model, None).items():
+
+                def hook(experts, args, out, site=site):
+                    seen[site] = RoutedFlow(*args, out)
+
+                handles.callback(stage.experts.register_forward_hook(hook).remove)
+            yield seen
+
     @contextmanager
     def on_forward(self, fn: Callable[[Tensor], None]) -> Iterator[None]:
         """Through a pre-hook on the trunk, which every way of running the model calls."""
@@ -129,17 +196,21 @@ class CartMoEAdapter:
 
     def expert_weights(self, site: RouterSite) -> tuple[Tensor, Tensor, Tensor]:
         """gate (E, F, D), up (E, F, D), down (E, D, F); views, not copies."""
-        experts = select_sites(self.model, site.__eq__)[site].experts
+        experts = self._stage(site).experts
         gate_EFD, up_EFD = experts.gate_up_ECD.chunk(2, dim=1)
         return gate_EFD, up_EFD, experts.down_EDF
 
     def expert_outputs(
         self, site: RouterSite, x_TD: Tensor, ids: list[int] | None = None
     ) -> Tensor:
-        """(E, T, D), or (len(ids), T, D)."""
-        gate, up, down = (w if ids is None else w[ids] for w in self.expert_weights(site))
-        hidden_ETF = F.silu(x_TD @ gate.transpose(1, 2)) * (x_TD @ up.transpose(1, 2))
-        return hidden_ETF @ down.transpose(1, 2)
+        """(E, T, D), or (len(ids), T, D); one expert after the other, so that temporaries of one
+        are all there is beside the result."""
+        experts = self._stage(site).experts
+        outputs = []
+        for e in range(experts.num_experts) if ids is None else ids:
+            gate, up = F.linear(x_TD, experts.gate_up_ECD[e]).chunk(2, -1)
+            outputs.append(F.linear(F.silu(gate) * up, experts.down_EDF[e]))
+        return torch.stack(outputs)
 
     def site_facts(self, site: RouterSite) -> dict[str, float]:
         """top_k (NaN with a top-p router, whose number varies), renormalize (0/1), num_experts."""

@@ -1,0 +1,167 @@
+"""What every perturbation is, and what several of them need.
+
+Shapes: T tokens, E experts, K slots. A perturbation is a frozen dataclass and pure. Kind L maps
+logits to logits, `p(logits_TE, ctx)`, a masked expert getting -inf; kind D maps a decision to a
+decision, `p.decide(routing, router, ctx)`, for what is no map of logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from analysis.context import RouterContext
+from cartmoe.routing import Routing
+
+if TYPE_CHECKING:
+    from analysis.adapters.base import Adapter
+    from analysis.clean import CleanPass
+    from analysis.conditions import Condition
+
+EXPECTS = ("none", "weights", "selection", "output")
+
+
+class Perturbation:
+    """Base of all. A subclass says with what parameter value it changes nothing.
+
+    expects   what it must change to be a test at all: "none", "weights", "selection", or "output"
+              (of the layer, while the routing stays)
+    strength_field   the parameter that is its number on a plot's axis
+    neutral   the value of that parameter which changes nothing
+    listed    parameters whose value is a list, so that a study's TOML does not take one list for
+              several conditions
+    points    the points (see `Condition`) that it can work at
+    """
+
+    expects: ClassVar[str] = "selection"
+    strength_field: ClassVar[str | None] = None
+    neutral: ClassVar[Any] = 0
+    listed: ClassVar[frozenset[str]] = frozenset()
+    points: ClassVar[tuple[str, ...]] = ("logits", "scores")
+
+    @property
+    def strength(self) -> float:
+        """Its number on a plot's axis; NaN if it has none."""
+        return float(getattr(self, self.strength_field)) if self.strength_field else float("nan")
+
+    @property
+    def label(self) -> str:
+        """Name and those parameters, other than the strength, that are not at their default."""
+        other = [f for f in fields(self) if f.name != self.strength_field]
+        changed = [(f.name, v) for f in other if (v := getattr(self, f.name)) != f.default]
+        name = type(self).__name__
+        return f"{name}({', '.join(f'{n}={show(v)}' for n, v in changed)})" if changed else name
+
+    def identity(self) -> Perturbation:
+        """The same with the strength that changes nothing: it returns the very input."""
+        if self.strength_field is None:
+            return Identity()
+        return replace(self, **{self.strength_field: self.neutral})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and parameters, plain JSON types: part of a condition's identity. Of a class that
+        is not of this package also a hash of its source, since another source is another one."""
+        cls = type(self)
+        named = {"name": cls.__name__}
+        if not cls.__module__.startswith("analysis."):
+            named = {"name": f"{cls.__module__}:{cls.__qualname__}", "source": source_sha256(cls)}
+        return named | {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+
+    def prepare(self, model: Adapter, clean: CleanPass, condition: Condition) -> Perturbation:
+        """What takes this one's place on one batch, whose clean pass is over: for searches that
+        need the whole model. `condition` is that of which it is a part."""
+        return self
+
+
+def plain(value: Any) -> Any:
+    """Plain JSON types for a parameter."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, tuple | list):
+        return [plain(v) for v in value]
+    return value
+
+
+def show(value: Any) -> str:
+    """A parameter in a label, which may not have parentheses or ", " of its own."""
+    if isinstance(value, Perturbation):
+        strength = "" if math.isnan(value.strength) else f" {value.strength:.12g}"
+        return value.label.replace("(", " ").replace(")", "").replace(", ", " ") + strength
+    if isinstance(value, tuple | list):
+        return "+".join(map(show, value))
+    return str(value)
+
+
+def source_sha256(cls: type) -> str | None:
+    """Of the class's source; None where there is no file of it."""
+    try:
+        return hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()
+    except (OSError, TypeError):
+        return None
+
+
+def set_number(
+    owner: object, name: str, kind: type, least: float = 0, most: float = math.inf
+) -> None:
+    """Make a field of a frozen dataclass a plain int or float, so that equal values have the same
+    JSON (1 and 1.0, and NumPy's). Raises `ValueError` for other things and other numbers."""
+    value = getattr(owner, name)
+    whole = kind is int
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise ValueError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number")
+    if not least <= value <= most or abs(value) == math.inf:
+        span = f"lie in {least}..{most}" if most < math.inf else "be finite"
+        span += f" and at least {least}" if most == math.inf and least > -math.inf else ""
+        raise ValueError(f"{name} is {value!r}; it must {span}")
+    object.__setattr__(owner, name, kind(value))
+
+
+def set_numbers(owner: object, name: str, least: int) -> None:
+    """Make a field a tuple of different whole numbers, in their order. Raises `ValueError`."""
+    value = getattr(owner, name)
+    good = isinstance(value, tuple | list) and all(
+        isinstance(v, Integral) and not isinstance(v, bool) and v >= least for v in value
+    )
+    if not good or len(set(value)) < len(value) or not value:
+        raise ValueError(
+            f"{name} is {value!r}; it must be a list of different whole numbers from {least} on"
+        )
+    object.__setattr__(owner, name, tuple(sorted(int(v) for v in value)))
+
+
+def mask_experts(logits_TE: Tensor, ids_TM: Tensor) -> Tensor:
+    """A copy with -inf at ids_TM."""
+    return logits_TE.scatter(-1, ids_TM, -torch.inf)
+
+
+def chosen_mask(routing: Routing) -> Tensor:
+    """(T, E) bool: the experts that a token uses; slots of weight 0 are not used."""
+    mask_TE = torch.zeros_like(routing.logits_TE, dtype=torch.int8)
+    return mask_TE.scatter_add_(-1, routing.ids_TK, (routing.weights_TK != 0).to(torch.int8)) > 0
+
+
+def finite_std(logits_TE: Tensor) -> Tensor:
+    """(T, 1) population std of each token's finite logits; 0 where none is finite."""
+    finite_TE = logits_TE.isfinite()
+    count_T1 = finite_TE.sum(-1, keepdim=True).clamp(min=1)
+    z_TE = logits_TE.masked_fill(~finite_TE, 0)
+    mean_T1 = z_TE.sum(-1, keepdim=True) / count_T1
+    return ((z_TE - mean_T1).square() * finite_TE).sum(-1, keepdim=True).div(count_T1).sqrt()
+
+
+@dataclass(frozen=True)
+class Identity(Perturbation):
+    """Changes nothing: measures what the hooks themselves do, which must be exactly nothing."""
+
+    expects: ClassVar[str] = "none"
+
+    def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
+        """The very input."""
+        return logits_TE

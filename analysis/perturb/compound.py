@@ -1,0 +1,157 @@
+"""Perturbations that are made of others, or of a function of yours."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from analysis.context import RouterContext
+from analysis.perturb.base import EXPECTS, Perturbation, plain
+from cartmoe.config import check_choice
+
+
+def import_name(text: str) -> Any:
+    """What "package.module:name" names; `ValueError` saying what is not there."""
+    module, _, name = text.partition(":")
+    try:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{text!r} cannot be imported ({error}); write 'package.module:name'"
+        ) from error
+    return found
+
+
+@dataclass(frozen=True)
+class Compose(Perturbation):
+    """Several perturbations, one after the other; each takes the decision so far for the clean
+    one, and has draws of its own."""
+
+    listed: ClassVar[frozenset[str]] = frozenset({"parts"})
+    parts: tuple[Perturbation, ...] = ()
+
+    def __post_init__(self) -> None:
+        from analysis.perturb import perturbation_from_dict
+
+        if not isinstance(self.parts, tuple | list) or not self.parts:
+            raise ValueError(f"parts is {self.parts!r}; give a list of perturbations")
+        parts = [perturbation_from_dict(p) if isinstance(p, Mapping) else p for p in self.parts]
+        for part in parts:
+            if not isinstance(part, Perturbation) or isinstance(part, ResidualNoise):
+                raise ValueError(f"parts has {part!r}; each must be a perturbation of routing")
+        object.__setattr__(self, "parts", tuple(parts))
+
+    @property
+    def expects(self) -> str:
+        """The most that any part expects."""
+        kinds = ("none", "weights", "selection")
+        return max((part.expects for part in self.parts), key=kinds.index)
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Those that all parts can work at."""
+        return tuple(p for p in Perturbation.points if all(p in part.points for part in self.parts))
+
+    def identity(self) -> Perturbation:
+        """All parts changing nothing."""
+        return Compose(tuple(part.identity() for part in self.parts))
+
+    def prepare(self, model, clean, condition) -> Perturbation:
+        """Every part prepared on its own."""
+        parts = tuple(part.prepare(model, clean, condition) for part in self.parts)
+        return self if parts == self.parts else replace(self, parts=parts)
+
+
+@dataclass(frozen=True)
+class ResidualNoise(Perturbation):
+    """The control that asks whether it is *wrong experts* that hurt, or any change of that size:
+    routing stays, and a random direction is added to the layer's output, with the norm, token by
+    token, of the change that the perturbation `of` would make there."""
+
+    expects: ClassVar[str] = "output"
+    of: Perturbation = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        from analysis.perturb import DropTop, perturbation_from_dict
+
+        of = DropTop(1) if self.of is None else self.of
+        of = perturbation_from_dict(of) if isinstance(of, Mapping) else of
+        if not isinstance(of, Perturbation) or isinstance(of, ResidualNoise):
+            raise ValueError(f"of is {of!r}; it must be a perturbation of routing")
+        object.__setattr__(self, "of", of)
+
+    @property
+    def strength(self) -> float:
+        """That of the perturbation whose size it has."""
+        return self.of.strength
+
+    @property
+    def label(self) -> str:
+        """ "ResidualNoise(of=DropTop)"."""
+        return f"ResidualNoise(of={self.of.label.replace('(', ' ').replace(')', '')})"
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Those of the perturbation whose size it has."""
+        return self.of.points
+
+    def identity(self) -> Perturbation:
+        """Noise of norm 0."""
+        return ResidualNoise(self.of.identity())
+
+    def prepare(self, model, clean, condition) -> Perturbation:
+        """With `of` prepared."""
+        of = self.of.prepare(model, clean, replace(condition, perturbation=self.of))
+        return self if of is self.of else ResidualNoise(of)
+
+
+@dataclass(frozen=True)
+class Custom(Perturbation):
+    """A function of yours in a study: (logits_TE, ctx) -> logits_TE, pure.
+
+    function   itself, or where it is, "package.module:name"
+    title      what tables call it
+    version    raise it when the function changes: results are kept by title and version
+    changes    what it must change to be a test: "none", "weights" or "selection"
+    """
+
+    function: Callable[[Tensor, RouterContext], Tensor] | str = field(default="", compare=False)
+    title: str = ""
+    version: int = 0
+    changes: str = "weights"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.function, str):
+            object.__setattr__(self, "function", import_name(self.function))
+        if not callable(self.function):
+            raise ValueError(f"function is {self.function!r}; give (logits_TE, ctx) -> logits_TE")
+        if not isinstance(self.title, str) or not self.title or set(self.title) & set("(),"):
+            raise ValueError(f"title is {self.title!r}; it must be a text without '(', ')' or ','")
+        check_choice("changes", self.changes, EXPECTS[:3])
+
+    @property
+    def expects(self) -> str:
+        """`changes`."""
+        return self.changes
+
+    @property
+    def label(self) -> str:
+        """The title."""
+        return self.title
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name, title and version; the function only as the name it can be imported by."""
+        function = f"{self.function.__module__}:{self.function.__qualname__}"
+        return {"name": "Custom", "function": function} | {
+            name: plain(getattr(self, name)) for name in ("title", "version", "changes")
+        }
+
+    def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
+        """What the function returns."""
+        return self.function(logits_TE, ctx)

@@ -1,0 +1,78 @@
+"""Flips of single slots: the worst within a budget, and as many random ones beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from analysis.context import RouterContext
+from analysis.perturb.base import Identity, Perturbation, set_number
+from cartmoe.config import check_choice
+from cartmoe.routing import Router, Routing
+
+PER = ("token", "sequence")
+CHOOSE = ("worst", "random")
+
+
+@dataclass(frozen=True)
+class Worst(Perturbation):
+    """The flips of experts that cost most within a budget, found with the gradient of the loss.
+
+    flips    i -> j, the slot keeping its weight: at most so many per token or sequence, over all
+             the routers where it acts together
+    rounds   forward and backward passes among which the budget is divided; each begins where the
+             flips so far have led, and those that did not raise a sequence's loss are taken back
+    choose   "random": as many random flips instead, the control beside it
+
+    See `analysis.worst.search`. It needs targets and the whole model, so it runs in studies,
+    `sweep` and `compare`, not in `perturbed`.
+    """
+
+    strength_field: ClassVar[str] = "flips"
+    flips: int = 1
+    per: str = "token"
+    rounds: int = 1
+    choose: str = "worst"
+
+    def __post_init__(self) -> None:
+        set_number(self, "flips", int)
+        set_number(self, "rounds", int, least=1)
+        check_choice("per", self.per, PER)
+        check_choice("choose", self.choose, CHOOSE)
+
+    def identity(self) -> Perturbation:
+        """No flip."""
+        return Identity()
+
+    def prepare(self, model, clean, condition) -> Perturbation:
+        """The flips found for this batch."""
+        from analysis.worst import search
+
+        return search(self, model, clean, condition) if self.flips else Identity()
+
+    def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
+        """Not without a search before it."""
+        raise ValueError(
+            f"{self.label} is searched for with the targets of documents; use analysis.sweep or a "
+            "study"
+        )
+
+
+@dataclass(frozen=True)
+class Flips(Perturbation):
+    """Flips that a search has found for one batch.
+
+    expert_TE   by (layer, stage): the expert that runs in each one's slots (itself: no flip)
+    """
+
+    expert_TE: Mapping[tuple[int, int], Tensor] = field(default_factory=dict, compare=False)
+
+    def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
+        """Other experts in the same slots, at the same weights."""
+        expert_TE = self.expert_TE.get((ctx.site.layer, ctx.site.stage))
+        if expert_TE is None:
+            return routing
+        return routing._replace(ids_TK=expert_TE.gather(-1, routing.ids_TK))

@@ -1,0 +1,197 @@
+"""Perturbations that move logits: noise, scale, order, resolution, another token's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from analysis.context import RouterContext
+from analysis.perturb.base import Perturbation, chosen_mask, finite_std, set_number
+from cartmoe.config import check_choice
+from cartmoe.routing import stable_topk
+
+SCALES = ("token", "site", "absolute")
+WITHIN = ("all", "chosen")
+DRAWS = ("reservoir", "permute")
+FLOATS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class GaussianNoise(Perturbation):
+    """z + sigma * s * n, n standard normal.
+
+    scale    what s is: "token" the std of the token's finite logits, "site" the site's over the
+             calibration slice, "absolute" 1
+    within   "all" experts, or only those "chosen" by the clean decision
+    """
+
+    strength_field: ClassVar[str] = "sigma"
+    sigma: float = 1.0
+    scale: str = "token"
+    within: str = "all"
+
+    def __post_init__(self) -> None:
+        set_number(self, "sigma", float)
+        check_choice("scale", self.scale, SCALES)
+        check_choice("within", self.within, WITHIN)
+
+    def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
+        """A noisy copy; -inf stays -inf."""
+        if self.sigma == 0:
+            return logits_TE
+        noise_TE = ctx.noise.normal(logits_TE.shape[-1]).to(logits_TE.dtype)
+        if self.within == "chosen":
+            noise_TE = noise_TE * chosen_mask(ctx.clean)
+        return logits_TE + self.sigma * self.unit(logits_TE, ctx) * noise_TE
+
+    def unit(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor | float:
+        """s: what a sigma of 1 means in units of logits; (T, 1) or a number."""
+        if self.scale == "token":
+            return finite_std(logits_TE)
+        return ctx.need_stats(self).std if self.scale == "site" else 1.0
+
+
+@dataclass(frozen=True)
+class GumbelNoise(Perturbation):
+    """z + tau * g, g standard Gumbel: the top K are then K draws without replacement in proportion
+    to exp(z / tau), as RoE samples routes (arXiv 2509.17238)."""
+
+    strength_field: ClassVar[str] = "tau"
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        set_number(self, "tau", float)
+
+    def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
+        """A noisy copy; -inf stays -inf."""
+        if self.tau == 0:
+            return logits_TE
+        return logits_TE + self.tau * ctx.noise.gumbel(logits_TE.shape[-1]).to(logits_TE.dtype)
+
+
+@dataclass(frozen=True)
+class Temperature(Perturbation):
+    """z / 2^log2_t: flatter (log2_t > 0) or sharper weights. With top-k the set stays."""
+
+    expects: ClassVar[str] = "weights"
+    strength_field: ClassVar[str] = "log2_t"
+    log2_t: float = 1.0
+
+    def __post_init__(self) -> None:
+        set_number(self, "log2_t", float, least=-64, most=64)
+
+    def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
+        """A scaled copy."""
+        return logits_TE if self.log2_t == 0 else logits_TE * 2.0**-self.log2_t
+
+
+@dataclass(frozen=True)
+class SwapRanks(Perturbation):
+    """The logits at ranks r and s (1 the highest) change places; changes something if the better
+    of the two is in use. Needs no learned router, so hash layers have it too."""
+
+    expects: ClassVar[str] = "weights"
+    r: int = 1
+    s: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("r", "s"):
+            set_number(self, name, int, least=1)
+
+    def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
+        """A copy with two entries of each row exchanged."""
+        if self.r == self.s:
+            return logits_TE
+        low, E = max(self.r, self.s), logits_TE.shape[-1]
+        if low > E:
+            raise ValueError(f"ranks r, s have {low}; {ctx.site.name} has only {E} experts")
+        order_TK = stable_topk(logits_TE, low)
+        pair_T2 = torch.stack([order_TK[:, self.r - 1], order_TK[:, self.s - 1]], -1)
+        return logits_TE.scatter(-1, pair_T2, logits_TE.gather(-1, pair_T2.flip(-1)))
+
+
+@dataclass(frozen=True)
+class RandomRouting(Perturbation):
+    """A share of the tokens is routed as if it were another token: the ceiling of damage.
+
+    draw   "reservoir": its logits become a row of the calibration's reservoir, which keeps the
+           marginal load; "permute": its own logits are permuted over the experts
+    """
+
+    strength_field: ClassVar[str] = "share"
+    share: float = 1.0
+    draw: str = "reservoir"
+
+    def __post_init__(self) -> None:
+        set_number(self, "share", float, most=1)
+        check_choice("draw", self.draw, DRAWS)
+
+    def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
+        """A copy with other rows for that share of tokens."""
+        if self.share == 0:
+            return logits_TE
+        E = logits_TE.shape[-1]
+        if self.draw == "permute":
+            order_TE = ctx.noise.uniform(E, "permute").argsort(dim=-1, stable=True)
+            other_TE = logits_TE.gather(-1, order_TE)
+        else:
+            reservoir_RE = ctx.need_stats(self).reservoir_RE
+            row_T = ctx.noise.integers(len(reservoir_RE), 1, "row")[:, 0]
+            other_TE = reservoir_RE.to(logits_TE)[row_T]
+        return torch.where(ctx.noise.uniform(1, "who") < self.share, other_TE, logits_TE)
+
+
+@dataclass(frozen=True)
+class Quantize(Perturbation):
+    """z rounded: the numeric floor of routing.
+
+    to   "bf16", "fp8" (e4m3), or a number of bits: so many levels between the lowest and the
+         highest finite logit of the token; None leaves z as it is
+    """
+
+    expects: ClassVar[str] = "weights"
+    to: str | int | None = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.to is None or self.to in FLOATS:
+            return
+        if type(self.to) is not int or not 1 <= self.to <= 24:
+            raise ValueError(
+                f"to is {self.to!r}; choose 'bf16', 'fp8', or a number of bits in 1..24"
+            )
+
+    @property
+    def strength(self) -> float:
+        """The number of bits; NaN for a format of floats."""
+        return float(self.to) if isinstance(self.to, int) else math.nan
+
+    @property
+    def label(self) -> str:
+        """ "Quantize(bits)", "Quantize(fp8)", "Quantize" for bf16."""
+        if isinstance(self.to, int):
+            return "Quantize(bits)"
+        return "Quantize" if self.to == "bf16" else f"Quantize({self.to})"
+
+    def identity(self) -> Perturbation:
+        """No rounding."""
+        return Quantize(None)
+
+    def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
+        """A rounded copy; -inf stays -inf."""
+        if self.to is None:
+            return logits_TE
+        if self.to in FLOATS:
+            # fp8 has no infinity: what is masked stays so, what is too large saturates.
+            limit = torch.finfo(FLOATS[self.to]).max
+            rounded_TE = logits_TE.clamp(-limit, limit).to(FLOATS[self.to]).to(logits_TE.dtype)
+            return rounded_TE.masked_fill(logits_TE == -torch.inf, -torch.inf)
+        finite_TE = logits_TE.isfinite()
+        low_T1 = logits_TE.masked_fill(~finite_TE, torch.inf).amin(-1, keepdim=True)
+        high_T1 = logits_TE.masked_fill(~finite_TE, -torch.inf).amax(-1, keepdim=True)
+        step_T1 = ((high_T1 - low_T1) / (2**self.to - 1)).clamp(min=torch.finfo().tiny)
+        rounded_TE = low_T1 + ((logits_TE - low_T1) / step_T1).round() * step_T1
+        return torch.where(finite_TE, rounded_TE, logits_TE)
