@@ -51,6 +51,8 @@ def worth_tabulating(
     num_tokens   of a batch; a table of more than `MAX_BYTES` is not made
     """
     segments = [segment for segment in model.segments() if segment.sites]
+    # What must change nothing is run as the clean pass was, to the last bit.
+    conditions = [c for c in conditions if c.perturbation.expects != "none"]
     firsts = {c: next(s.sites for s in segments if any(map(c.where, s.sites))) for c in conditions}
     number = Counter(firsts.values())
     return frozenset(
