@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from analysis.conditions import Condition
 from analysis.context import Calibration
 from analysis.doses import DenseRouting, certainty_of, change_of
 from analysis.intervene import Intervention
+from analysis.perturb import Perturbation
 from analysis.tabulate import Table, worth_tabulating
 from analysis.tokens import token_kinds
 from cartmoe.data import Sequences
@@ -131,16 +132,14 @@ def _run_condition(
         changed_dense = base_dense if changed is base else DenseRouting(changed)
         doses[site] = change_of(base_dense, changed_dense, clean.dense[site])
 
-    asked = collector.condition
-    prepared = asked.perturbation.prepare(model, clean, asked)
-    condition = asked if prepared is asked.perturbation else replace(asked, perturbation=prepared)
+    condition = _prepared(model, clean, collector.condition)
     first = clean.first_segment(condition.where)
     intervention = Intervention(condition, calibration, clean.routings, observe=observe)
     state = intervention.begin_at(clean, first)
     with intervention.attached(model, clean.sites_from(first).__contains__):
         for number in range(first, len(clean.segments)):
             segment, before = clean.segments[number], state
-            with _tabulated(model, segment, tables if number == first else None):
+            with _tabulated(model, clean, number, tables if number == first else None):
                 state = segment.run(before)
             if any(map(condition.where, segment.sites)):
                 change_T = clean.output_change(number, before, state)
@@ -151,13 +150,25 @@ def _run_condition(
     collector.add_losses(batch, losses, clean.losses.nll_T)
 
 
-def _tabulated(model: Adapter, segment, tables: dict[RouterSite, Table] | None):
+def _prepared(model: Adapter, clean: CleanPass, condition: Condition) -> Condition:
+    """The condition with what its perturbation becomes on this batch."""
+    p = condition.perturbation
+    if not isinstance(p, Perturbation):  # a plain function
+        return condition
+    prepared = p.prepare(model, clean, condition)
+    return condition if prepared is p else replace(condition, perturbation=prepared)
+
+
+def _tabulated(
+    model: Adapter, clean: CleanPass, number: int, tables: dict[RouterSite, Table] | None
+) -> AbstractContextManager:
     """The segment's experts replaced by a table of their outputs, made when first needed."""
     if tables is None:
         return nullcontext()
-    (site,) = segment.sites
-    table = tables.setdefault(site, Table(model, site))
-    return model.replace_experts(site, table)
+    (site,) = clean.segments[number].sites
+    if site not in tables:
+        tables[site] = Table(model, site, clean.routings[site])
+    return model.replace_experts(site, tables[site])
 
 
 class _Collector:

@@ -35,8 +35,9 @@ class Segment(NamedTuple):
 EditFunction = Callable[[Routing, Router, RouterSite, Tensor], Routing | None]
 # (what the stage adds to the stream (T, D), what enters its router (T, D), decision, site).
 OutputFunction = Callable[[Tensor, Tensor, Routing, RouterSite], Tensor | None]
-# (what enters the routed experts (T, D), decision) -> the weighted sum of their outputs (T, D).
-ExpertsFunction = Callable[[Tensor, Routing], Tensor]
+# (what enters the routed experts (T, D), decision) -> the weighted sum of their outputs (T, D);
+# None: as the experts themselves compute it.
+ExpertsFunction = Callable[[Tensor, Routing], Tensor | None]
 
 
 class RoutedFlow(NamedTuple):
@@ -99,7 +100,7 @@ class Adapter(Protocol):
         ...
 
     def replace_experts(self, site: RouterSite, fn: ExpertsFunction) -> AbstractContextManager:
-        """Within the block, fn computes the routed part of the site in the experts' place."""
+        """Within the block, fn may compute the routed part of the site in the experts' place."""
         ...
 
     def watch_experts(self) -> AbstractContextManager[dict[RouterSite, RoutedFlow]]:

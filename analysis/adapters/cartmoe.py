@@ -135,8 +135,13 @@ class CartMoEAdapter:
     def replace_experts(self, site: RouterSite, fn: ExpertsFunction) -> Iterator[None]:
         """Through the instance's own `forward`, so that hooks on the experts still fire."""
         experts = self._stage(site).experts
-        before = vars(experts).get("forward")
-        experts.forward = fn
+        before, own = vars(experts).get("forward"), experts.forward
+
+        def forward(x_TD: Tensor, routing: Routing) -> Tensor:
+            output_TD = fn(x_TD, routing)
+            return own(x_TD, routing) if output_TD is None else output_TD
+
+        experts.forward = forward
         try:
             yield
         finally:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from analysis import measure as module
+from analysis import losses
 from analysis.conditions import Condition
 from analysis.context import Tokens
 from analysis.doses import DenseRouting
@@ -107,10 +107,11 @@ def test_losses_in_small_chunks(model_of, calibration_of, shard, monkeypatch):
     """Logits are made a few rows at a time."""
     model = model_of("smoe_share")
     calibration = calibration_of(model)
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 40)
-    cells = measure(model, CONDITIONS[:2], shard, calibration=calibration)
-    for cell in cells:
-        assert_losses(cell, slow(model, cell.condition, shard, calibration), shard)
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 40)
+    for kept in (0, 2**25):  # clean log probabilities made anew for each condition, or kept
+        monkeypatch.setattr(losses, "KEEP_LOGITS", kept)
+        for cell in measure(model, CONDITIONS[:2], shard, calibration=calibration):
+            assert_losses(cell, slow(model, cell.condition, shard, calibration), shard)
 
 
 @pytest.mark.parametrize("kind", ["cartesian", "top_p", "parallel"])
@@ -149,10 +150,12 @@ def test_identity_is_exactly_nothing(model_of, calibration_of, shard, kind):
         ).all(axis=None)
 
 
-def test_conditions_do_not_touch_each_other(model_of, calibration_of, shard):
-    """Bit for bit the same alone, among others, and in another order."""
+@pytest.mark.parametrize("tabulate", [(), CONDITIONS], ids=["direct", "tabulated"])
+def test_conditions_do_not_touch_each_other(model_of, calibration_of, shard, tabulate):
+    """Bit for bit the same alone, among others, and in another order, expert by expert or from a
+    table."""
     model = model_of("cartesian")
-    options = dict(batch_size=3, calibration=calibration_of(model))
+    options = dict(batch_size=3, calibration=calibration_of(model), tabulate=tabulate)
     together = measure(model, CONDITIONS, shard, **options)
     backwards = measure(model, CONDITIONS[::-1], shard, **options)
     for cell, again in zip(together[1:], backwards[:0:-1], strict=True):
@@ -197,7 +200,7 @@ def test_columns_of_losses(model_of, shard):
         assert frame.document_id.tolist() == shard.document_id
         assert frame.domain.tolist() == shard.domain
         assert frame.num_bytes.tolist() == shard.num_bytes_S.tolist()
-        assert list(frame) == [*KEYS, "nll_sum", "kl_sum", "num_agree"]
+        assert list(frame) == [*KEYS, "nll_sum", "kl_sum", "num_agree", "delta_max"]
     assert (clean.losses.kl_sum == 0).all()
     assert (clean.losses.num_agree == clean.losses.num_tokens).all()
     assert cell.seconds > 0
