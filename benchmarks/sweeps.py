@@ -1,0 +1,204 @@
+"""The engine of perturbation: what a sweep costs against plain forwards.
+
+The layer-wise sweep perturbs one layer after the other (DropTop(1)); its baseline is one forward of
+the whole model, with the head and the losses, for each condition. "Of the saving" is what reuse of
+the clean stream saved, as a share of what facts about the segments allow: 1 - mean over conditions
+of (time of the remaining segments + h) / (time of all + h), h the head and the losses.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from analysis.clean import CleanPass
+from analysis.conditions import Condition
+from analysis.context import RouterContext
+from analysis.intervene import Intervention, as_adapter
+from analysis.measure import measure
+from analysis.noise import Noise
+from analysis.perturb import DropTop, GaussianNoise
+from analysis.store import Store
+from analysis.tabulate import Table
+from benchmarks.timing import Row, interleaved, milliseconds
+from cartmoe.config import ModelConfig
+from cartmoe.data import Sequences
+from cartmoe.model import LanguageModel
+
+SHAPES = {  # preset, changes, sequences, length
+    "nano": ("nano", {}, 24, 256),
+    "small": ("small", {}, 8, 512),
+    "12 layers, all MoE": ("nano", dict(num_layers=12, moe_interval=1), 8, 256),
+}
+
+
+def rows():
+    """Rows of the bench table."""
+    with torch.no_grad():
+        for name in SHAPES:
+            yield _layerwise(name)
+        yield from _tabulated()
+        yield from _overhead()
+    yield _variance()
+
+
+def build(name: str, family: str = "cartesian"):
+    """(a model under study with random weights, a shard of random tokens)."""
+    preset, changes, sequences, length = SHAPES[name]
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig.preset(preset, family, init_std=0.05, **changes)).eval()
+    tokens = torch.randint(1, model.config.vocab_size, (sequences, length + 1))
+    number = torch.arange(sequences)
+    ids = [f"document {i}" for i in range(sequences)]
+    domains, bytes_S = ["random"] * sequences, torch.full((sequences,), length)
+    shard = Sequences(tokens[:, :-1], tokens[:, 1:], number, ids, domains, bytes_S)
+    return as_adapter(model), shard
+
+
+def run_segments(model, state, segments, intervention=None):
+    """The stream after these segments."""
+    if intervention is None:
+        for segment in segments:
+            state = segment.run(state)
+        return state
+    sites = frozenset(site for segment in segments for site in segment.sites)
+    with intervention.attached(model, sites.__contains__):
+        return run_segments(model, state, segments)
+
+
+def _layerwise(name: str) -> Row:
+    model, shard = build(name)
+    clean = CleanPass.of(model, shard)
+    layers = sorted({site.layer for site in model.sites()})
+    conditions = [Condition(DropTop(1), f"layer {layer}") for layer in layers]
+
+    def whole(condition: Condition) -> Callable[[], torch.Tensor]:
+        def run():
+            intervention = Intervention(condition)
+            state = intervention.begin_at(clean, 0)
+            state = run_segments(model, state, clean.segments, intervention)
+            return clean.losses.compare(model, state.hidden_BLD.flatten(0, 1))["nll"]
+
+        return run
+
+    def reused(condition: Condition) -> Callable[[], torch.Tensor]:
+        first = clean.first_segment(condition.where)
+
+        def run():
+            intervention = Intervention(condition)
+            state = intervention.begin_at(clean, first)
+            state = run_segments(model, state, clean.segments[first:], intervention)
+            return clean.losses.compare(model, state.hidden_BLD.flatten(0, 1))["nll"]
+
+        return run
+
+    apart = max(
+        (whole(c)() - reused(c)()).abs().max().item() for c in conditions
+    )
+    runs = {f"whole {i}": whole(c) for i, c in enumerate(conditions)}
+    runs |= {f"reused {i}": reused(c) for i, c in enumerate(conditions)}
+    pairs = zip(clean.segments, clean.states, strict=False)
+    runs |= {f"segment {i}": lambda g=g, s=s: g.run(s) for i, (g, s) in enumerate(pairs)}
+    hidden_TD = clean.states[-1].hidden_BLD.flatten(0, 1)
+    runs["head"] = lambda: clean.losses.compare(model, hidden_TD)
+    times = interleaved(runs, repeats=9, warm_up=2)
+    segments = np.array([times[f"segment {i}"] for i in range(len(clean.segments))])
+    firsts = [clean.first_segment(c.where) for c in conditions]
+    rest = np.mean([segments[first:].sum() + times["head"] for first in firsts])
+    formula = 1 - rest / (segments.sum() + times["head"])
+    sums = {kind: sum(times[f"{kind} {i}"] for i in range(len(conditions))) for kind in
+            ("whole", "reused")}  # fmt: skip
+    saved = 1 - sums["reused"] / sums["whole"]
+    detail = f"saved {saved:.3f}, formula {formula:.3f}; nll apart {apart:.1e}"
+    return Row(f"layer-wise sweep, {name}: of the saving", saved / formula, ">= 0.90", detail)
+
+
+def _tabulated():
+    """C = 4 E / K conditions at one site: routed experts' time, directly and from a table."""
+    for name, family in (("nano", "smoe_share"), ("nano", "cartesian"), ("small", "smoe_share")):
+        model, shard = build(name, family)
+        clean = CleanPass.of(model, shard)
+        site = model.sites()[0]
+        count = 4 * site.num_experts // site.top_k
+        with model.watch_experts() as flows:
+            model.model(shard.tokens_SL)
+        x_TD, router = flows[site].x_TD, model.router(site)
+        tokens = clean.tokens
+        decisions = []
+        for seed in range(count):
+            noise = Noise(seed, (0, 0), tokens.sequence_T, tokens.position_T, {})
+            ctx = RouterContext(site, clean.routings[site], x_TD, tokens, noise)
+            decisions.append(Condition(GaussianNoise(1.0)).apply(ctx.clean, router, ctx))
+        experts = model.model.trunk.blocks[0].ffn.stages[0].experts
+
+        def direct(experts=experts, x_TD=x_TD, decisions=decisions):
+            return [experts(x_TD, routing) for routing in decisions]
+
+        def table(model=model, site=site, clean=clean, x_TD=x_TD, decisions=decisions):
+            made = Table(model, site, clean.routings[site])
+            return [made(x_TD, routing) for routing in decisions]
+
+        apart = max((a - b).abs().max().item() for a, b in zip(direct(), table(), strict=True))
+        times = interleaved({"direct": direct, "table": table}, repeats=5, warm_up=1)
+        detail = f"{milliseconds(times)}; outputs apart {apart:.1e}"
+        what = f"routed experts directly / from a table, {count} conditions, {name} {family}"
+        yield Row(what, times["direct"] / times["table"], ">= 2", detail)
+
+
+def _overhead():
+    """A cell on one batch, all routers perturbed, against a bare forward with losses. The segments
+    before the first router, which a cell does not run, are added to its time."""
+    for perturbation in (DropTop(1), GaussianNoise(1.0)):
+        model, shard = build("nano")
+        clean = CleanPass.of(model, shard)
+        first = clean.first_segment(lambda site: True)
+        state = clean.states[0]
+        targets = shard.targets_SL
+        condition = Condition(perturbation)
+        more = [Condition(perturbation, eval_seed=seed) for seed in range(1, 4)]
+        with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "s.sqlite") as store:
+            number = iter(range(10**9))
+
+            def cells(model=model, shard=shard, store=store, number=number):
+                """Four cells and the clean one, stored."""
+                measured = measure(model, [condition, *more], shard, batch_size=len(shard),
+                                   tabulate=())  # fmt: skip
+                for cell in measured[1:]:
+                    store.add({"number": next(number)}, cell)
+
+            def clean_only(model=model, shard=shard):
+                measure(model, [], shard, batch_size=len(shard))
+
+            runs = {
+                "cells": cells,
+                "clean": clean_only,
+                "skipped": lambda: run_segments(model, state, clean.segments[:first]),
+                "bare": lambda: model.model.losses(shard.tokens_SL, targets),
+            }
+            times = interleaved(runs, repeats=9, warm_up=2)
+        cell = (times["cells"] - times["clean"]) / 4 + times["skipped"]
+        detail = f"cell {1e3 * cell:.1f} ms, {milliseconds(times)}"
+        yield Row(
+            f"a cell / bare forward with losses, nano, {perturbation.label}",
+            cell / times["bare"],
+            "<= 1.10",
+            detail,
+        )
+
+
+def _variance() -> Row:
+    """Over 16 seeds, the variance of damage(0.5) - damage(0.4): the same seed for both strengths,
+    against two different ones."""
+    model, shard = build("nano")
+    seeds = range(16)
+    conditions = [Condition(GaussianNoise(s), eval_seed=seed) for s in (0.4, 0.5) for seed in seeds]
+    cells = measure(model, conditions, shard[:8], batch_size=8)[1:]
+    nll = np.array([cell.losses.nll_sum.sum() for cell in cells]).reshape(2, -1)
+    common = np.var(nll[1] - nll[0], ddof=1)
+    independent = np.var(nll[1] - np.roll(nll[0], 1), ddof=1)
+    what = "GaussianNoise 0.5 - 0.4: variance with common seeds / with independent ones"
+    return Row(what, common / independent, "<= 0.10")
