@@ -42,5 +42,5 @@ clean:
 	touch $@
 
 .venv/dev: .venv/core
-	$(PIP) -e '.[lab,hf,data,dev]'
+	$(PIP) -e '.[lab,hf,data,dask,dev]'
 	touch $@

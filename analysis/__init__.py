@@ -9,47 +9,72 @@ an.plots.damage_curve(results, "DropTop")
 
 import cartmoe  # noqa: F401  first: it says how threads wait, before torch loads
 from analysis import plots, stats
+from analysis.arms import cascade_arms, site_arms, split_arms
+from analysis.compare import compare
+from analysis.comparison import Comparison
 from analysis.conditions import Condition, Where
+from analysis.executors import dask, processes
+from analysis.export import export
+from analysis.generate import generation_agreement
 from analysis.intervene import calibrate, perturbed
+from analysis.margins import flip_prediction
 from analysis.models import adapt, documents, load
 from analysis.perturb import (
     PERTURBATIONS,
     DropChosen,
     DropTop,
     DropUnchosen,
+    GateSwap,
     GaussianNoise,
     Identity,
     NoRouted,
     Perturbation,
     RandomRouting,
+    Replay,
 )
+from analysis.regret import regret
 from analysis.results import Results
 from analysis.run import read, run
 from analysis.study import Study
 from analysis.sweep import sweep
+from analysis.trace import Trace
 
 __all__ = [
     "PERTURBATIONS",
+    "Comparison",
     "Condition",
     "DropChosen",
     "DropTop",
     "DropUnchosen",
+    "GateSwap",
     "GaussianNoise",
     "Identity",
     "NoRouted",
     "Perturbation",
     "RandomRouting",
+    "Replay",
     "Results",
     "Study",
+    "Trace",
     "Where",
     "adapt",
     "calibrate",
+    "cascade_arms",
+    "compare",
+    "dask",
     "documents",
+    "export",
+    "flip_prediction",
+    "generation_agreement",
     "load",
     "perturbed",
     "plots",
+    "processes",
     "read",
+    "regret",
     "run",
+    "site_arms",
+    "split_arms",
     "stats",
     "sweep",
 ]

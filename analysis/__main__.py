@@ -1,4 +1,4 @@
-"""python -m analysis run STUDY.toml --out DIR | summarize DIR | plot DIR"""
+"""python -m analysis run STUDY.toml --out DIR | summarize DIR | plot DIR | export DIR"""
 
 from __future__ import annotations
 
@@ -36,16 +36,36 @@ def _one_line_errors() -> Iterator[None]:
 def run(
     study: Path = typer.Argument(help="A study, see studies/quick.toml."),
     out: Path = typer.Option(help="Directory for models, results, tables and figures."),
+    workers: int = typer.Option(None, help="Measure in so many processes.", min=1),
+    threads: int = typer.Option(
+        None, help="Of each process that measures; another number, other last bits.", min=1
+    ),
+    dask: str = typer.Option(
+        None, metavar="ADDRESS", help="Measure on the Dask cluster of this scheduler."
+    ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Only count the cells and estimate the time."
+    ),
     progress: bool = typer.Option(True, help="Show progress bars."),
 ) -> None:
     """Train and measure what is not there yet, then summarize and plot."""
     with _one_line_errors():
         start = time.monotonic()
-        from analysis import report
+        from analysis import executors, report
+        from analysis.estimate import dry_run as estimate
         from analysis.run import run as run_study
+        from analysis.run import threads_of
         from analysis.study import Study
 
-        run_study(Study.read(study), out, progress)
+        if workers and dask:
+            raise ValueError("--workers and --dask: give one of them")
+        read = Study.read(study)
+        executor = executors.processes(workers) if workers else None
+        executor = executors.dask(dask) if dask else executor
+        if dry_run:
+            typer.echo(estimate(read, out, workers or 1, threads_of(read, executor, threads)))
+            return
+        run_study(read, out, progress, executor, threads)
         _print(report.summarize(out), report.plot(out, progress))
         typer.echo(f"\n{time.monotonic() - start:.0f} s in all. Everything is in {out}")
 
@@ -60,12 +80,27 @@ def summarize(out: Path = typer.Argument(help="The --out of a study, finished or
 
 
 @app.command()
+def export(
+    study: Path = typer.Argument(metavar="DIR", help="The --out of a study, finished or not."),
+    format: str = typer.Option("parquet", help="parquet or csv."),
+    out: Path = typer.Option(None, help="Directory for the files; default: DIR/export."),
+) -> None:
+    """Write the tables losses, routing, cells and damage to files, and print their paths."""
+    with _one_line_errors():
+        from analysis.export import export as write
+
+        for path in write(study, format, out):
+            typer.echo(path)
+
+
+@app.command()
 def plot(out: Path = typer.Argument(help="The --out of a study, finished or not.")) -> None:
     """Draw figures/*.png and *.pdf, and print their paths."""
     with _one_line_errors():
         from analysis import report
+        from analysis.saved import progress_of
 
-        _print("", report.plot(out, progress=True))
+        _print(progress_of(out), report.plot(out, progress=True))
 
 
 def _print(text: str, figures: list[Path]) -> None:

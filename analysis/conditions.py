@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from analysis.context import RouterContext, Tokens, after_score
@@ -30,13 +31,20 @@ class Where:
     positions first..stop - 1 (stop None: to the end) and of one of `tokens.KINDS`.
 
     Written "all", "layer 2", "stage 0", "layer 2 stage 1", "positions 0:16", "positions 16:",
-    "tokens digit", or these joined by spaces, in this order.
+    "tokens digit", or these joined by spaces, in this order. Raises `ValueError`.
     """
 
     layer: int | None = None
     stage: int | None = None
     positions: tuple[int, int | None] | None = None
     tokens: str | None = None
+
+    def __post_init__(self) -> None:
+        first, stop = self.positions or (0, None)
+        if stop is not None and first >= stop:
+            raise ValueError(f"where is '{self}'; positions {first}:{stop} are none")
+        if self.tokens is not None:
+            check_choice(f"where is '{self}'; tokens", self.tokens, KINDS)
 
     @classmethod
     def parse(cls, text: str | Where | RouterSite) -> Where:
@@ -45,9 +53,8 @@ class Where:
             return text
         if isinstance(text, RouterSite):
             return cls(text.layer, text.stage)
-        pattern = (
-            r"(?:layer (\d+))? ?(?:stage (\d+))? ?(?:positions (\d+):(\d*))? ?(?:tokens (\w+))?"
-        )
+        parts = (r"layer (\d+)", r"stage (\d+)", r"positions (\d+):(\d*)", r"tokens (\w+)")
+        pattern = "".join(rf"(?:{part}(?: |$))?" for part in parts)
         match = re.fullmatch(pattern, "" if text == "all" else str(text).strip())
         if match is None or (text != "all" and not str(text).strip()):
             raise ValueError(
@@ -55,12 +62,7 @@ class Where:
                 "'positions 0:16' or 'tokens digit'"
             )
         layer, stage, first, stop = (None if not g else int(g) for g in match.groups()[:4])
-        if first is not None and stop is not None and first >= stop:
-            raise ValueError(f"where is {text!r}; positions {first}:{stop} are none")
-        tokens = match[5]
-        if tokens is not None:
-            check_choice(f"where is {text!r}; tokens", tokens, KINDS)
-        return cls(layer, stage, None if first is None else (first, stop), tokens)
+        return cls(layer, stage, None if first is None else (first, stop), match[5])
 
     def __str__(self) -> str:
         parts = [
@@ -118,6 +120,8 @@ class Condition:
                 f"perturbation is {p!r}; give an object such as DropTop(1), of "
                 f"{', '.join(PERTURBATIONS)}, or a function (logits_TE, ctx) -> logits_TE"
             )
+        if isinstance(p, Perturbation) and not (is_dataclass(p) and p.__dataclass_params__.frozen):
+            raise ValueError(f"perturbation is {p!r}; its class must be a @dataclass(frozen=True)")
         object.__setattr__(self, "where", Where.parse(self.where))
         check_choice("point", self.point, POINTS)
         check_choice("effect", self.effect, EFFECTS)
@@ -142,7 +146,9 @@ class Condition:
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Condition:
         """`ValueError` with the choices for what does not exist."""
-        return cls(**(d | {"perturbation": perturbation_from_dict(d["perturbation"])}))
+        for name in d:
+            check_choice("field of a condition", name, [f.name for f in fields(cls)])
+        return cls(**(d | {"perturbation": perturbation_from_dict(d.get("perturbation", {}))}))
 
     @property
     def id(self) -> str:
@@ -181,7 +187,7 @@ class Condition:
         if hasattr(p, "decide"):
             return p.decide(base, router, ctx)
         if self.point == "logits":
-            logits_TE = p(base.logits_TE, ctx)
+            logits_TE = _checked(p, base.logits_TE, ctx)
             return base if logits_TE is base.logits_TE else router.route(logits_TE)
         if ctx.stats:
             ctx = replace(ctx, stats=after_score(ctx.stats, router))
@@ -189,12 +195,32 @@ class Condition:
         return base if scores_TE is base.scores_TE else router.decide(base.logits_TE, scores_TE)
 
 
-def perturb_scores(
-    perturb: Callable[[Tensor, RouterContext], Tensor], scores_TE: Tensor, ctx: RouterContext
-) -> Tensor:
-    """scores * exp(perturb(l) - l), l = log scores; a score of 0 stays 0, the identity is exact."""
+LogitsFunction = Callable[[Tensor, RouterContext], Tensor]
+
+
+def _checked(perturb: LogitsFunction, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
+    moved_TE = perturb(logits_TE, ctx)
+    good = isinstance(moved_TE, Tensor) and moved_TE.shape == logits_TE.shape
+    if not good or moved_TE.dtype != logits_TE.dtype:
+        got = moved_TE
+        if isinstance(got, Tensor):
+            got = f"{got.dtype} of shape {tuple(got.shape)}"
+        raise ValueError(
+            f"perturbation {perturb!r} returned {got}; it must return {logits_TE.dtype} of shape "
+            f"{tuple(logits_TE.shape)}, as it was given"
+        )
+    return moved_TE
+
+
+MAX_LOG_SCORE = 80.0  # fp32 ends at e^88; K of these still have a sum
+
+
+def perturb_scores(perturb: LogitsFunction, scores_TE: Tensor, ctx: RouterContext) -> Tensor:
+    """scores * exp(perturb(l) - l) = exp(perturb(l)), l = log scores. A score of 0 stays 0, and
+    one whose l stays is the same to the last bit."""
     log_TE = scores_TE.log()
-    moved_TE = perturb(log_TE, ctx)
+    moved_TE = _checked(perturb, log_TE, ctx)
     if moved_TE is log_TE:
         return scores_TE
-    return scores_TE * (moved_TE - log_TE).exp().masked_fill(scores_TE == 0, 0.0)
+    new_TE = moved_TE.clamp(max=MAX_LOG_SCORE).exp().masked_fill(scores_TE == 0, 0.0)
+    return torch.where(moved_TE == log_TE, scores_TE, new_TE)

@@ -80,6 +80,7 @@ class RouterContext:
     noise     draws keyed by seed, site, sequence, position and expert
     stats     of this site, from one calibration pass; None if there was none
     earlier   decisions that sites before this one took in this forward, in order
+    own       those that their routers had come to of themselves
     """
 
     site: RouterSite
@@ -89,6 +90,7 @@ class RouterContext:
     noise: Noise
     stats: SiteStats | None = None
     earlier: Mapping[RouterSite, Routing] = field(default_factory=dict)
+    own: Mapping[RouterSite, Routing] = field(default_factory=dict)
 
     def previous(self, site: RouterSite) -> Routing:
         """The decision that an earlier site took; `ValueError` listing them if it took none."""

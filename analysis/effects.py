@@ -11,6 +11,7 @@ from functools import partial
 from itertools import combinations
 
 import torch
+from torch import Tensor
 
 from analysis.doses import DenseRouting
 from analysis.perturb.decisions import fit
@@ -24,24 +25,28 @@ def _full(clean: Routing, changed: Routing, router: Router) -> Routing:
 
 def _selection(clean: Routing, changed: Routing, router: Router) -> Routing:
     """The ids of R', by rank with the sorted clean weights, as many as both have."""
-    by_rank_TK = clean.weights_TK.sort(-1, descending=True).values
-    weights_TK = torch.where(
-        changed.weights_TK != 0, fit(by_rank_TK, changed.weights_TK.shape[-1]), 0
-    )
-    return changed._replace(weights_TK=weights_TK)
+    return changed._replace(weights_TK=_dealt(clean.weights_TK, changed.weights_TK))
+
+
+def _dealt(weights_TK: Tensor, to_TK: Tensor) -> Tensor:
+    """Weights dealt to the used slots of another decision: the highest to the slot that has the
+    highest there. (Slots stand in the order of choice, which with a bias is not that of weights,
+    and a slot that is not used may be the first.)"""
+    rank_TK = to_TK.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    sorted_TK = weights_TK.sort(-1, descending=True).values
+    dealt_TK = fit(sorted_TK, to_TK.shape[-1]).gather(-1, rank_TK)
+    return torch.where(to_TK != 0, dealt_TK, 0)
 
 
 def _weights(clean: Routing, changed: Routing, router: Router) -> Routing:
     """The ids of R with the weights that the perturbed scores give them, or, where it was not the
     scores that were perturbed, the weights that they have in R'."""
-    if changed.scores_TE is clean.scores_TE:
-        weights_TK = DenseRouting(changed).weights_TE.gather(-1, clean.ids_TK)
-    else:
-        weights_TK = changed.scores_TE.gather(-1, clean.ids_TK)
-        # Not router.weigh: with top_p it would also choose how many of R to use.
-        weights_TK = weights_TK * (clean.weights_TK != 0)
-        if router.renormalize:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=EPS)
+    by_scores = changed.scores_TE is not clean.scores_TE
+    weights_TE = changed.scores_TE if by_scores else DenseRouting(changed).weights_TE
+    # Those that R uses. (Not router.weigh: with top_p it would also choose how many.)
+    weights_TK = weights_TE.gather(-1, clean.ids_TK) * (clean.weights_TK != 0)
+    if by_scores and router.renormalize:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=EPS)
     return changed._replace(ids_TK=clean.ids_TK, weights_TK=weights_TK)
 
 
@@ -58,19 +63,18 @@ def _part(parts: frozenset[str], clean: Routing, changed: Routing, router: Route
     weights  how the routed weight is divided among them: by rank, as shares of the whole; of R'
              on the set of R the shares that effect "weights" gives
     mass     the sum of the routed weights
-    All three parts make R', none makes R.
+    All three parts make R', none makes R. Where R' gives none of R's experts any weight, it says
+    nothing about shares among them, and those of R stay.
     """
     if "set" in parts:
         ids_TK, own_TK = changed.ids_TK, changed.weights_TK
         if "weights" not in parts:
-            by_rank_TK = clean.weights_TK.sort(-1, descending=True).values
-            # Ranks of R' by its own weights, so that the largest share goes to its first choice.
-            rank_TK = own_TK.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            by_rank_TK = fit(by_rank_TK, own_TK.shape[-1]).gather(-1, rank_TK)
-            own_TK = torch.where(own_TK != 0, by_rank_TK, 0)
+            own_TK = _dealt(clean.weights_TK, own_TK)
     else:
-        source = _weights(clean, changed, router) if "weights" in parts else clean
-        ids_TK, own_TK = clean.ids_TK, source.weights_TK
+        ids_TK, own_TK = clean.ids_TK, clean.weights_TK
+        if "weights" in parts:
+            moved_TK = _weights(clean, changed, router).weights_TK
+            own_TK = torch.where(moved_TK.any(-1, keepdim=True), moved_TK, own_TK)
     total_T1 = (changed if "mass" in parts else clean).weights_TK.sum(-1, keepdim=True)
     scale_T1 = total_T1 / own_TK.sum(-1, keepdim=True).clamp(min=EPS)
     return changed._replace(ids_TK=ids_TK, weights_TK=own_TK * scale_T1)

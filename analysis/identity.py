@@ -22,7 +22,8 @@ COMPUTES = {
     "cartmoe": ("config", "routing", "experts", "ffn", "losses", "model", "hooks"),
     "analysis": (
         *("noise", "tokens", "context", "perturb", "trace", "effects", "conditions", "doses"),
-        *("losses", "clean", "intervene", "tabulate", "worst", "measure", "adapters/cartmoe"),
+        *("losses", "clean", "intervene", "tabulate", "worst", "measure", "adapters/base"),
+        *("adapters/cartmoe", "task", "trace_files"),
     ),
 }
 
@@ -44,13 +45,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def platform_identity(device: str) -> dict[str, Any]:
-    """What of the machine and its libraries changes last bits."""
+def platform_identity(device: str, threads: int | None = None) -> dict[str, Any]:
+    """What of the machine and its libraries changes last bits.
+
+    threads   that a process will compute with; None: as many as now
+    """
     on_gpu = device.startswith("cuda")
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "threads": None if on_gpu else torch.get_num_threads(),
+        "threads": None if on_gpu else threads or torch.get_num_threads(),
         "cpu_capability": None if on_gpu else torch.backends.cpu.get_cpu_capability(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "torch": torch.__version__,
         "source": source_sha256(),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +18,7 @@ from analysis.noise import Noise, mix64, sequence_hash
 from analysis.perturb import Perturbation, ResidualNoise
 from analysis.tokens import token_kinds
 from cartmoe.hooks import RouterSite
+from cartmoe.interrupt import restoring
 from cartmoe.routing import Router, Routing, expert_counts
 
 # What an observer is told at each perturbed site: the site, R, R'.
@@ -41,6 +42,7 @@ class Intervention:
     ):
         self.condition, self.calibration, self.observe = condition, calibration, observe
         self.recorded, self.where = recorded, where or condition.where
+        self.tokens: Tokens | None = None
 
     def begin(
         self,
@@ -48,8 +50,12 @@ class Intervention:
         draws: dict,
         earlier: Mapping[RouterSite, Routing] | None = None,
     ) -> None:
-        """A forward over these tokens comes next. `draws` keeps noise for all that share it."""
-        self.tokens, self.draws, self.earlier = tokens, draws, dict(earlier or {})
+        """A forward over these tokens comes next. `draws` keeps noise for all that share it.
+
+        earlier   decisions of sites that it will not run, nobody having perturbed them
+        """
+        self.tokens, self.draws = tokens, draws
+        self.earlier, self.own = dict(earlier or {}), dict(earlier or {})
 
     def begin_at(self, clean: CleanPass, first: int) -> State:
         """A forward over the clean pass's tokens begins with the segment of this number; the
@@ -59,7 +65,7 @@ class Intervention:
         self.begin(clean.tokens, clean.draws, earlier)
         return clean.states[first]
 
-    @contextmanager
+    @restoring
     def attached(
         self, model: Adapter, where: Callable[[RouterSite], bool] | None = None
     ) -> Iterator[None]:
@@ -74,7 +80,13 @@ class Intervention:
             yield
 
     def __call__(self, routing: Routing, router: Router, site: RouterSite, x_TD: Tensor) -> Routing:
-        condition = self.condition
+        condition, tokens = self.condition, self.tokens
+        if tokens is None or len(tokens.token_ids_T) != len(routing.ids_TK):
+            raise RuntimeError(
+                f"{site.name} decided about {len(routing.ids_TK)} tokens that nobody announced: "
+                "within `perturbed` a model must run as a whole; to measure it, pass the "
+                "perturbation to sweep"
+            )
         replay = condition.downstream == "replay"
         base = self.recorded[site] if replay else routing
         changed = base
@@ -82,15 +94,17 @@ class Intervention:
             stats = self.calibration.sites.get(site) if self.calibration else None
             x_TD = None if replay else x_TD
             ctx = RouterContext(
-                site, base, x_TD, self.tokens, self._noise(site), stats, self.earlier
+                site, base, x_TD, tokens, self._noise(site), stats, self.earlier, self.own
             )
             if isinstance(condition.perturbation, ResidualNoise):
                 of = replace(condition, perturbation=condition.perturbation.of)
-                self.intended[site] = of.apply(base, router, ctx)
+                intended = of.apply(base, router, ctx)
+                if intended is not base:
+                    self.intended[site] = intended
             else:
                 changed = condition.apply(base, router, ctx)
             self.observe(site, base, changed)
-        self.earlier[site] = changed
+        self.earlier[site], self.own[site] = changed, base
         return changed
 
     def _noise(self, site: RouterSite) -> Noise:
@@ -104,7 +118,7 @@ class Intervention:
     ) -> Tensor | None:
         """For `ResidualNoise`: a random direction as long as the change that was intended."""
         intended = self.intended.pop(site, None)
-        if intended is None or intended is routing:
+        if intended is None:
             return None
         change_TD = (model.stage_output(site, x_TD, intended) - output_TD).float()
         noise_TD = self._noise(site).normal(output_TD.shape[-1], "residual")
@@ -112,7 +126,7 @@ class Intervention:
         return output_TD + (length_T1 * noise_TD).to(output_TD.dtype)
 
 
-@contextmanager
+@restoring
 def perturbed(
     model: Adapter,
     perturbation: Perturbation,
@@ -143,6 +157,8 @@ def perturbed(
     condition = Condition(perturbation, where, point=point, effect=effect, eval_seed=seed)
     selector = selector or condition.where
     sites = model.sites()
+    if isinstance(perturbation, Perturbation):
+        perturbation.check(sites)
     fired = {site: 0 for site in sites if selector(site)}
     if sites and not fired:
         have = ", ".join(f"layer {s.layer} stage {s.stage}" for s in sites)

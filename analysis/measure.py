@@ -207,10 +207,12 @@ class _Collector:
             rows = {
                 "document_id": batch.document_id,
                 "sequence_id": batch.sequence_id_S.tolist(),
-                "nll": [nll_L[used_L].tobytes() for nll_L, _, used_L in pairs],
+                # As objects: numpy's own strings of bytes lose the zeros at their end.
+                "nll": np.array([n_L[u_L].tobytes() for n_L, _, u_L in pairs], dtype=object),
             }
             if self.condition is None:
-                rows["targets"] = [t_L[used_L].tobytes() for _, t_L, used_L in pairs]
+                targets = [t_L[used_L].tobytes() for _, t_L, used_L in pairs]
+                rows["targets"] = np.array(targets, dtype=object)
             self.tokens.append(rows)
 
     def add_site(self, batch: Sequences, site: RouterSite, doses: dict[str, Tensor]) -> None:

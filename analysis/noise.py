@@ -36,6 +36,11 @@ def mix64(x: Tensor) -> Tensor:
     return _shift(x, 31).bitwise_xor_(x)
 
 
+def _open_interval(bits: Tensor) -> Tensor:
+    """fp64 in (0, 1): with one bit more the largest would round to 1."""
+    return (_shift(bits, 12).double() + 0.5).mul_(2.0**-52)
+
+
 def sequence_hash(tokens_BL: Tensor) -> Tensor:
     """(B,) ids of rows of tokens by their content, for rows that come without an id."""
     position_L = torch.arange(1, tokens_BL.shape[1] + 1, device=tokens_BL.device)
@@ -89,7 +94,7 @@ class Noise:
         """(T, width) fp32 standard Gumbel."""
 
         def draw() -> Tensor:
-            uniform = (_shift(self.bits(width, purpose), 11).double() + 0.5).mul_(2.0**-53)
+            uniform = _open_interval(self.bits(width, purpose))
             return uniform.log_().neg_().log_().neg_().float()
 
         return self._once("gumbel", width, purpose, draw)
@@ -98,7 +103,7 @@ class Noise:
         """(width,) fp64 in (0, 1), on the CPU: a draw for each expert that all tokens share."""
         key = torch.tensor(hash_key(self.seed, self.site, purpose))
         bits = mix64(mix64(key) + torch.arange(1, width + 1) * GOLDEN)
-        return (_shift(bits, 11).double() + 0.5) * 2.0**-53
+        return _open_interval(bits)
 
     def stream(self, name: object) -> Noise:
         """Draws that are independent of these, for a part of a compound perturbation."""

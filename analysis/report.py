@@ -3,42 +3,70 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from analysis import plots, stats
-from analysis.perturb import PERTURBATIONS
+from analysis import plots
+from analysis.describe import describe, tables
 from analysis.results import Results
 from analysis.run import plan_path, read
 from analysis.store import Store
 from cartmoe.files import write_atomically
 
 STAMP = ".made_from"  # what tables or figures were made from, and their names
-Picture = Callable[[Results], Axes]
+# The table a picture is drawn from, empty where the study has nothing of it; and the picture.
+Picture = tuple[Callable[[Results], pd.DataFrame], Callable[[pd.DataFrame], Axes | Figure]]
 
-# By file name: a pattern of labels (see `stats.pairs.label`), and the picture. It is left out
-# where no condition of the study fits the pattern.
-FIGURES: dict[str, tuple[str, Picture]] = {
-    "droptop_strength": (r"DropTop\(\d+\)", lambda r: plots.damage_curve(r, "DropTop")),
-    "droptop_mass": (
-        r"DropTop\(\d+\)",
-        lambda r: plots.damage_curve(r, "DropTop", x="mass_moved"),
-    ),
-    "noise_strength": (
-        r"GaussianNoise\([^,]+\)",
-        lambda r: plots.damage_curve(r, "GaussianNoise"),
-    ),
-    "noise_mass": (
-        r"GaussianNoise\([^,]+\)",
-        lambda r: plots.damage_curve(r, "GaussianNoise", x="mass_moved"),
-    ),
-    "controls": (r"DropTop\(1\)", plots.control_dots),
-    "stages": (r"DropTop\(1\)(, stage \d+)?(, scores)?", plots.stage_dots),
+
+def fitting(pattern: str) -> Callable[[Results], pd.DataFrame]:
+    """The table of damage if a label (see `stats.label`) fits the pattern, else none of it."""
+
+    def table(results: Results) -> pd.DataFrame:
+        damage = results.damage()
+        return damage if damage.label.str.fullmatch(pattern).any() else damage[:0]
+
+    return table
+
+
+def of_tokens(table: Callable[[Results], pd.DataFrame]) -> Callable[[Results], pd.DataFrame]:
+    """That table of DropTop(1) if it was measured and every token's loss was kept."""
+    subject = fitting(re.escape(SUBJECT))
+    return lambda r: table(r) if r.tokens and len(subject(r)) else pd.DataFrame()
+
+
+def flips_per_token(results: Results) -> pd.DataFrame:
+    """The robustness gaps that stand on one axis."""
+    gap = results.gap()
+    return gap[~gap.condition.astype(str).str.contains("per=sequence")]
+
+
+SUBJECT = "DropTop(1)"
+NOISE, TOP = r"GaussianNoise\([^,]+\)", r"DropTop\(\d+\)"
+
+FIGURES: dict[str, Picture] = {
+    "droptop_strength": (fitting(TOP), lambda t: plots.damage_curve(t, "DropTop")),
+    "droptop_mass": (fitting(TOP), lambda t: plots.damage_curve(t, "DropTop", x="mass_moved")),
+    "noise_strength": (fitting(NOISE), lambda t: plots.damage_curve(t, "GaussianNoise")),
+    "noise_mass": (fitting(NOISE), lambda t: plots.damage_curve(t, "GaussianNoise", "mass_moved")),
+    "noise_doses": (fitting(NOISE), lambda t: plots.dose_panels(t, "GaussianNoise")),
+    "controls": (fitting(re.escape(SUBJECT)), plots.control_dots),
+    "stages": (fitting(r"DropTop\(1\)(, stage \d+)?(, scores)?"), plots.stage_dots),
+    "catalogue": (lambda r: r.damage(), plots.catalogue_dots),
+    "split": (lambda r: r.split(), plots.split_bars),
+    "cascade": (lambda r: r.cascade(), plots.cascade_dots),
+    "layers": (lambda r: r.additivity(), plots.layer_profile),
+    "gap": (flips_per_token, plots.gap_curve),
+    "tails": (of_tokens(lambda r: r.tail_curve([SUBJECT])), plots.tail_shares),
+    "position": (of_tokens(lambda r: r.damage_by("position", [SUBJECT])), plots.group_curve),
+    "frequency": (of_tokens(lambda r: r.damage_by("frequency", [SUBJECT])), plots.group_curve),
 }
 
 
@@ -51,13 +79,12 @@ def summarize(out: Path) -> str:
     if _made(folder, made_from) is None or not text.is_file():
         results = read(out)
         folder.mkdir(exist_ok=True)
-        tables = {"clean": results.clean(), "sites": results.sites()}
-        if results.has_conditions:
-            tables |= {"damage": results.damage(), "robustness": results.table()}
-        for name, table in tables.items():
+        contrasts = json.loads(plan_path(out).read_text()).get("contrasts")
+        made = tables(results, contrasts)
+        for name, table in made.items():
             write_atomically(folder / f"{name}.csv", table.to_csv(index=False))
-        write_atomically(text, _describe(results))
-        _note(folder, made_from, [f"{name}.csv" for name in tables])
+        write_atomically(text, describe(results, made, contrasts))
+        _note(folder, made_from, [f"{name}.csv" for name in made])
     return text.read_text()
 
 
@@ -68,14 +95,18 @@ def plot(out: Path, progress: bool = False) -> list[Path]:
     if files is None:
         results = read(out)
         folder.mkdir(exist_ok=True)
-        labels = results.damage().label if results.has_conditions else pd.Series([], dtype=str)
         files = []
-        drawable = [n for n, (needs, _) in FIGURES.items() if labels.str.fullmatch(needs).any()]
-        for name in tqdm(drawable, desc="drawing", unit="figure", disable=not progress):
+        drawn = FIGURES.items() if results.has_conditions else ()
+        for name, (table_of, picture) in tqdm(
+            drawn, desc="drawing", unit="figure", disable=not progress
+        ):
+            table = table_of(results)
+            if table.empty:
+                continue
             with plots.paper_style():
-                axes = FIGURES[name][1](results)
-                files += plots.save(axes, folder / name)
-                plt.close(axes.figure)
+                drawing = picture(table)
+                files += plots.save(drawing, folder / name)
+                plt.close(getattr(drawing, "figure", drawing))
         _note(folder, made_from, [file.name for file in files])
     return files
 
@@ -102,70 +133,9 @@ def _fingerprint(out: Path) -> str:
     digest = hashlib.sha256(plan_path(out).read_bytes())
     with Store(out / "results.sqlite") as store:
         digest.update("".join(sorted(store.keys())).encode())
+        digest.update(store.failures().to_json().encode())
     here = Path(__file__).parent
-    for path in (here / "report.py", here / "results.py", *sorted(here.glob("[ps][lt]*/*.py"))):
+    own = [here / f"{name}.py" for name in ("report", "describe", "results")]
+    for path in (*own, *sorted(here.glob("[ps][lt]*/*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _describe(results: Results) -> str:
-    clean = results.clean()
-    columns = ["model", "train_seed", "num_documents", "num_tokens", "nats", "low", "high",
-               "perplexity", "bits_per_byte"]  # fmt: skip
-    parts = []
-    if results.finished < results.planned:
-        parts.append(f"UNFINISHED: {results.finished} of {results.planned} cells are measured")
-    parts.append(
-        "Clean validation loss (nats per token [95 % interval over documents; of the standard "
-        "library, over packages])"
-    )
-    parts.append(clean[columns].to_string(index=False, float_format=lambda v: f"{v:.3f}"))
-    if results.has_conditions:
-        parts.append("Routing robustness (form of arXiv 2410.16077, Table 4)")
-        parts.append(stats.format_robustness(results.table()))
-        parts += [*_identity(results), _positive_control(results), *_without_effect(results)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _identity(results: Results) -> list[str]:
-    """The verdict on the hooks themselves: an identity that is not exactly 0 voids the study."""
-    damage = results.damage()
-    identity = damage[damage.perturbation == "Identity"]
-    if identity.empty:
-        return []
-    wrong = identity[(identity[["delta_nats", "kl", "mass_moved"]] != 0).any(axis=1)]
-    if wrong.empty:
-        return ["Identity control: hooks alone change nothing, to the last bit: passed"]
-    names = ", ".join(
-        f"{r.model} (seed {r.train_seed}): {r.delta_nats:g}" for r in wrong.itertuples()
-    )
-    return [f"Identity control FAILED: hooks alone change the loss of {names}"]
-
-
-def _positive_control(results: Results) -> str:
-    damage = results.damage()
-    if not damage.perturbation.str.startswith("RandomRouting").any():
-        return "Positive control: RandomRouting was not run, so nothing shows that routing matters"
-    failed = stats.positive_control(damage)
-    if failed.empty:
-        return "Positive control: random routing hurts every model (interval above 0): passed"
-    names = ", ".join(
-        f"{r.model} (seed {r.train_seed}): {r.delta_nats:+.4f} [{r.low:.4f}, {r.high:.4f}]"
-        for r in failed.itertuples()
-    )
-    return f"Positive control FAILED: random routing is not shown to hurt {names}"
-
-
-def _without_effect(results: Results) -> list[str]:
-    """Conditions that did not change what they are there to change: they failed, and say nothing
-    of robustness."""
-    damage = results.damage()
-    dose = {"selection": "flips", "weights": "mass_moved"}
-    failed = [
-        f"{row['model']} (seed {row['train_seed']}): {row['label']} has {dose[expects]} of 0"
-        for row in damage.to_dict("records")
-        if (expects := PERTURBATIONS[row["perturbation"].split("(")[0]].expects) in dose
-        and row[dose[expects]] == 0
-        and row["strength"] != 0
-    ]
-    return [f"FAILED, changed nothing: {'; '.join(failed)}"] if failed else []

@@ -87,6 +87,53 @@ class Results:
         """The paper's Table 4 with intervals, both mask points, each stage, and the controls."""
         return stats.robustness_table(self.damage(), self.sites())
 
+    # Damage taken apart. `condition` is a label as in `damage()`; without one, all conditions for
+    # which what is needed was measured, which may be none.
+
+    def split(self, condition: str | None = None) -> pd.DataFrame:
+        """Divided into set, weights and mass (`analysis.split_arms`); see `stats.split`."""
+        return stats.split(self.losses, condition)
+
+    def cascade(self, condition: str | None = None) -> pd.DataFrame:
+        """With and without the routers behind (`analysis.cascade_arms`); see `stats.cascade`."""
+        return stats.cascade(self.losses, condition, self.routing)
+
+    def additivity(self, condition: str | None = None) -> pd.DataFrame:
+        """Each site alone, their sum, all at once (`analysis.site_arms`); `stats.additivity`."""
+        return stats.additivity(self.losses, condition, self.routing)
+
+    def gap(self, condition: str | None = None) -> pd.DataFrame:
+        """Worst against random flips, and what the search costs; see `stats.gap`."""
+        return stats.gap(self.losses, condition, self.routing, self.cells)
+
+    def per_dose(self) -> pd.DataFrame:
+        """Damage per flip and per mass moved, K and routed share beside it; `stats.per_dose`."""
+        return stats.per_dose(self.losses, self.routing, self.sites())
+
+    def contrasts(
+        self,
+        reference: str = "cartesian",
+        conditions: Sequence[str] = ("DropTop(1)",),
+        margin: float | None = None,
+    ) -> pd.DataFrame:
+        """The reference against each other model; see `stats.family_contrasts`. Name them before
+        you look; "equivalent" needs a margin, in nats per token."""
+        return stats.family_contrasts(self.losses, reference, conditions, margin)
+
+    def tails(self, conditions: Sequence[str] | None = None) -> pd.DataFrame:
+        """Quantiles over tokens, and what the worst ones carry; see `stats.tails`. Like all that
+        speaks of tokens it needs them kept: `ValueError` says how."""
+        return stats.tails(self.losses, self.tokens, conditions)
+
+    def tail_curve(self, conditions: Sequence[str] | None = None) -> pd.DataFrame:
+        """Share of the damage over the share of tokens; see `stats.tail_curve`."""
+        return stats.tail_curve(self.losses, self.tokens, conditions)
+
+    def damage_by(self, by: str, conditions: Sequence[str] | None = None) -> pd.DataFrame:
+        """Damage by "position", "frequency" or "domain"; see `stats.damage_by`. The domain alone
+        needs no tokens."""
+        return stats.damage_by(self.losses, by, self.tokens, conditions)
+
 
 def facts_of(model: Adapter) -> list[dict[str, Any]]:
     """Rows of `Results.facts` for one model."""

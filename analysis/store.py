@@ -3,6 +3,10 @@
 A cell is what one condition gave on one shard with one model. Its key is the hash of its identity:
 everything that can change a bit of it. WAL with synchronous=FULL and one transaction a cell, so a
 cell is either there whole and for good, or not at all.
+
+    cells      key, identity, seconds, created
+    losses, routing, tokens   their rows (see `analysis.measure.Cell`); tokens only where asked for
+    failures   cells that killed their workers: key, identity, reason, attempts
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +25,29 @@ import pandas as pd
 
 from analysis.measure import Cell
 
-SCHEMA = 1
-LOSSES = ("document_id", "domain", "sequence_id", "num_tokens", "num_bytes", "nll_sum", "kl_sum",
-          "num_agree")  # fmt: skip
-ROUTING = ("document_id", "sequence_id", "layer", "stage", "num_tokens", "flips", "flips_total",
-           "changed", "mass_moved", "mass_lost", "active", "entropy", "margin", "routed_share",
-           "routed_ratio")  # fmt: skip
+SCHEMA = 2
+TABLES = {
+    "losses": ("document_id", "domain", "sequence_id", "num_tokens", "num_bytes", "nll_sum",
+               "kl_sum", "num_agree", "delta_max"),
+    "routing": ("document_id", "sequence_id", "layer", "stage", "num_tokens", "flips",
+                "flips_total", "changed", "mass_moved", "mass_lost", "active", "entropy", "margin",
+                "output_change", "routed_share", "routed_ratio"),
+    "tokens": ("document_id", "sequence_id", "nll", "targets"),
+}  # fmt: skip
 TYPES = {"document_id": "TEXT", "domain": "TEXT", "sequence_id": "INTEGER", "layer": "INTEGER",
-         "stage": "INTEGER", "num_tokens": "INTEGER", "num_bytes": "INTEGER"}  # fmt: skip
+         "stage": "INTEGER", "num_tokens": "INTEGER", "num_bytes": "INTEGER", "nll": "BLOB",
+         "targets": "BLOB"}  # fmt: skip
+DTYPES = {"TEXT": str, "INTEGER": "int64", "REAL": float, "BLOB": object}
+ROWS = 100_000  # read at once
 
 
 def cell_key(identity: dict[str, Any]) -> str:
     """SHA-256 of the identity's canonical JSON."""
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_canonical(identity).encode()).hexdigest()
+
+
+def _canonical(identity: dict[str, Any]) -> str:
+    return json.dumps(identity, sort_keys=True, separators=(",", ":"))
 
 
 class Store:
@@ -60,10 +74,6 @@ class Store:
     def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
-        columns = {
-            name: ", ".join(f"{c} {TYPES.get(c, 'REAL')}" for c in fields)
-            for name, fields in (("losses", LOSSES), ("routing", ROUTING))
-        }
         with closing(self._db.cursor()) as cursor:
             if cursor.execute("PRAGMA user_version").fetchone() == (SCHEMA,):
                 return  # without writing to it
@@ -80,8 +90,13 @@ class Store:
                 "CREATE TABLE IF NOT EXISTS cells (id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT "
                 "NULL, identity TEXT NOT NULL, seconds REAL NOT NULL, created REAL NOT NULL)"
             )
-            for name, definition in columns.items():
-                cursor.execute(f"CREATE TABLE IF NOT EXISTS {name} (cell INTEGER, {definition})")
+            cursor.execute(
+                "CREATE TABLE IF NOT EXISTS failures (key TEXT PRIMARY KEY, identity TEXT NOT "
+                "NULL, reason TEXT NOT NULL, attempts INTEGER NOT NULL)"
+            )
+            for name, columns in TABLES.items():
+                typed = ", ".join(f"{c} {TYPES.get(c, 'REAL')}" for c in columns)
+                cursor.execute(f"CREATE TABLE IF NOT EXISTS {name} (cell INTEGER, {typed})")
                 cursor.execute(f"CREATE INDEX IF NOT EXISTS {name}_cell ON {name} (cell)")
             cursor.execute(f"PRAGMA user_version={SCHEMA}")
             cursor.execute("COMMIT")
@@ -100,51 +115,80 @@ class Store:
         """Of all finished cells."""
         return {key for (key,) in self._db.execute("SELECT key FROM cells")}
 
+    def seconds(self) -> dict[str, float]:
+        """By key of every finished cell, how long it took to measure."""
+        return dict(self._db.execute("SELECT key, seconds FROM cells"))
+
     def add(self, identity: dict[str, Any], cell: Cell) -> bool:
         """Write a cell, durably; False if another writer already has, which changes nothing."""
-        cursor = self._db.cursor()
-        cursor.execute("BEGIN IMMEDIATE")
-        try:
+        text = _canonical(identity)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        with self._transaction() as cursor:
             cursor.execute(
                 "INSERT OR IGNORE INTO cells (key, identity, seconds, created) VALUES (?, ?, ?, ?)",
-                (
-                    cell_key(identity),
-                    json.dumps(identity, sort_keys=True),
-                    cell.seconds,
-                    time.time(),
-                ),
+                (key, text, cell.seconds, time.time()),
             )
             added = cursor.rowcount == 1
             if added:
                 number = cursor.lastrowid
-                self._insert(cursor, "losses", LOSSES, number, cell.losses)
-                self._insert(cursor, "routing", ROUTING, number, cell.routing)
+                for table in TABLES:
+                    self._insert(cursor, table, number, getattr(cell, table))
+                cursor.execute("DELETE FROM failures WHERE key = ?", (key,))
+        return added
+
+    @staticmethod
+    def _insert(cursor, table: str, number: int, frame: pd.DataFrame | None) -> None:
+        if frame is None or frame.empty:
+            return
+        columns = TABLES[table]
+        values = (frame[c].tolist() if c in frame else repeat(None) for c in columns)
+        marks = ", ".join("?" * (len(columns) + 1))
+        rows = zip(repeat(number, len(frame)), *values, strict=False)  # some repeat for ever
+        cursor.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+
+    def fail(self, identity: dict[str, Any], reason: str, attempts: int) -> None:
+        """Note that a cell killed its workers so many times, in place of what was noted before."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)",
+                (cell_key(identity), _canonical(identity), reason, attempts),
+            )
+
+    def failures(self) -> pd.DataFrame:
+        """key, reason, attempts of every cell that failed and was not measured since."""
+        rows = self._db.execute("SELECT key, reason, attempts FROM failures").fetchall()
+        return pd.DataFrame(rows, columns=["key", "reason", "attempts"])
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Cursor]:
+        cursor = self._db.cursor()
+        cursor.execute("BEGIN IMMEDIATE")
+        try:
+            yield cursor
             cursor.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:  # SQLite has rolled back itself where the disk was full
                 cursor.execute("ROLLBACK")
             raise
-        return added
-
-    @staticmethod
-    def _insert(cursor, table: str, columns: tuple[str, ...], number: int, frame) -> None:
-        if frame.empty:
-            return
-        frame = frame.reindex(columns=columns).astype(object)
-        rows = ((number, *row) for row in frame.itertuples(index=False, name=None))
-        marks = ", ".join("?" * (len(columns) + 1))
-        cursor.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
 
     def read(self, table: str, keys: Iterable[str]) -> pd.DataFrame:
-        """Rows of the table ("losses" or "routing") of these cells, with a column `key`."""
-        columns = {"losses": LOSSES, "routing": ROUTING}[table]
+        """Rows of the table, a key of `TABLES`, of these cells, with a column `key`."""
+        columns = TABLES[table]
         cursor = self._db.cursor()
         cursor.execute("CREATE TEMP TABLE IF NOT EXISTS wanted (key TEXT PRIMARY KEY)")
         cursor.execute("DELETE FROM wanted")
         cursor.executemany("INSERT OR IGNORE INTO wanted VALUES (?)", ((k,) for k in keys))
+        cells = dict(cursor.execute("SELECT id, key FROM cells JOIN wanted USING (key)"))
         names = ", ".join(f"{table}.{c}" for c in columns)
-        rows = cursor.execute(
-            f"SELECT cells.key, {names} FROM cells JOIN wanted USING (key) "
-            f"JOIN {table} ON {table}.cell = cells.id ORDER BY {table}.rowid"
-        ).fetchall()
-        return pd.DataFrame(rows, columns=["key", *columns])
+        cursor.execute(
+            f"SELECT cell, {names} FROM {table} WHERE cell IN (SELECT id FROM cells JOIN wanted "
+            f"USING (key)) ORDER BY {table}.rowid"
+        )
+        # Tuples take several times the memory of columns, so not all of them are held at once.
+        parts: list[pd.DataFrame] = []
+        while not parts or len(parts[-1]) == ROWS:
+            rows = cursor.fetchmany(ROWS)
+            frame = pd.DataFrame(rows, columns=["key", *columns])
+            parts.append(frame.astype({c: DTYPES[TYPES.get(c, "REAL")] for c in columns}))
+        frame = pd.concat(parts, ignore_index=True)
+        return frame.assign(key=frame.key.map(cells))

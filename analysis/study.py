@@ -1,4 +1,4 @@
-"""A study: models x conditions x data, written as TOML.
+"""A study: models x conditions x data, written as TOML (see `analysis.toml`).
 
     name = "quick"
     [data]                  # documents to measure on; the keys are the fields of `Data`
@@ -8,27 +8,33 @@
     families = ["dense", "cartesian"]
     [[models]]              # and, or instead, checkpoints there are
     path = "runs/mine"
+    [measure]               # the fields of `Measure`
+    tokens = true
+    [contrasts]             # the fields of `Contrasts`
+    reference = "cartesian"
     [[conditions]]          # a list as a value stands for one condition for each of its items
     perturbation = "DropTop"
     m = [1, 2]
     where = ["all", "stage 0"]
+    [[conditions]]          # of a parameter that is a list, only a list of lists stands for several
+    perturbation = "KeepRanks"
+    ranks = [1, 2]
+    [[conditions]]          # a perturbation within another; one of your own, by where it is
+    perturbation = "Compose"
+    parts = [{name = "DropTop", m = 1}, {name = "package.module:Mine"}]
 
 `Study.read` checks all of it before anything is computed.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from analysis.conditions import Condition
-from analysis.perturb import PERTURBATIONS, perturbation_from_dict
-from cartmoe.config import FAMILIES, PRESETS, ModelConfig, check_choice, check_whole
+from cartmoe.config import ModelConfig, check_choice, check_least, check_whole
 from cartmoe.train import TrainConfig
 
 PRECISIONS = ("fp32", "bf16")
@@ -73,16 +79,50 @@ class Measure:
     """How to measure.
 
     calibration   documents of the training split that RandomRouting and others draw from
+    tokens        keep every token's loss, for quantiles and groups of tokens
+    threads       of each process on the CPU, which changes last bits; None: what the machine or
+                  the executor has
     """
 
     batch_size: int = 16
     precision: str = "fp32"
     calibration: int = 16
+    tokens: bool = False
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         check_whole("batch_size", self.batch_size, 1)
         check_whole("calibration", self.calibration, 1)
         check_choice("precision", self.precision, PRECISIONS)
+        if not isinstance(self.tokens, bool):
+            raise ValueError(f"tokens is {self.tokens!r}; choose one of true, false")
+        if self.threads is not None:
+            check_whole("threads", self.threads, 1)
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """What is compared, named before anything is measured: the reference against each other model.
+
+    reference    the name of a model of the study
+    conditions   labels, as tables show them: "DropTop(1)", "DropTop(1), stage 0, scores"
+    margin       nats per token; differences that are surely smaller count as none
+    """
+
+    reference: str
+    conditions: tuple[str, ...] = ("DropTop(1)",)
+    margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_text("reference", self.reference)
+        conditions = self.conditions
+        conditions = (conditions,) if isinstance(conditions, str) else conditions
+        if not isinstance(conditions, tuple | list) or not conditions:
+            raise ValueError(f"conditions is {self.conditions!r}; it must be a list of labels")
+        for label in conditions:
+            check_text("conditions", label)
+        object.__setattr__(self, "conditions", tuple(conditions))
+        check_least("margin", self.margin, 0)
 
 
 @dataclass(frozen=True)
@@ -102,168 +142,34 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Study:
-    """A grid. `read` makes one from TOML; `specs` and `conditions` are its two sides."""
+    """A grid. `read` makes one from TOML; `models` and `conditions` are its two sides.
+
+    origin   what errors name: the file that it was read from
+    """
 
     name: str
     data: Data = Data()
     measure: Measure = Measure()
     models: tuple[ModelSpec, ...] = ()
     conditions: tuple[Condition, ...] = ()
-    source: dict[str, Any] = field(default_factory=dict, compare=False)  # the TOML as it was
+    contrasts: Contrasts | None = None
+    origin: str = field(default="study", compare=False)
 
     @classmethod
     def read(cls, path: str | Path) -> Study:
         """Raises `FileNotFoundError`, or `ValueError` listing every mistake: file, key, value."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no study at {path}")
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not TOML: {error}") from error
-        return cls.from_dict(table, str(path), default_name=path.stem)
+        from analysis.toml import read_study
+
+        return read_study(Path(path))
 
     @classmethod
     def from_dict(
-        cls, table: Mapping[str, Any], source: str = "study", default_name="study"
+        cls, table: Mapping[str, Any], origin: str = "study", default_name: str = "study"
     ) -> Study:
-        """The same from a parsed table; `source` is what errors name."""
-        reader = _Reader()
-        reader.known("", table, ("name", "data", "measure", "train", "models", "conditions"))
-        name = table.get("name", default_name)
-        reader.attempt("", check_text, "name", name)
-        data = reader.build("data", Data, table) or Data()
-        measure = reader.build("measure", Measure, table) or Measure()
-        models = [*reader.trained(table, data), *reader.given(table)]
-        conditions = list(reader.conditions(table))
-        names = [(m.name, m.train_seed) for m in models]
-        for twice, seed in sorted({n for n in names if names.count(n) > 1}):
-            reader.mistakes.append(f"models: {twice!r} with seed {seed} stands twice")
-        if not models and not reader.mistakes:
-            reader.mistakes.append("no models: give [train] with families, or [[models]] with path")
-        if reader.mistakes:
-            # A mistake may be met once for each member of a grid.
-            raise ValueError("\n".join(f"{source}: {m}" for m in dict.fromkeys(reader.mistakes)))
-        unique = tuple(dict.fromkeys(conditions))
-        return cls(name, data, measure, tuple(models), unique, dict(table))
+        """The same from a parsed table."""
+        from analysis.toml import study_from_table
 
-
-class _Reader:
-    """Reads the tables of a study, and goes on after a mistake so that all are reported at once."""
-
-    def __init__(self):
-        self.mistakes: list[str] = []
-
-    def known(self, where: str, table: Mapping, keys: Iterable[str]) -> None:
-        keys = sorted(keys)
-        for key in table:
-            if key not in keys:
-                self.mistakes.append(f"{where}{key}: no such key; choose one of {', '.join(keys)}")
-
-    def attempt(self, where: str, make, /, *args, **kwargs):
-        """make(...), or None with its mistake noted."""
-        try:
-            return make(*args, **kwargs)
-        except (ValueError, TypeError) as error:
-            # What a TypeError says names no parameter.
-            given = f" ({kwargs})" if isinstance(error, TypeError) else ""
-            self.mistakes.append(f"{where}: {error}{given}".removeprefix(": "))
-
-    def table(self, where: str, value: Any) -> Mapping:
-        """The value if it is a table; else an empty one."""
-        if isinstance(value, Mapping):
-            return value
-        self.mistakes.append(f"{where}: it is {value!r}; write a table, [{where}]")
-        return {}
-
-    def tables(self, name: str, value: Any) -> Iterable[tuple[str, Mapping]]:
-        """(where, table) for each of an array of tables."""
-        if isinstance(value, list) and all(isinstance(table, Mapping) for table in value):
-            return [(f"{name}[{i}]", table) for i, table in enumerate(value)]
-        self.mistakes.append(f"{name}: it is {value!r}; write tables, [[{name}]]")
-        return []
-
-    def items(self, where: str, value: Any) -> list[Any]:
-        """The items of a list, or the value as the only one."""
-        if value == []:
-            self.mistakes.append(f"{where}: the list is empty")
-        return value if isinstance(value, list) else [value]
-
-    def choices(self, where: str, name: str, value: Any, choices: Iterable[str]) -> list[str]:
-        """Those items that are choices."""
-        items, choices = self.items(where, value), list(choices)
-        for item in items:
-            self.attempt(where, check_choice, name, item, choices)
-        return [item for item in items if item in choices]
-
-    def build(self, name: str, cls, study: Mapping):
-        table = self.table(name, study.get(name, {}))
-        names = [f.name for f in fields(cls)]
-        self.known(f"{name}.", table, names)
-        return self.attempt(name, cls, **{k: v for k, v in table.items() if k in names})
-
-    def trained(self, study: Mapping, data: Data) -> Iterable[ModelSpec]:
-        """families x seeds of [train]; corpus, tokenizer and length come from [data]."""
-        if "train" not in study:
-            return
-        table = dict(self.table("train", study["train"]))
-        presets = self.choices("train.preset", "preset", table.pop("preset", "nano"), PRESETS)
-        families = table.pop("families", list(FAMILIES))
-        families = self.choices("train.families", "family", families, FAMILIES)
-        seeds = self.items("train.seeds", table.pop("seeds", [0]))
-        for seed in seeds:
-            self.attempt("train.seeds", check_whole, "seed", seed, 0)
-        options = self.table("train.model", table.pop("model", {}))
-        allowed = {f.name for f in fields(TrainConfig)} - {"corpus", "tokenizer", "length", "seed"}
-        self.known("train.", table, allowed | {"preset", "families", "seeds", "model"})
-        chosen = {k: v for k, v in table.items() if k in allowed}
-        chosen |= dict(corpus=data.corpus, tokenizer=data.tokenizer, length=data.length)
-        train = self.attempt("train", TrainConfig, **chosen)
-        for preset, family in itertools.product(presets[:1], families):
-            build = functools.partial(ModelConfig.preset, preset, family)
-            config = self.attempt("train.model", build, **options)
-            if config and train:
-                # Seeds that are none are mistakes already.
-                for seed in (seed for seed in seeds if type(seed) is int and seed >= 0):
-                    yield ModelSpec(family, seed, None, config, replace(train, seed=seed))
-
-    def given(self, study: Mapping) -> Iterable[ModelSpec]:
-        """[[models]] with path and, to tell them apart, name and train_seed."""
-        for where, table in self.tables("models", study.get("models", [])):
-            self.known(f"{where}.", table, ("path", "name", "train_seed"))
-            text = table.get("path", "")
-            path = Path(str(text)).expanduser()
-            if not text or not isinstance(text, str) or not path.is_dir():
-                self.mistakes.append(f"{where}.path: {text!r} is no checkpoint or run directory")
-                continue
-            name, seed = table.get("name", path.resolve().name), table.get("train_seed", 0)
-            spec = self.attempt(where, ModelSpec, name, seed, str(path))
-            if spec:
-                yield spec
-
-    def conditions(self, study: Mapping) -> Iterable[Condition]:
-        """The product over all values that are lists."""
-        shape = {f.name for f in fields(Condition)} - {"perturbation"}
-        for where, table in self.tables("conditions", study.get("conditions", [])):
-            asked = table.get("perturbation")
-            names = self.choices(f"{where}.perturbation", "perturbation", asked, PERTURBATIONS)
-            known = [PERTURBATIONS[name] for name in names]
-            parameters = {f.name for cls in known for f in fields(cls)}
-            if len(known) == len(asked if isinstance(asked, list) else [asked]):
-                self.known(f"{where}.", table, shape | parameters | {"perturbation"})
-            values = {
-                k: self.items(f"{where}.{k}", v)
-                for k, v in table.items()
-                if k in shape | parameters
-            }
-            for cls, combination in itertools.product(known, itertools.product(*values.values())):
-                one = dict(zip(values, combination, strict=True))
-                own = {k: v for k, v in one.items() if k in parameters}
-                rest = {k: v for k, v in one.items() if k in shape}
-                p = self.attempt(where, perturbation_from_dict, {"name": cls.__name__} | own)
-                condition = p and self.attempt(where, Condition, p, **rest)
-                if condition:
-                    yield condition
+        return study_from_table(table, origin, default_name)
 
 
 def study_dict(study: Study) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from analysis.adapters.base import Adapter
 from analysis.conditions import Condition
 from analysis.intervene import as_adapter, calibrate
-from analysis.measure import measure
+from analysis.measure import Cell, measure
 from analysis.perturb import (
     DropChosen,
     DropUnchosen,
@@ -21,12 +22,15 @@ from analysis.results import Results, from_cells
 from cartmoe.data import Sequences
 
 CONTROLS = (Identity(), DropChosen(1), DropUnchosen(1), RandomRouting(), NoRouted())
+CALIBRATION = 32  # sequences that a sweep calibrates on unless it is told others
+
+Asked = Perturbation | Condition | Sequence[Perturbation | Condition]
 
 
 def sweep(
     model: object,
     docs: Sequences,
-    perturbations: Perturbation | Condition | Sequence[Perturbation | Condition],
+    perturbations: Asked,
     *,
     where: str = "all",
     point: str = "logits",
@@ -45,9 +49,32 @@ def sweep(
     calibration   documents that RandomRouting draws from; by default the first 32 of `docs`
     tokens        keep every token's loss, for quantiles and groups of tokens
     """
+    model = routed_adapter(model)
+    conditions = conditions_of(perturbations, where, point, seed, controls)
+    batches = -(-len(docs) // batch_size)
+    with tqdm(total=batches * len(conditions), unit="batch", disable=not progress) as bar:
+        cells = measure_calibrated(
+            model, conditions, docs, calibration, batch_size, tokens, bar.update
+        )
+    return from_cells(model, cells)
+
+
+def routed_adapter(model: object) -> Adapter:
+    """The model as a model under study; `ValueError` if it is dense."""
     model = as_adapter(model)
     if not model.sites():
         raise ValueError(f"{model.name} has no router to perturb: it is dense")
+    return model
+
+
+def conditions_of(
+    perturbations: Asked,
+    where: str = "all",
+    point: str = "logits",
+    seed: int = 0,
+    controls: bool = False,
+) -> list[Condition]:
+    """What was asked for as conditions, each once; `ValueError` for what tables cannot name."""
     if isinstance(perturbations, Perturbation | Condition):
         perturbations = [perturbations]
     asked = [
@@ -60,17 +87,26 @@ def sweep(
                 f"perturbations has {condition.perturbation!r}, which tables cannot name; make "
                 "it a frozen dataclass derived from analysis.Perturbation"
             )
-    conditions = list(dict.fromkeys(asked))
-    stats = calibrate(model, calibration or docs[:32])
-    batches = -(-len(docs) // batch_size)
-    with tqdm(total=batches * len(conditions), unit="batch", disable=not progress) as bar:
-        cells = measure(
-            model,
-            conditions,
-            docs,
-            batch_size=batch_size,
-            calibration=stats,
-            keep_tokens=tokens,
-            progress=bar.update,
-        )
-    return from_cells(model, cells)
+    return list(dict.fromkeys(asked))
+
+
+def measure_calibrated(
+    model: Adapter,
+    conditions: Sequence[Condition],
+    docs: Sequences,
+    calibration: Sequences | None,
+    batch_size: int,
+    tokens: bool,
+    advance,
+) -> list[Cell]:
+    """`measure`, with statistics of the model's own clean routing."""
+    stats = calibrate(model, calibration or docs[:CALIBRATION])
+    return measure(
+        model,
+        conditions,
+        docs,
+        batch_size=batch_size,
+        calibration=stats,
+        keep_tokens=tokens,
+        progress=advance,
+    )

@@ -20,6 +20,7 @@ from analysis.noise import Noise
 from analysis.perturb.base import Identity, chosen_mask
 from analysis.perturb.flips import Flips, Worst
 from cartmoe.hooks import RouterSite
+from cartmoe.losses import IGNORE
 from cartmoe.routing import Routing
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ Places = dict[tuple[int, int], Tensor]  # by (layer, stage): see `Flips`
 Gains = dict[RouterSite, tuple[Tensor, Tensor]]
 
 
+@torch.no_grad()
 def search(worst: Worst, model: Adapter, clean: CleanPass, condition: Condition) -> Flips:
     """The flips of one batch. "random" ones cost no forward; the worst `rounds` forwards with
     gradients, the outputs of all experts at each site, and `rounds` forwards to verify."""
@@ -44,7 +46,7 @@ def search(worst: Worst, model: Adapter, clean: CleanPass, condition: Condition)
     if worst.choose == "random":
         return Flips(task.flip(found, task.random_gains(), worst.flips))
     best_B, left = task.per_sequence(clean.losses.nll_T), worst.flips
-    for turn in range(worst.rounds):
+    for turn in range(min(worst.rounds, worst.flips)):
         budget = -(-left // (worst.rounds - turn))
         tried = task.flip(found, task.gains(Flips(found)), budget)
         nll_B = task.per_sequence(task.nll(Flips(tried)))
@@ -126,8 +128,10 @@ class _Task:
     def _only_flips(
         self, site: RouterSite, gain_TKE: Tensor, routing: Routing, flips: Flips
     ) -> Tensor:
-        """-inf but for slots that are in use and not flipped yet, to experts that are not used."""
-        free_TK = routing.weights_TK != 0
+        """-inf but for slots that are in use and not flipped yet, to experts that are not used;
+        padding has none, so that random flips are not lost on it."""
+        is_text_T = self.clean.losses.targets_T != IGNORE
+        free_TK = (routing.weights_TK != 0) & is_text_T[:, None]
         expert_TE = flips.expert_TE.get((site.layer, site.stage))
         if expert_TE is not None:
             moved_TE = expert_TE != torch.arange(site.num_experts, device=expert_TE.device)

@@ -21,7 +21,8 @@ from cartmoe.model import LanguageModel
 STATE = 4 * 4  # bytes a parameter: itself, its gradient, two moments, all fp32
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes that the kernel says of this process: VmRSS now, VmHWM at most so far."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
 
@@ -34,11 +35,11 @@ def _build(name: str) -> LanguageModel:
 def peak(name: str, bf16: bool) -> int:
     """Bytes of a process that trains the model a few steps, above an idle one's."""
     torch.randn(64, 64) @ torch.randn(64, 64)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     run = training_step(_build(name), bf16)
     for _ in range(3):
         run()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def rows():

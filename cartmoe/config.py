@@ -44,7 +44,7 @@ SCORES = ("softmax", "sigmoid")
 
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise `ValueError` naming the parameter, the value and the choices unless value is one."""
-    if value not in choices:
+    if value not in tuple(choices):  # which compares, so that a list is a wrong value too
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
 
 

@@ -67,7 +67,10 @@ class RoutedStage(nn.Module):
 
     def output(self, h_TD: Tensor, routing: Routing) -> Tensor:
         """(T, D) that this decision adds to the residual stream."""
-        routed_TD = self.experts(h_TD, routing)
+        return self.combine(h_TD, self.experts(h_TD, routing))
+
+    def combine(self, h_TD: Tensor, routed_TD: Tensor) -> Tensor:
+        """(T, D): the routed experts' output, mixed with the shared expert's if there is one."""
         if self.shared is None:
             return routed_TD
         c = self.mix(h_TD).softmax(-1).to(routed_TD.dtype)

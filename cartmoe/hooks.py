@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from torch import nn
 
 from cartmoe.ffn import RoutedStage
+from cartmoe.interrupt import restoring
 from cartmoe.routing import Router, Routing
 
 
@@ -82,7 +83,7 @@ def select_sites(
     return chosen
 
 
-@contextmanager
+@restoring
 def hook_routers(
     model: nn.Module,
     fn: RouterFunction,
@@ -91,8 +92,8 @@ def hook_routers(
     """Within the block, fn(routing, router, site) sees each decision of the chosen routers.
 
     What fn returns takes the decision's place, None leaves it. Yields how often each site fired.
-    Only these hooks are removed at the end, whatever happens; several blocks nest and interleave,
-    the hook entered last acting last.
+    Only these hooks are removed at the end, whatever happens (see `restoring`); several blocks
+    nest and interleave, the hook entered last acting last.
 
     Raises `ValueError` for a compiled model, and where `where` selects nothing; `RuntimeError`,
     after a block without an exception, naming the sites that stayed silent although another
@@ -118,7 +119,7 @@ def hook_routers(
         raise RuntimeError(f"routers that did not run inside the block: {', '.join(silent)}")
 
 
-@contextmanager
+@restoring
 def capture_routing(
     model: nn.Module, where: Callable[[RouterSite], bool] | None = None
 ) -> Iterator[dict[RouterSite, list[Routing]]]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import signal
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+from typing import ParamSpec, TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 class Interrupt:
@@ -33,3 +39,69 @@ class Interrupt:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def restoring(make: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextManager[T]]:
+    """`contextlib.contextmanager` for what must not stay behind, such as hooks.
+
+    A Ctrl-C waits while the part before the yield runs, and while the part after it does; so there
+    is none between a hook and the note of how to remove it. One moment is left that Python gives
+    no means to guard: between the block's last instruction and the first of `__exit__`. What was
+    set up is then undone when the exception is let go of, and with it the generator.
+    """
+    block = contextmanager(make)
+
+    @functools.wraps(make)
+    def restored(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
+        return _Restoring(block(*args, **kwargs))
+
+    return restored
+
+
+class _Restoring(AbstractContextManager):
+    def __init__(self, block: AbstractContextManager):
+        self.block = block
+
+    def __enter__(self):
+        entered = False
+        try:
+            with _Later():
+                value = self.block.__enter__()
+                entered = True
+        except BaseException:
+            if entered:  # a Ctrl-C that has waited
+                self.__exit__(*sys.exc_info())
+            raise
+        return value
+
+    def __exit__(self, *exception):
+        left = False
+        try:
+            with _Later():
+                left = True
+                return self.block.__exit__(*exception)
+        except BaseException:
+            if not left:  # a Ctrl-C before it could be told to wait
+                self.__exit__(*sys.exc_info())
+            raise
+
+
+class _Later:
+    """Within the block a Ctrl-C is only noted; it is raised at the end. Blocks nest."""
+
+    def __enter__(self) -> None:
+        self.noted, self.before = False, None
+        if threading.current_thread() is threading.main_thread():
+            before = signal.getsignal(signal.SIGINT)
+            if callable(before):  # else it is ignored, deadly, or not Python's
+                self.before = before
+                signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.noted = True
+
+    def __exit__(self, *exception: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+        if self.noted:
+            signal.raise_signal(signal.SIGINT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from analysis.adapters.base import (
 )
 from cartmoe.ffn import RoutedStage
 from cartmoe.hooks import RouterSite, hook_routers, router_sites, select_sites
+from cartmoe.interrupt import restoring
 from cartmoe.model import LanguageModel, Step
 from cartmoe.routing import Router, Routing
 
@@ -79,7 +80,7 @@ class CartMoEAdapter:
         """Raise `FloatingPointError` naming layer and stage if router logits were not finite."""
         self.model.trunk.raise_nonfinite()
 
-    @contextmanager
+    @restoring
     def edit(
         self, fn: EditFunction, where: Callable[[RouterSite], bool] | None = None
     ) -> Iterator[dict[RouterSite, int]]:
@@ -111,7 +112,7 @@ class CartMoEAdapter:
     def _stage(self, site: RouterSite) -> RoutedStage:
         return select_sites(self.model, site.__eq__)[site]
 
-    @contextmanager
+    @restoring
     def edit_output(
         self, fn: OutputFunction, where: Callable[[RouterSite], bool] | None = None
     ) -> Iterator[None]:
@@ -128,29 +129,30 @@ class CartMoEAdapter:
             yield
 
     def stage_output(self, site: RouterSite, x_TD: Tensor, routing: Routing) -> Tensor:
-        """(T, D)."""
-        return self._stage(site).output(x_TD, routing)
+        """(T, D), without a hook on the experts taking notice."""
+        stage = self._stage(site)
+        return stage.combine(x_TD, stage.experts.forward(x_TD, routing))
 
-    @contextmanager
+    @restoring
     def replace_experts(self, site: RouterSite, fn: ExpertsFunction) -> Iterator[None]:
-        """Through the instance's own `forward`, so that hooks on the experts still fire."""
+        """Through the instance's own `forward`, so that hooks on the experts still fire. Blocks
+        nest and interleave; of those that are open the one entered last is asked first."""
         experts = self._stage(site).experts
-        before, own = vars(experts).get("forward"), experts.forward
-
-        def forward(x_TD: Tensor, routing: Routing) -> Tensor:
-            output_TD = fn(x_TD, routing)
-            return own(x_TD, routing) if output_TD is None else output_TD
-
-        experts.forward = forward
+        before = vars(experts).get("forward")
+        stand_in = before if isinstance(before, _StandIn) else _StandIn(experts.forward, before)
+        experts.forward = stand_in
+        key = object()
+        stand_in.functions[key] = fn
         try:
             yield
         finally:
-            if before is None:
+            del stand_in.functions[key]
+            if not stand_in.functions and vars(experts).get("forward") is stand_in:
                 del experts.forward
-            else:
-                experts.forward = before
+                if stand_in.before is not None:
+                    experts.forward = stand_in.before
 
-    @contextmanager
+    @restoring
     def watch_experts(self) -> Iterator[dict[RouterSite, RoutedFlow]]:
         """Through hooks on the routed experts."""
         seen: dict[RouterSite, RoutedFlow] = {}
@@ -163,7 +165,7 @@ class CartMoEAdapter:
                 handles.callback(stage.experts.register_forward_hook(hook).remove)
             yield seen
 
-    @contextmanager
+    @restoring
     def on_forward(self, fn: Callable[[Tensor], None]) -> Iterator[None]:
         """Through a pre-hook on the trunk, which every way of running the model calls."""
         handle = self.model.trunk.register_forward_pre_hook(lambda trunk, args: fn(args[0]))
@@ -172,7 +174,7 @@ class CartMoEAdapter:
         finally:
             handle.remove()
 
-    @contextmanager
+    @restoring
     def watch_branches(self) -> Iterator[dict[RouterSite, tuple[Tensor, Tensor]]]:
         """Share c_0 is 1 where there is no shared expert."""
         seen: dict[RouterSite, tuple[Tensor, Tensor]] = {}
@@ -226,6 +228,23 @@ class CartMoEAdapter:
             "renormalize": float(router.renormalize),
             "num_experts": router.num_experts,
         }
+
+
+class _StandIn:
+    """Stands where an instance's `forward` does, for all blocks that replace it.
+
+    own      what is asked where none of their functions answers
+    before   what the instance had there of its own, None for its class's
+    """
+
+    def __init__(self, own: ExpertsFunction, before: ExpertsFunction | None):
+        self.own, self.before = own, before
+        self.functions: dict[object, ExpertsFunction] = {}  # in order of entry
+
+    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        answers = (fn(x_TD, routing) for fn in reversed(self.functions.values()))
+        output_TD = next((answer for answer in answers if answer is not None), None)
+        return self.own(x_TD, routing) if output_TD is None else output_TD
 
 
 def tensors_sha256(model: torch.nn.Module) -> str:

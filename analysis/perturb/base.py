@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from analysis.context import RouterContext
+from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
 
 if TYPE_CHECKING:
@@ -74,9 +76,13 @@ class Perturbation:
             named = {"name": f"{cls.__module__}:{cls.__qualname__}", "source": source_sha256(cls)}
         return named | {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
+    def check(self, sites: Sequence[RouterSite]) -> None:
+        """Raise `ValueError` if it does not fit a model that has these routers."""
+
     def prepare(self, model: Adapter, clean: CleanPass, condition: Condition) -> Perturbation:
         """What takes this one's place on one batch, whose clean pass is over: for searches that
         need the whole model. `condition` is that of which it is a part."""
+        self.check(model.sites())
         return self
 
 
@@ -93,18 +99,42 @@ def show(value: Any) -> str:
     """A parameter in a label, which may not have parentheses or ", " of its own."""
     if isinstance(value, Perturbation):
         strength = "" if math.isnan(value.strength) else f" {value.strength:.12g}"
-        return value.label.replace("(", " ").replace(")", "").replace(", ", " ") + strength
+        return flat(value.label) + strength
     if isinstance(value, tuple | list):
         return "+".join(map(show, value))
     return str(value)
 
 
+def flat(label: str) -> str:
+    """A label as part of another one."""
+    return label.replace("(", " ").replace(")", "").replace(", ", " ")
+
+
 def source_sha256(cls: type) -> str | None:
-    """Of the class's source; None where there is no file of it."""
+    """Of the source of the class and of those of yours that it derives from; None where Python
+    knows none of it."""
+    own = [c for c in cls.__mro__ if not c.__module__.startswith(("analysis.", "builtins"))]
+    text = "".join(map(_source, own))
+    return hashlib.sha256(text.encode()).hexdigest() if text else None
+
+
+def _source(cls: type) -> str:
     try:
-        return hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()
-    except (OSError, TypeError):
-        return None
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # a class of a notebook: its methods still have theirs
+        functions = (f for f in vars(cls).values() if inspect.isfunction(f))
+        written = [f for f in functions if f.__code__.co_filename != "<string>"]
+        try:
+            return "".join(map(inspect.getsource, written))
+        except (OSError, TypeError):
+            return ""
+
+
+def set_flag(owner: object, name: str) -> None:
+    """Raise `ValueError` unless a field is True or False (1 has another JSON)."""
+    value = getattr(owner, name)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be True or False")
 
 
 def set_number(
@@ -124,7 +154,7 @@ def set_number(
 
 
 def set_numbers(owner: object, name: str, least: int) -> None:
-    """Make a field a tuple of different whole numbers, in their order. Raises `ValueError`."""
+    """Make a field a tuple of different whole numbers, sorted. Raises `ValueError`."""
     value = getattr(owner, name)
     good = isinstance(value, tuple | list) and all(
         isinstance(v, Integral) and not isinstance(v, bool) and v >= least for v in value

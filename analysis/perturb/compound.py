@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from analysis.context import RouterContext
-from analysis.perturb.base import EXPECTS, Perturbation, plain
+from analysis.perturb.base import EXPECTS, Identity, Perturbation, flat, plain, set_number
+from analysis.perturb.decisions import TopK
 from cartmoe.config import check_choice
+from cartmoe.hooks import RouterSite
 
 
 def import_name(text: str) -> Any:
@@ -31,7 +33,8 @@ def import_name(text: str) -> Any:
 @dataclass(frozen=True)
 class Compose(Perturbation):
     """Several perturbations, one after the other; each takes the decision so far for the clean
-    one, and has draws of its own."""
+    one, and has draws of its own. Those after which the router decides anew (all that move logits,
+    and TopK) come before those that change the decision, which they would undo."""
 
     listed: ClassVar[frozenset[str]] = frozenset({"parts"})
     parts: tuple[Perturbation, ...] = ()
@@ -46,6 +49,19 @@ class Compose(Perturbation):
             if not isinstance(part, Perturbation) or isinstance(part, ResidualNoise):
                 raise ValueError(f"parts has {part!r}; each must be a perturbation of routing")
         object.__setattr__(self, "parts", tuple(parts))
+        decided = None
+        for part in self._flat():
+            anew = not hasattr(part, "decide") or isinstance(part, TopK)
+            if anew and decided is not None and part != Identity():
+                raise ValueError(
+                    f"parts has {part.label} after {decided.label}, which it would undo, because "
+                    "the router decides anew after it; put it before"
+                )
+            decided = part if hasattr(part, "decide") else decided
+
+    def _flat(self) -> Iterator[Perturbation]:
+        for part in self.parts:
+            yield from part._flat() if isinstance(part, Compose) else (part,)
 
     @property
     def expects(self) -> str:
@@ -61,6 +77,11 @@ class Compose(Perturbation):
     def identity(self) -> Perturbation:
         """All parts changing nothing."""
         return Compose(tuple(part.identity() for part in self.parts))
+
+    def check(self, sites: Sequence[RouterSite]) -> None:
+        """Every part."""
+        for part in self.parts:
+            part.check(sites)
 
     def prepare(self, model, clean, condition) -> Perturbation:
         """Every part prepared on its own."""
@@ -94,7 +115,7 @@ class ResidualNoise(Perturbation):
     @property
     def label(self) -> str:
         """ "ResidualNoise(of=DropTop)"."""
-        return f"ResidualNoise(of={self.of.label.replace('(', ' ').replace(')', '')})"
+        return f"ResidualNoise(of={flat(self.of.label)})"
 
     @property
     def points(self) -> tuple[str, ...]:
@@ -104,6 +125,10 @@ class ResidualNoise(Perturbation):
     def identity(self) -> Perturbation:
         """Noise of norm 0."""
         return ResidualNoise(self.of.identity())
+
+    def check(self, sites: Sequence[RouterSite]) -> None:
+        """That of the perturbation whose size it has."""
+        self.of.check(sites)
 
     def prepare(self, model, clean, condition) -> Perturbation:
         """With `of` prepared."""
@@ -133,6 +158,7 @@ class Custom(Perturbation):
             raise ValueError(f"function is {self.function!r}; give (logits_TE, ctx) -> logits_TE")
         if not isinstance(self.title, str) or not self.title or set(self.title) & set("(),"):
             raise ValueError(f"title is {self.title!r}; it must be a text without '(', ')' or ','")
+        set_number(self, "version", int)
         check_choice("changes", self.changes, EXPECTS[:3])
 
     @property
@@ -146,8 +172,10 @@ class Custom(Perturbation):
         return self.title
 
     def to_dict(self) -> dict[str, Any]:
-        """Name, title and version; the function only as the name it can be imported by."""
-        function = f"{self.function.__module__}:{self.function.__qualname__}"
+        """Name, title and version; the function only as the name it can be imported by (of a
+        callable object, that of its class)."""
+        named = self.function if hasattr(self.function, "__qualname__") else type(self.function)
+        function = f"{named.__module__}:{named.__qualname__}"
         return {"name": "Custom", "function": function} | {
             name: plain(getattr(self, name)) for name in ("title", "version", "changes")
         }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from analysis.context import RouterContext
-from analysis.perturb.base import Identity, Perturbation, set_number
+from analysis.perturb.base import Identity, Perturbation, set_flag, set_number
 from cartmoe.config import check_choice
 from cartmoe.routing import EPS, Router, Routing
 
@@ -65,7 +65,7 @@ class DropSlots(Perturbation):
 
     def __post_init__(self) -> None:
         set_number(self, "probability", float, most=1)
-        check_choice("renormalize", self.renormalize, (False, True))
+        set_flag(self, "renormalize")
 
     def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
         """The same slots, some with weight 0; a token may lose all of them."""
@@ -112,8 +112,9 @@ class Lag(Perturbation):
     """Stale routing: the decision that was taken `n` steps before.
 
     over   "tokens": of the nth token before in the sequence (the first n keep their own);
-           "sites": of the nth router before with as many experts, which is what this forward
-           gave that router (where there is none, the router keeps its own)
+           "sites": of the nth router before with as many experts, which that router came to in
+           this forward of itself, so that lags do not add up (where there is none, the router
+           keeps its own)
     """
 
     strength_field: ClassVar[str] = "n"
@@ -129,8 +130,8 @@ class Lag(Perturbation):
         if self.n == 0:
             return routing
         if self.over == "sites":
-            alike = [s for s in ctx.earlier if s.num_experts == ctx.site.num_experts]
-            return ctx.previous(alike[-self.n]) if len(alike) >= self.n else routing
+            alike = [r for s, r in ctx.own.items() if s.num_experts == ctx.site.num_experts]
+            return alike[-self.n] if len(alike) >= self.n else routing
         # Tokens of a sequence stand one after the other, so n rows before is n tokens before.
         late_T1 = (ctx.tokens.position_T >= self.n)[:, None]
         return Routing(*(torch.where(late_T1, _shift(t, self.n), t) for t in routing))

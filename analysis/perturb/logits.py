@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -58,7 +59,8 @@ class GaussianNoise(Perturbation):
 @dataclass(frozen=True)
 class GumbelNoise(Perturbation):
     """z + tau * g, g standard Gumbel: the top K are then K draws without replacement in proportion
-    to exp(z / tau), as RoE samples routes (arXiv 2509.17238)."""
+    to exp(z / tau), as RoE samples routes (arXiv 2509.17238); with a softmax, to p^(1/tau). (A bias
+    in the selection, or top-p, then still does what it does.)"""
 
     strength_field: ClassVar[str] = "tau"
     tau: float = 1.0
@@ -75,7 +77,9 @@ class GumbelNoise(Perturbation):
 
 @dataclass(frozen=True)
 class Temperature(Perturbation):
-    """z / 2^log2_t: flatter (log2_t > 0) or sharper weights. With top-k the set stays."""
+    """z / 2^log2_t: flatter (log2_t > 0) or sharper weights. With top-k the set stays, as long as
+    fp32 can tell the scores apart (up to a log2_t of about 10); with top-p, or a bias in the
+    selection, it may not."""
 
     expects: ClassVar[str] = "weights"
     strength_field: ClassVar[str] = "log2_t"
@@ -111,12 +115,15 @@ class SwapRanks(Perturbation):
             raise ValueError(f"ranks r, s have {low}; {ctx.site.name} has only {E} experts")
         order_TK = stable_topk(logits_TE, low)
         pair_T2 = torch.stack([order_TK[:, self.r - 1], order_TK[:, self.s - 1]], -1)
-        return logits_TE.scatter(-1, pair_T2, logits_TE.gather(-1, pair_T2.flip(-1)))
+        value_T2 = logits_TE.gather(-1, pair_T2)
+        masked_T1 = (value_T2 == -torch.inf).any(-1, keepdim=True)  # who is out stays out
+        return logits_TE.scatter(-1, pair_T2, torch.where(masked_T1, value_T2, value_T2.flip(-1)))
 
 
 @dataclass(frozen=True)
 class RandomRouting(Perturbation):
-    """A share of the tokens is routed as if it were another token: the ceiling of damage.
+    """A share of the tokens is routed as if it were another token: the ceiling of damage. Experts
+    that a mask has taken away before stay away.
 
     draw   "reservoir": its logits become a row of the calibration's reservoir, which keeps the
            marginal load; "permute": its own logits are permuted over the experts
@@ -134,14 +141,16 @@ class RandomRouting(Perturbation):
         """A copy with other rows for that share of tokens."""
         if self.share == 0:
             return logits_TE
-        E = logits_TE.shape[-1]
+        E, masked_TE = logits_TE.shape[-1], logits_TE == -torch.inf
         if self.draw == "permute":
-            order_TE = ctx.noise.uniform(E, "permute").argsort(dim=-1, stable=True)
-            other_TE = logits_TE.gather(-1, order_TE)
+            key_TE = ctx.noise.uniform(E, "permute").masked_fill(masked_TE, 2.0)
+            from_TE = key_TE.argsort(dim=-1, stable=True)
+            to_TE = masked_TE.to(torch.int8).argsort(dim=-1, stable=True)  # masked ones last too
+            other_TE = logits_TE.scatter(-1, to_TE, logits_TE.gather(-1, from_TE))
         else:
             reservoir_RE = ctx.need_stats(self).reservoir_RE
             row_T = ctx.noise.integers(len(reservoir_RE), 1, "row")[:, 0]
-            other_TE = reservoir_RE.to(logits_TE)[row_T]
+            other_TE = reservoir_RE.to(logits_TE)[row_T].masked_fill(masked_TE, -torch.inf)
         return torch.where(ctx.noise.uniform(1, "who") < self.share, other_TE, logits_TE)
 
 
@@ -157,12 +166,14 @@ class Quantize(Perturbation):
     to: str | int | None = "bf16"
 
     def __post_init__(self) -> None:
-        if self.to is None or self.to in FLOATS:
+        if self.to is None or self.to in tuple(FLOATS):
             return
-        if type(self.to) is not int or not 1 <= self.to <= 24:
+        whole = isinstance(self.to, Integral) and not isinstance(self.to, bool)
+        if not whole or not 1 <= self.to <= 24:
             raise ValueError(
                 f"to is {self.to!r}; choose 'bf16', 'fp8', or a number of bits in 1..24"
             )
+        object.__setattr__(self, "to", int(self.to))
 
     @property
     def strength(self) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from analysis.perturb.base import (
     set_numbers,
 )
 from cartmoe.config import check_choice
+from cartmoe.hooks import RouterSite
 from cartmoe.routing import stable_topk
 
 
@@ -99,8 +101,9 @@ class DropExperts(Perturbation):
     which      "random" by the condition's seed; "most_used" or "least_used" by load over the
                calibration slice
     ids        instead of these, the dead experts themselves: a list for every router, or a dict
-               such as {"layer 0 stage 1": [3, 5]} (what a pruning method gives; NAEE, REAP);
-               routers that it does not name stay whole
+               such as {"layer 0 stage 1": [3, 5]}, by layer, by layer and stage, or by the name of
+               a `RouterSite` (what a pruning method gives; NAEE, REAP); routers that it does not
+               name stay whole
     """
 
     strength_field: ClassVar[str] = "fraction"
@@ -119,15 +122,15 @@ class DropExperts(Perturbation):
         if isinstance(self.ids, Mapping):
             object.__setattr__(self, "ids", tuple(self.ids.items()))
         if self.by_site:
-            object.__setattr__(self, "ids", tuple(sorted((s, _ids(i)) for s, i in self.ids)))
+            object.__setattr__(self, "ids", tuple(sorted((str(s), _ids(i)) for s, i in self.ids)))
         else:
             set_numbers(self, "ids", 0)
 
     @property
     def by_site(self) -> bool:
         """Whether `ids` name routers too."""
-        listed = isinstance(self.ids, tuple | list)
-        return listed and all(isinstance(i, tuple | list) and len(i) == 2 for i in self.ids)
+        pairs = self.ids if isinstance(self.ids, tuple | list) else ()
+        return bool(pairs) and all(isinstance(i, tuple | list) and len(i) == 2 for i in pairs)
 
     @property
     def strength(self) -> float:
@@ -138,24 +141,36 @@ class DropExperts(Perturbation):
         """No expert is dead."""
         return DropExperts(0.0)
 
+    def check(self, sites: Sequence[RouterSite]) -> None:
+        """`ValueError` for ids of a router, or of experts, that the model does not have."""
+        if self.by_site:
+            known = sorted({name for site in sites for name in _names(site)})
+            for name, _ in self.ids:
+                check_choice("a router of ids", name, known)
+        for site in sites:
+            self._listed(site)
+
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A masked copy."""
-        E = logits_TE.shape[-1]
-        dead = self._dead(E, ctx)
+        dead = self._dead(logits_TE.shape[-1], ctx)
         if not len(dead):
             return logits_TE
-        if int(dead.max()) >= E:
-            raise ValueError(f"ids has {int(dead.max())}; {ctx.site.name} has only {E} experts")
         return logits_TE.index_fill(-1, dead.to(logits_TE.device), -torch.inf)
+
+    def _listed(self, site: RouterSite) -> list[int]:
+        """The dead of one router, where `ids` say which."""
+        dead = set(self.ids or ())
+        if self.by_site:
+            dead = {e for name, ids in self.ids if name in _names(site) for e in ids}
+        if dead and max(dead) >= site.num_experts:
+            raise ValueError(
+                f"ids has {max(dead)}; {site.name} has only {site.num_experts} experts"
+            )
+        return sorted(dead)
 
     def _dead(self, E: int, ctx: RouterContext) -> Tensor:
         if self.ids is not None:
-            ids = self.ids
-            if self.by_site:
-                place = f"layer {ctx.site.layer} stage {ctx.site.stage}"
-                names = (place, f"layer {ctx.site.layer}", ctx.site.name)
-                ids = next((i for s, i in self.ids if s in names), ())
-            return torch.tensor(ids, dtype=torch.int64)
+            return torch.tensor(self._listed(ctx.site), dtype=torch.int64)
         count = round(self.fraction * E)
         if count == 0:
             return torch.empty(0, dtype=torch.int64)
@@ -168,10 +183,17 @@ class DropExperts(Perturbation):
 
 
 def _ids(ids: object) -> tuple[int, ...]:
-    good = isinstance(ids, tuple | list) and all(type(i) is int and i >= 0 for i in ids)
+    good = isinstance(ids, tuple | list) and all(
+        isinstance(i, Integral) and not isinstance(i, bool) and i >= 0 for i in ids
+    )
     if not good:
         raise ValueError(f"ids has {ids!r}; each router's must be a list of whole numbers from 0")
-    return tuple(sorted(set(ids)))
+    return tuple(sorted({int(i) for i in ids}))
+
+
+def _names(site: RouterSite) -> tuple[str, str, str]:
+    """What a router may be called."""
+    return f"layer {site.layer}", f"layer {site.layer} stage {site.stage}", site.name
 
 
 @dataclass(frozen=True)
@@ -186,6 +208,7 @@ class _DropRandom(Perturbation):
         if self.m == 0:
             return logits_TE
         E = logits_TE.shape[-1]
+        among_TE = among_TE & (logits_TE != -torch.inf)  # after a mask, in a Compose
         # The same draw whichever group it is for: only `among` tells the controls apart.
         priority_TE = ctx.noise.uniform(E, "drop").masked_fill(~among_TE, 0.0)
         ids_TM = stable_topk(priority_TE, min(self.m, E))

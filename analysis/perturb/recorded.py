@@ -6,14 +6,19 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from analysis.context import RouterContext
+from analysis.context import RouterContext, Tokens
 from analysis.perturb.base import Identity, Perturbation
+from analysis.perturb.decisions import where_tokens
+from cartmoe.data import IGNORE
 from cartmoe.routing import Router, Routing
+
+if TYPE_CHECKING:
+    from analysis.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -21,64 +26,82 @@ class Replay(Perturbation):
     """Another run's recorded decisions are imposed: another checkpoint's, precision's or kernel's
     (rollout routing replay, arXiv 2510.11370).
 
-    trace   an `analysis.Trace` or its directory; in `analysis.compare` also a model's name
+    trace    an `analysis.Trace`, or the directory of one; in `analysis.compare` also a model's name
+    sha256   of what is recorded there, by which it is known; found out where it is not given
 
     A trace without weights (a serving engine's) imposes the experts; their weights are then the
-    router's own for them.
+    router's own for them. Padding, and any other token that the trace has no decision for, keeps
+    the router's own; that none with a target is among them is checked in studies, `sweep` and
+    `compare`, but not in `perturbed`, where targets are not known.
     """
 
     trace: Any = None
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.trace:
-            raise ValueError("trace is missing; give an analysis.Trace, or the directory of one")
-        if isinstance(self.trace, Path):
-            object.__setattr__(self, "trace", str(self.trace))
+        from analysis.trace import Trace
+
+        trace = self.trace
+        if not isinstance(trace, str | Path | Trace) or trace == "":
+            raise ValueError(f"trace is {trace!r}; give an analysis.Trace, or the directory of one")
+        object.__setattr__(self, "trace", str(trace.path if isinstance(trace, Trace) else trace))
+        _pin(self, "trace", trace.sha256 if isinstance(trace, Trace) else _trace_sha256(self.trace))
 
     @property
     def label(self) -> str:
-        """ "Replay(NAME)"."""
-        return f"Replay({self.source})"
-
-    @property
-    def source(self) -> str:
-        """What it is called: the name of the trace's directory."""
-        return Path(self.trace).name if isinstance(self.trace, str) else self.trace.name
+        """ "Replay(NAME)", the name of the trace's directory."""
+        return f"Replay({Path(self.trace).name})"
 
     def identity(self) -> Perturbation:
         """The router's own decisions."""
         return Identity()
 
     def to_dict(self) -> dict[str, Any]:
-        """The directory and the SHA-256 of what is recorded there; by the latter it is known."""
-        trace = open_trace(self.trace)
-        return {"name": "Replay", "trace": str(trace.path), "sha256": trace.sha256}
+        """The directory, and the SHA-256 of what is recorded there."""
+        return {"name": "Replay", "trace": self.trace, "sha256": self._known()}
+
+    def _known(self) -> str:
+        if self.sha256 is None:
+            raise ValueError(
+                f"trace is {self.trace!r}, and there is no trace; give an analysis.Trace, or the "
+                "directory of one (in analysis.compare also a model's name)"
+            )
+        return self.sha256
+
+    def opened(self) -> Trace:
+        """The trace; opened, and checked byte by byte, once a process."""
+        return _opened(self.trace, self._known())
+
+    def prepare(self, model, clean, condition) -> Perturbation:
+        """Itself. Raises `ValueError` if a token with a target has no recorded decision."""
+        tokens: Tokens = clean.tokens
+        known_T = self.opened().known(tokens.sequence_T, tokens.position_T, tokens.token_ids_T)
+        wanted_T = clean.losses.targets_T != IGNORE
+        missing = int((wanted_T & ~known_T).sum())
+        if missing:
+            raise ValueError(
+                f"trace {self.trace} has no decision for {missing} of {int(wanted_T.sum())} tokens:"
+                " it was recorded on shorter, or other, texts; record it on these documents"
+            )
+        return self
 
     def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
-        """The recorded experts; `ValueError` where a token was not recorded."""
-        trace = open_trace(self.trace)
-        found = trace.lookup(ctx.site, ctx.tokens.sequence_T, ctx.tokens.position_T)
-        ids_TK, weights_TK = found
-        if ids_TK.max() >= ctx.site.num_experts:
+        """The recorded experts; `ValueError` where a sequence or the site was not recorded."""
+        trace, tokens = self.opened(), ctx.tokens
+        known_T = trace.known(tokens.sequence_T, tokens.position_T, tokens.token_ids_T)
+        ids_TK, weights_TK = trace.lookup(ctx.site, tokens.sequence_T, tokens.position_T)
+        have, recorded = ctx.site.num_experts, trace.place(ctx.site).num_experts
+        if recorded not in (None, have) or ids_TK.max() >= have:
+            number = recorded or int(ids_TK.max()) + 1
             raise ValueError(
-                f"trace {self.source} has expert {int(ids_TK.max())}; {ctx.site.name} has only "
-                f"{ctx.site.num_experts} experts"
+                f"trace {self.trace} has {number} experts at {ctx.site.name}; this model has {have}"
             )
+        ids_TK = ids_TK.clamp(min=0)  # of padding, which keeps the router's own below
         if weights_TK is None:
             weights_TK = router.weigh(routing.scores_TE, ids_TK, k=ids_TK.shape[-1])
-        return routing._replace(ids_TK=ids_TK, weights_TK=weights_TK.to(routing.weights_TK.dtype))
-
-
-def open_trace(trace: Any) -> Any:
-    """The `Trace` that was given, or the one in that directory, opened once a process."""
-    return _opened(trace) if isinstance(trace, str) else trace
-
-
-@functools.lru_cache(maxsize=8)
-def _opened(path: str) -> Any:
-    from analysis.trace import Trace
-
-    return Trace.load(path)
+        weights_TK = weights_TK.to(routing.weights_TK.dtype)
+        imposed = routing._replace(ids_TK=ids_TK, weights_TK=weights_TK)
+        return imposed if known_T.all() else where_tokens(known_T, imposed, routing)
 
 
 @dataclass(frozen=True)
@@ -86,68 +109,140 @@ class GateSwap(Perturbation):
     """The gates of another checkpoint in place of this one's: did tuning change the routers, or
     the experts? Both must have the same routers.
 
-    checkpoint   its path, or a model under study; in `analysis.compare` also a model's name
+    checkpoint   its path, or a model under study (for this process only); in `analysis.compare`
+                 also a model's name
+    sha256       the identity of the model at that path; found out where it is not given
     """
 
     points: ClassVar[tuple[str, ...]] = ("logits",)
     checkpoint: Any = None
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.checkpoint:
-            raise ValueError("checkpoint is missing; give the path of one, or a model under study")
-        if isinstance(self.checkpoint, Path):
-            object.__setattr__(self, "checkpoint", str(self.checkpoint))
+        from analysis.intervene import as_adapter
+
+        given = self.checkpoint
+        if isinstance(given, str | Path) and given != "":
+            object.__setattr__(self, "checkpoint", str(given))
+            _pin(self, "checkpoint", _checkpoint_sha256(str(given)))
+        elif isinstance(given, nn.Module) or hasattr(given, "gate"):
+            object.__setattr__(self, "checkpoint", as_adapter(given))
+        else:
+            raise ValueError(
+                f"checkpoint is {given!r}; give the path of one, or a model under study"
+            )
+
+    def __reduce_ex__(self, protocol: int):
+        if not isinstance(self.checkpoint, str):
+            raise ValueError(
+                f"{self.label} holds a model in memory, which does not go to other processes; give "
+                "the path of a checkpoint"
+            )
+        return super().__reduce_ex__(protocol)
 
     @property
     def label(self) -> str:
         """ "GateSwap(NAME)"."""
-        return f"GateSwap({self.source})"
-
-    @property
-    def source(self) -> str:
-        """What it is called."""
-        if isinstance(self.checkpoint, str):
-            return Path(self.checkpoint).name
-        return self.checkpoint.name
+        name = self.checkpoint
+        return f"GateSwap({Path(name).name if isinstance(name, str) else name.name})"
 
     def identity(self) -> Perturbation:
         """The model's own gates."""
         return Identity()
 
     def to_dict(self) -> dict[str, Any]:
-        """The path (or name) and the identity of the other model."""
-        where = self.checkpoint if isinstance(self.checkpoint, str) else self.checkpoint.name
-        return {"name": "GateSwap", "checkpoint": where, "sha256": _model(self.checkpoint).identity}
+        """The path (or name), and the identity of the model."""
+        if not isinstance(self.checkpoint, str):
+            where, sha256 = self.checkpoint.name, self.checkpoint.identity
+        else:
+            where, sha256 = self.checkpoint, self._known()
+        return {"name": "GateSwap", "checkpoint": where, "sha256": sha256}
+
+    def _known(self) -> str:
+        if self.sha256 is None:
+            raise ValueError(
+                f"checkpoint is {self.checkpoint!r}, and there is no whole one; give the path of one, or a "
+                "model under study (in analysis.compare also a model's name)"
+            )
+        return self.sha256
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """The other gate's logits of the same input."""
-        gate = _gates(_model(self.checkpoint)).get((ctx.site.layer, ctx.site.stage))
         if ctx.x_TD is None:
             raise ValueError(
                 "GateSwap needs what enters the router; under downstream 'replay' nothing does"
             )
+        device = ctx.x_TD.device
+        if isinstance(self.checkpoint, str):
+            gates = _loaded_gates(self.checkpoint, self._known(), device)
+        else:
+            gates = _gates(self.checkpoint)
+        gate = gates.get((ctx.site.layer, ctx.site.stage))
         if gate is None:
-            raise ValueError(f"{self.source} has no router at {ctx.site.name}")
-        other_TE = gate(ctx.x_TD, ctx.tokens.token_ids_T).to(logits_TE)
+            raise ValueError(f"the model of {self.label} has no router at {ctx.site.name}")
+        with torch.no_grad():
+            other_TE = gate(ctx.x_TD, ctx.tokens.token_ids_T).to(logits_TE)
         if other_TE.shape != logits_TE.shape:
             raise ValueError(
-                f"{self.source} has {other_TE.shape[-1]} experts at {ctx.site.name}; this model "
-                f"has {logits_TE.shape[-1]}"
+                f"the model of {self.label} has {other_TE.shape[-1]} experts at {ctx.site.name}; "
+                f"this one has {logits_TE.shape[-1]}"
             )
         return other_TE.where(logits_TE != -torch.inf, -torch.inf)  # after a mask, in a Compose
 
 
-def _model(checkpoint: Any) -> Any:
-    return _loaded(checkpoint) if isinstance(checkpoint, str) else checkpoint
+def _pin(perturbation: Perturbation, what: str, found: str | None) -> None:
+    """Keep the hash of what is there now, so that it is never taken for what comes later; if one
+    was given, what is there must have it."""
+    path, expected = getattr(perturbation, what), perturbation.sha256
+    if found is not None and expected not in (None, found):
+        raise ValueError(
+            f"the {what} at {path} is another one than it was: its SHA-256 is {found}, and "
+            f"{expected} was asked for"
+        )
+    object.__setattr__(perturbation, "sha256", expected or found)
+
+
+def _trace_sha256(path: str) -> str | None:
+    from analysis.trace_files import trace_sha256
+
+    return trace_sha256(Path(path))
+
+
+def _checkpoint_sha256(path: str) -> str | None:
+    from cartmoe.checkpoint import CheckpointError, checkpoint_sha256
+
+    try:
+        return checkpoint_sha256(path)
+    except (FileNotFoundError, CheckpointError):
+        return None
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(path: str, sha256: str) -> Trace:
+    from analysis.trace import Trace
+
+    trace = Trace.load(path)
+    if trace.sha256 != sha256:
+        raise ValueError(f"the trace at {path} is another one than it was")
+    return trace
+
+
+Gates = dict[tuple[int, int], Callable[[Tensor, Tensor], Tensor]]
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(path: str) -> Any:
+def _loaded_gates(path: str, sha256: str, device: torch.device) -> Gates:
+    """Of a checkpoint; nothing else of it stays in memory."""
     from analysis.models import load
 
-    return load(path)
+    model = load(path)
+    if model.identity != sha256:
+        raise ValueError(f"the checkpoint at {path} is another one than it was")
+    return {
+        site: gate.to(device) if isinstance(gate, nn.Module) else gate
+        for site, gate in _gates(model).items()
+    }
 
 
-@functools.lru_cache(maxsize=4)
-def _gates(model: Any) -> dict[tuple[int, int], Callable[[Tensor, Tensor], Tensor]]:
+def _gates(model: Any) -> Gates:
     return {(site.layer, site.stage): model.gate(site) for site in model.sites()}

@@ -7,18 +7,18 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.dots import checkpoint_names, dot_rows, figure_height
+from analysis.plots.dots import Look, checkpoint_names, dot_rows, figure_height
 from analysis.plots.style import canvas, damage_frame, model_styles
 from analysis.stats.pairs import CHECKPOINT, CONDITION
 from analysis.stats.robustness import find
 
 # In the order of the damage that a working router should show; only the subject is filled.
 CONDITIONS = {
-    "DropUnchosen(1)": ("v", False),
-    "DropChosen(1)": ("^", False),
-    "DropTop(1)": ("o", True),
-    "RandomRouting": ("s", False),
-    "NoRouted": ("x", False),
+    "DropUnchosen(1)": Look("v", False),
+    "DropChosen(1)": Look("^", False),
+    "DropTop(1)": Look("o"),
+    "RandomRouting": Look("s", False),
+    "NoRouted": Look("x", False),
 }
 
 

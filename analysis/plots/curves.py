@@ -26,9 +26,11 @@ X = {
     "strength": "strength",
     "mass_moved": "routed mass moved per token",
     "flips": "share of chosen experts changed",
+    "flips_total": "chosen experts changed, cascade too",
     "changed": "share of tokens with another set",
     "mass_lost": "clean routed mass lost per token",
     "active": "experts used per token",
+    "output_change": "change of the output / residual",
 }
 Y = {  # label, and the columns of the interval
     "delta_nats": (DELTA, "low", "high"),
@@ -37,6 +39,7 @@ Y = {  # label, and the columns of the interval
     "perplexity": ("perplexity", None, None),
     "kl": ("KL from clean (nats per token)", None, None),
     "agreement": ("share of equal top-1 tokens", None, None),
+    "delta_max": ("largest rise of a token's loss (nats)", None, None),
 }
 
 

@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from analysis.plots.style import DELTA, widen_scale
+from analysis.stats.pairs import CHECKPOINT
 
 GREY = "#404040"
 ROW_HEIGHT, FRAME_HEIGHT = 0.32, 0.95  # inches
 
 
-def figure_height(num_rows: int) -> float:
-    """Inches of a figure with so many rows of dots."""
-    return FRAME_HEIGHT + ROW_HEIGHT * num_rows
+class Look(NamedTuple):
+    """Of a series of dots; without a color of its own it has those of the rows."""
+
+    marker: str
+    filled: bool = True
+    color: str | None = None
+
+
+def figure_height(num_rows: int, row: float = ROW_HEIGHT) -> float:
+    """Inches of a figure with so many rows of dots, each of a height in inches."""
+    return FRAME_HEIGHT + row * num_rows
 
 
 def dot_rows(
     ax: Axes,
     rows: Sequence[tuple[str, str]],
-    series: dict[str, tuple[str, bool]],
-    cells: dict[tuple[int, str], pd.Series],
+    series: Mapping[str, Look],
+    cells: Mapping[tuple[int, str], pd.Series],
+    columns: int = 2,
 ) -> None:
     """Draw change of loss sidewards, so that the names of rows need no turning.
 
     rows     (name, color) from top to bottom
-    series   name -> (marker, filled); each has a line of its own within the row
+    series   name -> its look; each has a line of its own within the row
     cells    (row, series) -> delta_nats, low, high; what is missing was not run
+    columns  of the legend
     """
     offsets = {name: 0.7 * ((i + 0.5) / len(series) - 0.5) for i, name in enumerate(series)}
-    for i, (_, color) in enumerate(rows):
+    for i, (_, row_color) in enumerate(rows):
         if i % 2:
             ax.axhspan(i - 0.5, i + 0.5, color="#F2F2F2", lw=0, zorder=0)
-        for name, (marker, filled) in series.items():
+        for name, (marker, filled, own) in series.items():
             if (i, name) not in cells:
                 continue
+            color = own or row_color
             value, low, high = cells[i, name][["delta_nats", "low", "high"]]
             height = i + offsets[name]
             ax.plot([low, high], [height, height], color=color, lw=1.0)
@@ -50,10 +63,23 @@ def dot_rows(
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlabel(DELTA)
     handles = [
-        Line2D([], [], color=GREY, marker=m, ls="", mfc=GREY if filled else "white", label=name)
-        for name, (m, filled) in series.items()
-    ]
-    ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
+        Line2D(
+            [], [], color=own or GREY, marker=marker, ls="",
+            mfc=(own or GREY) if filled else "white", label=name,
+        )
+        for name, (marker, filled, own) in series.items()
+    ]  # fmt: skip
+    ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns)
+
+
+def groups_of(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(title, model, rows) of each checkpoint and condition of a table of parts: a model's name,
+    and its train_seed and the condition where there are several."""
+    seeds = frame.groupby("model").train_seed.nunique().max() > 1
+    conditions = frame.condition.nunique() > 1
+    for (model, _, seed, name), rows in frame.groupby([*CHECKPOINT, "condition"], sort=False):
+        title = f"{model} #{seed}" if seeds else model
+        yield f"{title}\n{name}" if conditions else title, model, rows
 
 
 def checkpoint_names(checkpoints: pd.DataFrame) -> list[str]:

@@ -7,11 +7,11 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.dots import checkpoint_names, dot_rows, figure_height
+from analysis.plots.dots import Look, checkpoint_names, dot_rows, figure_height
 from analysis.plots.style import canvas, damage_frame, model_styles
 from analysis.stats.pairs import CHECKPOINT, CONDITION, PLAIN, check_choice, label
 
-POINTS = {"logits": ("o", True), "scores": ("D", False)}
+POINTS = {"logits": Look("o"), "scores": Look("D", False)}
 
 
 def stage_dots(

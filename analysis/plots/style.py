@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.stats.pairs import CHECKPOINT, check_columns
+from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns
 
 COLUMN_WIDTH = 3.3  # inches, one column of a two-column paper
 
@@ -83,16 +83,34 @@ def canvas(ax: Axes | None, height: float) -> Iterator[Axes]:
 
 def damage_frame(source: Any, columns: Iterable[str]) -> pd.DataFrame:
     """The damage table that a plot was given, or that of an object with a damage() method."""
+    return table_of(source, "damage", columns)
+
+
+def table_of(source: Any, name: str, columns: Iterable[str], *args: Any) -> pd.DataFrame:
+    """The table of `stats` of this name that a plot was given, or what source.name(*args) gives.
+
+    Raises `ValueError` for other things, missing columns, and a table without rows.
+    """
     frame = source
     if not isinstance(frame, pd.DataFrame):
-        if not callable(getattr(source, "damage", None)):
+        if not callable(getattr(source, name, None)):
             raise ValueError(
-                f"frame is a {type(source).__name__}; give the table of stats.damage or an object "
-                "with a damage() method"
+                f"frame is a {type(source).__name__}; give the table of stats.{name} or an object "
+                f"with a {name}() method"
             )
-        frame = source.damage()
-    check_columns("damage", frame, [*CHECKPOINT, *columns])
+        frame = getattr(source, name)(*args)
+    check_columns(name, frame, [*CHECKPOINT, *columns])
+    if frame.empty:
+        raise ValueError(f"table {name} has no rows: nothing of it was measured")
     return frame
+
+
+def rows_of(frame: pd.DataFrame, condition: str | None) -> pd.DataFrame:
+    """Those of one condition (a label), or all. `ValueError` with the choices for another."""
+    if condition is None:
+        return frame
+    check_choice("condition", condition, frame.condition.unique())
+    return frame[frame.condition == condition]
 
 
 def model_styles(frame: pd.DataFrame) -> dict[str, dict[str, str]]:

@@ -70,16 +70,22 @@ def intervals(
     (0, 1) or less than one resample.
     """
     check_resampling(confidence, resamples)
-    if contrast_CM is None:
-        contrast_CM = np.eye(len(numerator_CD))
+
+    def contrasts(ratios_XC: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
+        # Without contrasts a ratio that is not finite must not spoil the others.
+        return ratios_XC if factors is None else ratios_XC @ factors
+
     total_C, weight_C = numerator_CD.sum(axis=1), denominator_CD.sum(axis=1)
-    value_M = (total_C / weight_C) @ contrast_CM
+    value_M = contrasts(total_C / weight_C, contrast_CM)
     if numerator_CD.shape[1] < 2:
         return Intervals(value_M, *np.full((2, len(value_M)), np.nan))
-    draws_RM = resampled_ratios(numerator_CD, denominator_CD, resamples, seed) @ contrast_CM
+    draws_RC = resampled_ratios(numerator_CD, denominator_CD, resamples, seed)
+    draws_RM = contrasts(draws_RC, contrast_CM)
     left_out_DC = (total_C - numerator_CD.T) / (weight_C - denominator_CD.T)
-    scale_M = np.abs(total_C / weight_C) @ np.abs(contrast_CM)
-    columns = zip(value_M, draws_RM.T, (left_out_DC @ contrast_CM).T, scale_M, strict=True)
+    left_out_DM = contrasts(left_out_DC, contrast_CM)
+    sizes_CM = None if contrast_CM is None else np.abs(contrast_CM)
+    scale_M = contrasts(np.abs(total_C / weight_C), sizes_CM)
+    columns = zip(value_M, draws_RM.T, left_out_DM.T, scale_M, strict=True)
     bounds_M2 = np.reshape([bca(*column, confidence) for column in columns], (-1, 2))
     return Intervals(value_M, *bounds_M2.T)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.stats.bootstrap import Intervals, intervals
-from analysis.stats.pairs import KEY, Pairs, check_choice, check_columns, pair
+from analysis.stats.doses import doses
+from analysis.stats.pairs import KEY, Pairs, check_choice, pair
 
-DOSES = ["mass_moved", "flips", "changed", "mass_lost", "active", "entropy", "margin"]
 LN2 = np.log(2)
 
 
@@ -24,15 +24,17 @@ def damage(
 ) -> pd.DataFrame:
     """One row per checkpoint and condition, in the order of their appearance.
 
-    model, family, train_seed, perturbation, strength, where, point, effect, downstream, label
+    model, family, train_seed, perturbation, strength, where, point, effect, downstream, expects,
+    label
     num_documents, num_tokens     of the clean run
     clean_nats, nats              per token
     delta_nats, low, high         sum(nll - clean nll) / sum(tokens), paired BCa over documents
     delta_bits_per_byte, bpb_low, bpb_high    the same per byte: tokenizers differ
     clean_perplexity, perplexity, perplexity_ratio, ratio_low, ratio_high    exp of the above
     kl, agreement                 KL(clean || perturbed) in nats, share of equal top-1 tokens
-    mass_moved, flips, changed, mass_lost, active, entropy, margin    with `routing` only: the
-        dose per token, averaged over the perturbed sites (NaN where none was recorded)
+    delta_max                     the largest rise of one token's loss, in nats
+    mass_moved, flips, flips_total, changed, mass_lost, active, output_change    with `routing`
+        only: the dose per token, averaged over the perturbed sites; see `stats.doses`
 
     eval_seeds are averaged within a document first. A condition that changes nothing gets
     exactly 0 and [0, 0]; fewer than two documents give NaN bounds. Raises `ValueError` naming
@@ -65,15 +67,16 @@ def damage(
             "ratio_high": np.exp(nats.high_M),
             "kl": p.kl_C,
             "agreement": p.agreement_C,
+            "delta_max": p.delta_max_C,
         }
-        table = p.conditions.assign(**columns)
+        table = p.conditions.drop(columns="ids").assign(**columns)
         for i, (name, value) in enumerate(p.checkpoint.items()):
             table.insert(i, name, value)
         tables.append(table)
     if not tables:
         raise ValueError("losses have clean rows only: there is no condition to compare with them")
     table = pd.concat(tables, ignore_index=True)
-    return table if routing is None else table.merge(_doses(routing), on=KEY, how="left")
+    return table if routing is None else table.merge(doses(routing), on=KEY, how="left")
 
 
 def clean_table(
@@ -194,9 +197,3 @@ def _contrast(p: Pairs, a: str, q: Pairs, b: str, **options: float) -> dict[str,
         | dict(zip(("delta_nats", "low", "high"), nats, strict=True))
         | dict(zip(("delta_bits_per_byte", "bpb_low", "bpb_high"), bits, strict=True))
     )
-
-
-def _doses(routing: pd.DataFrame) -> pd.DataFrame:
-    check_columns("routing", routing, [*KEY, "num_tokens", *DOSES])
-    sums = routing.groupby(KEY, dropna=False, sort=False)[["num_tokens", *DOSES]].sum()
-    return sums[DOSES].div(sums.num_tokens, axis=0).reset_index()

@@ -13,6 +13,7 @@ CONDITION = ["perturbation", "strength", "where", "point", "effect", "downstream
 KEY = CHECKPOINT + CONDITION
 UNIT = ["document_id", "sequence_id"]
 SUMS = ["num_tokens", "num_bytes", "nll_sum", "kl_sum", "num_agree"]
+OTHER = ["condition", "expects", "eval_seed", "delta_max"]
 
 # What a condition has unless it says otherwise, and what a label therefore leaves out.
 PLAIN = {"where": "all", "point": "logits", "effect": "full", "downstream": "reroute"}
@@ -40,14 +41,17 @@ def label(conditions: pd.DataFrame) -> pd.Series:
     downstream do, so it also serves to choose a condition. A perturbation's own options stand
     behind its strength: "DropTop(ratio)" of 0.25 is "DropTop(0.25, ratio)".
     """
-    names = []
-    for name, strength, *options in conditions[CONDITION].itertuples(index=False):
-        if not pd.isna(strength):
-            base, _, own = name.partition("(")
-            name = f"{base}({strength:.12g}, {own}" if own else f"{base}({strength:.12g})"
-        extra = [o for o, plain in zip(options, PLAIN.values(), strict=True) if o != plain]
-        names.append(", ".join([name, *extra]))
+    names = [label_of(**row) for row in conditions[CONDITION].to_dict("records")]
     return pd.Series(names, index=conditions.index, name="label", dtype=object)
+
+
+def label_of(perturbation: str, strength: float, **options: str) -> str:
+    """The label of one condition; its columns as in `CONDITION`."""
+    if not pd.isna(strength):
+        base, _, own = perturbation.partition("(")
+        perturbation = f"{base}({strength:.12g}, {own}" if own else f"{base}({strength:.12g})"
+    extra = [options[name] for name, plain in PLAIN.items() if options[name] != plain]
+    return ", ".join([perturbation, *extra])
 
 
 def base_name(perturbation: pd.Series) -> pd.Series:
@@ -77,10 +81,11 @@ class Pairs:
     tokens_D: np.ndarray
     bytes_D: np.ndarray
     clean_D: np.ndarray  # nats
-    conditions: pd.DataFrame  # CONDITION and label, a row each
+    conditions: pd.DataFrame  # CONDITION, expects, label and ids (a tuple), a row each
     delta_CD: np.ndarray  # nats above the clean run
     kl_C: np.ndarray  # nats per token
     agreement_C: np.ndarray  # share of tokens
+    delta_max_C: np.ndarray  # nats, the largest rise of one token
 
     @property
     def name(self) -> str:
@@ -91,6 +96,11 @@ class Pairs:
         check_choice(f"condition of {self.name}", condition, self.conditions.label)
         return self.delta_CD[self.conditions.label.tolist().index(condition)]
 
+    def variant(self, condition: str, **options: str) -> str:
+        """The label of what differs from a condition that was run in these options alone."""
+        row = self.conditions[self.conditions.label == condition][CONDITION].iloc[0]
+        return label_of(**(row.to_dict() | options))
+
 
 def pair(losses: pd.DataFrame) -> list[Pairs]:
     """Pair every condition with the clean rows of the same checkpoint, sequence by sequence.
@@ -99,7 +109,7 @@ def pair(losses: pd.DataFrame) -> list[Pairs]:
     do not have exactly the clean run's sequences and token counts at every eval_seed (which
     two conditions of one label never have), and sums of nll that are not finite.
     """
-    check_columns("losses", losses, [*KEY, "condition", "eval_seed", *UNIT, *SUMS])
+    check_columns("losses", losses, [*KEY, *OTHER, *UNIT, *SUMS])
     # Sorting first makes every later sum, and the documents' draws, free of the rows' order.
     losses = losses.sort_values([*UNIT, "eval_seed"], kind="stable")
     losses = losses.assign(unit=losses.groupby(UNIT, dropna=False).ngroup())
@@ -122,9 +132,9 @@ def _pair_one(checkpoint: dict[str, object], rows: pd.DataFrame) -> Pairs:
     def by_document(values: np.ndarray) -> np.ndarray:
         return np.bincount(document, weights=values, minlength=len(documents_D))
 
-    conditions, deltas, kls, agreements, unpaired, infinite = [], [], [], [], [], []
+    conditions, deltas, kls, agreements, worst, unpaired, infinite = ([] for _ in range(7))
     for condition, arm in rows[~is_clean].groupby(CONDITION, sort=False, dropna=False):
-        conditions.append(condition)
+        conditions.append((*condition, arm.expects.iloc[0], tuple(arm.condition.unique())))
         runs = [run for _, run in arm.groupby("eval_seed", sort=False)]
         if not all(_same_sequences(run, clean) for run in runs):
             unpaired.append((condition, arm.condition.unique()))
@@ -136,6 +146,7 @@ def _pair_one(checkpoint: dict[str, object], rows: pd.DataFrame) -> Pairs:
         deltas.append(by_document(nll - clean.nll_sum.to_numpy()))
         kls.append(arm.kl_sum.sum() / arm.num_tokens.sum())
         agreements.append(arm.num_agree.sum() / arm.num_tokens.sum())
+        worst.append(arm.delta_max.max())
     if unpaired:
         raise ValueError(
             f"conditions of {name} are not paired with its clean run (each needs the same "
@@ -144,7 +155,7 @@ def _pair_one(checkpoint: dict[str, object], rows: pd.DataFrame) -> Pairs:
         )
     if infinite:
         raise ValueError(f"an nll_sum of {name} is not finite: {_listed(infinite)}")
-    table = pd.DataFrame(conditions, columns=CONDITION)
+    table = pd.DataFrame(conditions, columns=[*CONDITION, "expects", "ids"])
     return Pairs(
         checkpoint=checkpoint,
         documents_D=documents_D,
@@ -155,6 +166,7 @@ def _pair_one(checkpoint: dict[str, object], rows: pd.DataFrame) -> Pairs:
         delta_CD=np.reshape(deltas, (len(deltas), len(documents_D))),
         kl_C=np.array(kls),
         agreement_C=np.array(agreements),
+        delta_max_C=np.array(worst),
     )
 
 

@@ -35,7 +35,7 @@ def robustness_table(damage: pd.DataFrame, sites: pd.DataFrame | None = None) ->
     out = []
     for key, rows in damage.groupby(CHECKPOINT, sort=False):
         row = dict(zip(CHECKPOINT, key, strict=True))
-        row |= {} if sites is None else _router(sites, row)
+        row |= {} if sites is None else router_columns(sites, row)
         row["clean_perplexity"] = rows.clean_perplexity.iloc[0]
         row["perplexity"] = rows.perplexity[rows.label == TOP1].max()
         for name in (*top1, *CONTROLS):
@@ -73,7 +73,7 @@ def _cell(rows: pd.DataFrame, name: str) -> tuple[float, float, float]:
     return tuple(found.iloc[-1]) if len(found) else (np.nan,) * 3
 
 
-def _router(sites: pd.DataFrame, row: dict[str, object]) -> dict[str, object]:
+def router_columns(sites: pd.DataFrame, row: dict[str, object]) -> dict[str, object]:
     check_columns("sites", sites, ["model", "train_seed", "layer", "stage", "metric", "value"])
     mine = sites[(sites.model == row["model"]) & (sites.train_seed == row["train_seed"])]
 

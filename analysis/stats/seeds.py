@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 from math import comb
 
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from analysis.stats.bootstrap import check_resampling, resampled_ratios
+from analysis.stats.bootstrap import CHUNK, check_resampling, resampled_ratios
 from analysis.stats.damage import by_seed, check_documents
-from analysis.stats.pairs import Pairs, pair
+from analysis.stats.pairs import pair
+
+# Of S training runs on the same D documents: the nats that a condition adds, and tokens, (S, D).
+Runs = tuple[np.ndarray, np.ndarray]
 
 
 def over_seeds(
@@ -40,41 +43,76 @@ def over_seeds(
     a = list(by_seed(pairs, "model_a", model_a).values())
     b = list(by_seed(pairs, "model_b", model_b).values())
     check_documents(a + b)
-    damage_a, damage_b = (np.array([_damage(p, condition) for p in side]) for side in (a, b))
-    delta = damage_a.mean() - damage_b.mean()
-    half = np.nan
-    if min(len(a), len(b), len(a[0].documents_D) - 1) > 1:
-        rng = np.random.default_rng([seed, 1])
-        means_a, means_b = (_two_level(side, condition, resamples, seed, rng) for side in (a, b))
-        spread = np.std(means_a - means_b, ddof=1)
-        half = spread * stdtrit(len(a) + len(b) - 2, (1 + confidence) / 2)
-    p, min_p = permutation_test(damage_a, damage_b, resamples, seed)
+    sides = [
+        (np.array([p.delta_D(condition) for p in side]), np.array([p.tokens_D for p in side]))
+        for side in (a, b)
+    ]
+    delta, low, high = two_level(*sides, confidence, resamples, seed)
+    p, min_p = permutation_test(*map(_ratios, sides), resamples, seed)
     row = {
         **{"model_a": model_a, "model_b": model_b, "condition": condition},
         **{"seeds_a": len(a), "seeds_b": len(b), "num_documents": len(a[0].documents_D)},
-        **{"delta_nats": delta, "low": delta - half, "high": delta + half, "p": p, "min_p": min_p},
+        **{"delta_nats": delta, "low": low, "high": high, "p": p, "min_p": min_p},
     }
     return pd.DataFrame([row])
 
 
-def _damage(p: Pairs, condition: str) -> float:
-    return p.delta_D(condition).sum() / p.tokens_D.sum()
+def _ratios(side: Runs) -> np.ndarray:
+    delta_SD, tokens_SD = side
+    return delta_SD.sum(axis=1) / tokens_SD.sum(axis=1)
 
 
-def _two_level(
-    runs: list[Pairs], condition: str, resamples: int, seed: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Mean damage over runs drawn by rng on documents drawn by seed, (R,)."""
-    ratios_RS = resampled_ratios(
-        np.array([p.delta_D(condition) for p in runs]),
-        np.array([p.tokens_D for p in runs]),
-        resamples,
-        seed,
-    )
+def two_level(
+    a: Runs, b: Runs, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of the runs' ratios in a minus that in b, and its bounds; see `over_seeds`.
+
+    Raises `ValueError` for a confidence outside of (0, 1) or less than one resample.
+    """
+    check_resampling(confidence, resamples)
+    delta = _ratios(a).mean() - _ratios(b).mean()
+    numbers = [len(delta_SD) for delta_SD, _ in (a, b)]
+    if min(*numbers, a[0].shape[1] - 1) < 2:
+        return delta, np.nan, np.nan
+    rng = np.random.default_rng([seed, 1])
+    mean_a, mean_b = (_resampled_mean(side, resamples, seed, rng) for side in (a, b))
+    spread = np.std(mean_a - mean_b, ddof=1)
+    half = spread * stdtrit(sum(numbers) - 2, (1 + confidence) / 2)
+    return delta, delta - half, delta + half
+
+
+def _resampled_mean(side: Runs, resamples: int, seed: int, rng: np.random.Generator) -> np.ndarray:
+    """Mean ratio over runs drawn by rng on documents drawn by seed, (R,)."""
+    ratios_RS = resampled_ratios(*side, resamples, seed)
     # n - 1 draws out of n (Rao and Wu, JASA 83, 1988): n draws understate the variance of a mean
     # by the factor (n - 1) / n, a half for two seeds.
-    picks = rng.integers(len(runs), size=(resamples, len(runs) - 1))
+    runs = ratios_RS.shape[1]
+    picks = rng.integers(runs, size=(resamples, runs - 1))
     return np.take_along_axis(ratios_RS, picks, axis=1).mean(axis=1)
+
+
+def sign_flip_test(
+    differences_D: np.ndarray, resamples: int = 9999, seed: int = 0
+) -> tuple[float, float]:
+    """Two-sided p of a sum of paired differences, and the smallest p that their number allows.
+
+    Under the null hypothesis each difference is as likely to have the other sign. All signs are
+    tried where there are no more than `resamples`, else that many random ones.
+    """
+    size, total = len(differences_D), np.abs(differences_D).sum()
+    if 2**size <= resamples:
+        sums = np.array(list(product((1, -1), repeat=size))) @ differences_D
+        fewest = 2  # the observed signs and their mirror image
+    else:
+        rng = np.random.default_rng(seed)
+        step = max(1, CHUNK // size)
+        blocks = [min(step, resamples - start) for start in range(0, resamples, step)]
+        # The observed signs count, too.
+        sums = [differences_D.sum()[None]]
+        sums += [(2.0 * rng.integers(2, size=(rows, size)) - 1) @ differences_D for rows in blocks]
+        sums, fewest = np.concatenate(sums), 1
+    p = (np.abs(sums) >= abs(differences_D.sum()) - 1e-12 * total).mean()
+    return float(p), min(1.0, fewest / len(sums))
 
 
 def permutation_test(

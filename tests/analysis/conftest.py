@@ -12,6 +12,8 @@ from safetensors import safe_open
 from analysis.context import RouterContext, Tokens
 from analysis.intervene import as_adapter, calibrate
 from analysis.noise import Noise
+from cartmoe import LanguageModel, ModelConfig
+from cartmoe.checkpoint import save
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
 
@@ -169,6 +171,22 @@ def study_dict_of(texts, environment):
             else:
                 study[name] = change
         return study
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory, environment):
+    """checkpoint_of(family, **changes) -> a folder of a model that was never trained."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def build(family, tokenizer="bytes", **changes):
+        torch.manual_seed(1)
+        shape = dict(d_model=32, ffn_width=64, num_layers=2, num_heads=2, init_std=0.2)
+        model = LanguageModel(ModelConfig.preset("nano", family, **shape | changes))
+        path = folder / f"{family}-{len(list(folder.iterdir()))}"
+        save(model, path, {"tokenizer": tokenizer, "train_seed": 5})
+        return path
 
     return build
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from analysis.stats import label
+
 FAMILIES = ["dense", "smoe", "smoe_share", "hash", "fine_grained", "top_p", "cartesian"]
 PLAIN = {"where": "all", "point": "logits", "effect": "full", "downstream": "reroute"}
 
 
 def arm(perturbation: str, strength: float = np.nan, cost: float = 0.0, **options: str) -> dict:
     """One condition and the nats per token that it costs on average."""
-    return {"perturbation": perturbation, "strength": strength, "cost": cost} | PLAIN | options
+    named = {"perturbation": perturbation, "strength": strength, "cost": cost}
+    expects = "none" if perturbation in ("clean", "Identity") else "selection"
+    return named | PLAIN | {"expects": expects} | options
 
 
 def losses(
@@ -53,6 +57,7 @@ def losses(
                     nll_sum=unit.clean_nll + delta,
                     kl_sum=0.8 * delta.abs(),
                     num_agree=unit.num_tokens * np.exp(-abs(a["cost"])),
+                    delta_max=5 * np.abs(delta / unit.num_tokens),
                 )
             )
     return pd.concat(tables, ignore_index=True)
@@ -67,12 +72,12 @@ def routing(losses: pd.DataFrame, layers: tuple[int, ...] = (0, 2)) -> pd.DataFr
     tokens = rows.num_tokens
     rows = rows.assign(
         flips=0.6 * dose * tokens,
+        flips_total=0.65 * dose * tokens,
         changed=0.9 * dose * tokens,
         mass_moved=0.7 * dose * tokens,
         mass_lost=0.5 * dose * tokens,
         active=2.0 * tokens,
-        entropy=1.5 * tokens,
-        margin=0.4 * tokens,
+        output_change=0.3 * dose * tokens,
     )
     return pd.concat([rows.assign(layer=layer, stage=0) for layer in layers], ignore_index=True)
 
@@ -124,3 +129,41 @@ def sites() -> pd.DataFrame:
                 for metric, value in values.items():
                     rows.append((family, 0, layer, stage, metric, float(value)))
     return pd.DataFrame(rows, columns=["model", "train_seed", "layer", "stage", "metric", "value"])
+
+
+def set_costs(table: pd.DataFrame, costs: dict[str, float | np.ndarray]) -> pd.DataFrame:
+    """Losses in which the condition of this label costs exactly so much per token; an array: of
+    each document in the order of their ids."""
+    names = label(table)
+    clean = table[table.perturbation == "clean"].set_index("sequence_id")
+    document = np.unique(table.document_id, return_inverse=True)[1]
+    out = table.copy()
+    for name, cost in costs.items():
+        assert (names == name).any(), name
+        rows = names == name
+        per_token = np.broadcast_to(cost, document.max() + 1)[document[rows]]
+        base = clean.nll_sum[table.sequence_id[rows]].to_numpy()
+        out.loc[rows, "nll_sum"] = base + per_token * table.num_tokens[rows]
+    return out
+
+
+def tokens(losses: pd.DataFrame, vocabulary: int = 50, rng: int = 0):
+    """Every token's loss, as `Results.tokens`: those of a sequence differ and have its sum."""
+    draw = np.random.default_rng(rng)
+    frames = {}
+    for key, rows in losses.groupby(["model", "train_seed", "condition", "perturbation"]):
+        nll = [
+            (row.nll_sum * share).astype(np.float32).tobytes()
+            for row in rows.itertuples()
+            for share in [draw.dirichlet(np.full(row.num_tokens, 2.0))]
+        ]
+        frame = rows[["document_id", "sequence_id"]].assign(nll=nll)
+        if key[3] == "clean":
+            targets = [
+                (vocabulary * draw.random(n) ** 3).astype(np.int32).tobytes()
+                for n in rows.num_tokens
+            ]
+            frame = frame.assign(targets=targets)
+        name = "clean" if key[3] == "clean" else key[2]
+        frames[key[0], key[1], name] = frame
+    return lambda *key: frames[key]

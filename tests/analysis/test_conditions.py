@@ -1,19 +1,31 @@
-"""Conditions: where they act, which part of a decision they let through, what they are called."""
+"""Conditions: where they act, at which point, and what they are called."""
 
 import json
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
-from analysis.conditions import DOWNSTREAM, POINTS, Condition, Where
-from analysis.doses import DenseRouting, certainty_of, change_of
+from analysis.conditions import DOWNSTREAM, POINTS, Condition, Where, perturb_scores
+from analysis.context import Tokens
 from analysis.effects import EFFECTS
-from analysis.perturb import DropTop, GaussianNoise, Identity, NoRouted, RandomRouting
+from analysis.perturb import (
+    Compose,
+    DropTop,
+    GaussianNoise,
+    Identity,
+    NoRouted,
+    Perturbation,
+    RandomRouting,
+    ResidualNoise,
+)
+from analysis.tokens import KINDS
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import Router, Routing
+from cartmoe.routing import Router
 
-ZERO = -math.inf
+from .routers import OPTIONS
 
 
 def site(layer=0, stage=0):
@@ -33,6 +45,9 @@ def site(layer=0, stage=0):
         ("positions 0:16", Where(positions=(0, 16))),
         ("stage 1 positions 3:4", Where(stage=1, positions=(3, 4))),
         ("layer 0 stage 1 positions 8:256", Where(0, 1, (8, 256))),
+        ("positions 3:", Where(positions=(3, None))),
+        ("tokens digit", Where(tokens="digit")),
+        ("layer 2 positions 0:4 tokens space", Where(2, None, (0, 4), "space")),
     ],
 )
 def test_where_round_trip(text, where):
@@ -44,12 +59,49 @@ def test_where_round_trip(text, where):
 @pytest.mark.parametrize(
     "text",
     ["", " ", "layers 2", "layer", "layer -1", "stage 0 layer 1", "all stage 0", "positions 3",
-     "positions 5:5", "positions 9:2", "Layer 1", 3, None, ["all"]],
+     "positions 5:5", "positions 9:2", "positions :4", "Layer 1", "layer 2stage 0", "layer 2  stage 0",
+     "tokens", "tokens digits", "tokens digit letter", "tokens digit layer 2", 3, None, ["all"]],
     ids=repr,
 )  # fmt: skip
 def test_where_that_cannot_be_read(text):
     with pytest.raises(ValueError, match=r"^where is "):
         Where.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Where(tokens="digits"), "tokens is 'digits'; choose one of 'letter', 'digit'"),
+        (lambda: Where(positions=(4, 2)), "positions 4:2 are none"),
+    ],
+)
+def test_where_made_by_hand_is_checked_too(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_site_is_where_it_stands():
+    assert Where.parse(site(2, 1)) == Where(2, 1)
+    assert Condition(DropTop(1), site(0, 0)).where == Where(0, 0)
+
+
+def test_where_of_tokens():
+    """Positions and kinds, of a forward's tokens."""
+    kinds_V = torch.tensor([KINDS.index(k) for k in ("letter", "digit", "digit", "space")])
+    tokens_BL = torch.tensor([[0, 1, 2, 3], [3, 2, 0, 1]])
+    tokens = Tokens.of(tokens_BL, torch.arange(2), kinds_V)
+
+    def inside(text):
+        return Where.parse(text).inside(tokens).view(2, 4).int().tolist()
+
+    assert Where.parse("layer 2").inside(tokens) is None
+    assert inside("positions 1:3") == [[0, 1, 1, 0], [0, 1, 1, 0]]
+    assert inside("positions 3:") == [[0, 0, 0, 1], [0, 0, 0, 1]]
+    assert inside("tokens digit") == [[0, 1, 1, 0], [0, 1, 0, 1]]
+    assert inside("positions 2: tokens digit") == [[0, 0, 1, 0], [0, 0, 0, 1]]
+    assert inside("tokens punctuation") == [[0] * 4] * 2
+    with pytest.raises(ValueError, match="where is 'tokens digit'; kinds of tokens need a model"):
+        Where.parse("tokens digit").inside(Tokens.of(tokens_BL, torch.arange(2)))
 
 
 def test_where_selects():
@@ -119,6 +171,8 @@ def test_every_field_counts(change):
         (dict(where="top"), "where is 'top'"),
         (dict(eval_seed="a"), "eval_seed is 'a'; it must be a whole number"),
         (dict(eval_seed=0.5), "eval_seed is 0.5"),
+        (dict(point=["logits"]), r"point is \['logits'\]; choose one of"),
+        (dict(effect="part all"), "'no_refill', 'part set', 'part weights', 'part mass', "),
     ],
 )
 def test_wrong_fields(change, message):
@@ -132,95 +186,13 @@ def test_columns_name_it():
         "condition": CONDITIONS[1].id,
         "perturbation": "DropTop",
         "strength": 2.0,
+        "expects": "selection",
         "where": "stage 1",
         "point": "scores",
         "effect": "no_refill",
         "downstream": "replay",
         "eval_seed": 3,
     }
-
-
-# ---- effects, on decisions written by hand
-
-
-def routing(ids, weights, scores=None):
-    ids_TK, weights_TK = torch.tensor([ids]), torch.tensor([weights])
-    scores_TE = torch.zeros(1, 4) if scores is None else torch.tensor([scores])
-    return Routing(scores_TE.log(), scores_TE, ids_TK, weights_TK)
-
-
-R = routing([0, 1], [0.75, 0.25], [0.6, 0.2, 0.1, 0.1])  # clean
-DROPPED = routing([1, 2], [2 / 3, 1 / 3], [0.0, 0.5, 0.25, 0.25])  # expert 0 masked
-LOWERED = routing([1, 0], [0.6, 0.4], [0.2, 0.3, 0.25, 0.25])  # 0 and 1 change places
-ONE_LEFT = routing([3, 0], [1.0, 0.0], [0.0, 0.0, 0.0, 1.0])
-
-
-@pytest.mark.parametrize(
-    ("effect", "changed", "expected"),
-    [
-        ("full", DROPPED, [0, 2 / 3, 1 / 3, 0]),
-        ("selection", DROPPED, [0, 0.75, 0.25, 0]),
-        ("weights", DROPPED, [0, 1, 0, 0]),  # drop and renormalize
-        ("no_refill", DROPPED, [0, 0.25, 0, 0]),  # drop and lose
-        ("full", LOWERED, [0.4, 0.6, 0, 0]),
-        ("selection", LOWERED, [0.25, 0.75, 0, 0]),
-        ("weights", LOWERED, [0.4, 0.6, 0, 0]),
-        ("no_refill", LOWERED, [0.75, 0.25, 0, 0]),
-        ("full", ONE_LEFT, [0, 0, 0, 1]),
-        ("selection", ONE_LEFT, [0, 0, 0, 0.75]),  # as many as both have
-        ("weights", ONE_LEFT, [0, 0, 0, 0]),
-        ("no_refill", ONE_LEFT, [0, 0, 0, 0]),
-    ],
-)
-def test_effects(effect, changed, expected):
-    got = EFFECTS[effect](R, changed, Router(None, 4, 2))
-    assert DenseRouting(got).weights_TE[0].tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("effect", "expected"),
-    [
-        ("full", [0, 0.5, 0, 0]),
-        ("selection", [0, 0.35, 0, 0]),  # R uses two, R' one
-        ("weights", [0, 0.5, 0, 0]),  # R's experts, whatever the running sum says
-        ("no_refill", [0, 0.25, 0, 0]),
-    ],
-)
-def test_effects_with_top_p(effect, expected):
-    """Weights are raw, and the number of experts is the decision's."""
-    router = Router(None, 4, 2, top_p=0.4, renormalize=False)
-    clean = routing([0, 1, 2, 3], [0.35, 0.25, 0.0, 0.0], [0.35, 0.25, 0.2, 0.2])
-    changed = router.decide(clean.logits_TE, torch.tensor([[0.0, 0.5, 0.25, 0.25]]))
-    got = EFFECTS[effect](clean, changed, router)
-    assert DenseRouting(got).weights_TE[0].tolist() == pytest.approx(expected)
-
-
-def test_selection_with_more_experts_than_clean():
-    router = Router(None, 4, 2, top_p=0.9, renormalize=False)
-    clean = routing([0, 1, 2, 3], [0.95, 0.0, 0.0, 0.0], [0.95, 0.03, 0.01, 0.01])
-    changed = router.decide(clean.logits_TE, torch.tensor([[0.25, 0.25, 0.25, 0.25]]))
-    assert DenseRouting(changed).count_T == 4
-    got = EFFECTS["selection"](clean, changed, router)
-    torch.testing.assert_close(DenseRouting(got).weights_TE, torch.tensor([[0.95, 0, 0, 0]]))
-
-
-@pytest.mark.parametrize("effect", EFFECTS)
-@pytest.mark.parametrize(
-    "options", [{}, dict(top_p=0.4), dict(renormalize=False), dict(score="sigmoid")], ids=str
-)
-def test_no_effect_without_a_change(effect, options):
-    router, logits_TE = Router(None, 6, 2, **options), torch.randn(200, 6)
-    clean, again = router.route(logits_TE), router.route(logits_TE.clone())
-    got = EFFECTS[effect](clean, again, router)
-    assert DenseRouting(got).weights_TE.equal(DenseRouting(clean).weights_TE)
-
-
-@pytest.mark.parametrize("effect", EFFECTS)
-def test_no_routed_under_every_effect(effect):
-    """It perturbs no logits, and still has an effect: its own weights are what counts."""
-    router = Router(None, 4, 2)
-    got = Condition(NoRouted(), effect=effect).apply(R, router, None)
-    assert (got.weights_TK == 0).all()
 
 
 # ---- applying
@@ -254,42 +226,57 @@ def test_a_plain_function_serves(context_of):
     assert all(map(torch.equal, got, router.route(-clean.logits_TE)))
 
 
-# ---- doses
-
-
-def test_doses():
-    lost = routing([1, 2], [0.25, 0.0], [0.0, 0.5, 0.25, 0.25])
-    r, dropped, half = map(DenseRouting, (R, DROPPED, lost))
-    got = {name: value.item() for name, value in change_of(r, dropped, r).items()}
-    assert got == pytest.approx(
-        dict(flips=0.5, flips_total=0.5, changed=1, mass_moved=0.75, mass_lost=0.75, active=2)
-    )
-    got = {name: value.item() for name, value in change_of(r, half, dropped).items()}
-    assert got == pytest.approx(
-        dict(flips=0.5, flips_total=0.5, changed=1, mass_moved=0.375, mass_lost=0.75, active=1)
-    )
-    nothing = change_of(r, r, r)
-    assert all(nothing[name] == 0 for name in nothing.keys() - {"active"})
-
-
-def test_an_expert_in_two_slots_counts_once():
-    twice = DenseRouting(routing([2, 2], [0.5, 0.25]))
-    assert twice.weights_TE.tolist() == [[0, 0, 0.75, 0]]
-    assert twice.count_T == 1
-
-
-def test_certainty():
-    router = Router(None, 4, 2)
-    clean = router.route(torch.tensor([[1.0, 4.0, 2.5, 0.0]]))
-    got = certainty_of(clean, DenseRouting(clean))
-    assert got["margin"].item() == pytest.approx(1.5)
-    p = clean.scores_TE
-    assert got["entropy"].item() == pytest.approx(-(p * p.log()).sum().item())
-    uses_all = Router(None, 4, 4).route(clean.logits_TE)
-    assert certainty_of(uses_all, DenseRouting(uses_all))["margin"] == 0
-
-
 @pytest.mark.parametrize("wrong", ["DropTop", DropTop, None, 3])
 def test_what_is_no_perturbation_is_refused_with_the_choices(wrong):
     with pytest.raises(ValueError, match=r"perturbation is .*DropTop\(1\), of Identity"):
         Condition(wrong)
+
+
+@pytest.mark.parametrize(
+    ("d", "message"),
+    [
+        ({"perturbation": {"name": "DropTop"}, "wher": "all"}, "field of a condition is 'wher'"),
+        ({"where": "all"}, "perturbation is None; choose one of 'Identity'"),
+    ],
+)
+def test_a_dict_that_is_no_condition(d, message):
+    with pytest.raises(ValueError, match=message):
+        Condition.from_dict(d)
+
+
+def test_a_perturbation_of_some_points_only(context_of):
+    """Its own class says which; a Compose has those of all its parts."""
+
+    @dataclass(frozen=True)
+    class OfLogits(Perturbation):
+        points: ClassVar[tuple[str, ...]] = ("logits",)
+
+        def __call__(self, logits_TE, ctx):
+            return -logits_TE
+
+    assert Condition(OfLogits()).point == "logits"
+    for p in (OfLogits(), Compose((DropTop(1), OfLogits())), ResidualNoise(OfLogits())):
+        name = type(p).__name__
+        with pytest.raises(ValueError, match=f"point is 'scores'; {name} works at logits$"):
+            Condition(p, point="scores")
+
+
+# ---- after the score
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_scores_are_moved_as_their_logarithms_are(context_of, options):
+    """scores' = scores * exp(perturb(l) - l), l = log scores; what stays is the same to the bit."""
+    router, logits_TE = Router(None, 6, 2, **options), torch.randn(40, 6)
+    _, ctx = context_of(router, logits_TE)
+    scores_TE = router.score(logits_TE).index_fill(1, torch.tensor([5]), 0.0)
+
+    def move(l_TE, ctx):
+        return torch.cat([l_TE[:, :1] + 1.5, l_TE[:, 1:2] - 20, l_TE[:, 2:3] - math.inf, l_TE[:, 3:]], 1)
+
+    got = perturb_scores(move, scores_TE, ctx)
+    factors_E = torch.tensor([math.exp(1.5), math.exp(-20), 0, 1, 1, 1])
+    torch.testing.assert_close(got, scores_TE * factors_E)
+    assert got[:, 2:].equal((scores_TE * factors_E)[:, 2:])
+    assert perturb_scores(lambda l_TE, ctx: l_TE, scores_TE, ctx) is scores_TE
+    assert perturb_scores(lambda l_TE, ctx: l_TE.clone(), scores_TE, ctx).equal(scores_TE)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from analysis.noise import Noise, hash_key, mix64, sequence_hash
+from analysis.noise import Noise, _open_interval, hash_key, mix64, sequence_hash
 
-KINDS = pytest.mark.parametrize("kind", ["bits", "uniform", "normal", "integers"])
+KINDS = pytest.mark.parametrize("kind", ["bits", "uniform", "normal", "gumbel", "integers"])
 
 
 def noise(seed=0, site=(0, 0), sequences=range(4), positions=range(8), cache=None):
@@ -48,6 +48,42 @@ def test_normal():
     for limit in (-1.0, 0.0, 1.5):
         below = (1 + math.erf(limit / math.sqrt(2))) / 2
         assert (n < limit).double().mean() == pytest.approx(below, abs=3e-3)
+
+
+def test_gumbel():
+    """Mean is Euler's constant, variance pi^2 / 6, P(g < x) = exp(-exp(-x))."""
+    g = noise(sequences=range(200), positions=range(100)).gumbel(16)
+    assert g.dtype == torch.float32
+    assert g.isfinite().all()
+    assert g.double().mean() == pytest.approx(0.5772, abs=0.01)
+    assert g.double().var() == pytest.approx(math.pi**2 / 6, abs=0.03)
+    for limit in (-1.0, 0.0, 2.0):
+        below = math.exp(-math.exp(-limit))
+        assert (g < limit).double().mean() == pytest.approx(below, abs=3e-3)
+
+
+def test_the_ends_of_the_interval_are_open():
+    """The lowest and the highest bits: a logarithm of either must be finite."""
+    ends = _open_interval(torch.tensor([0, -1]))
+    assert (ends > 0).all()
+    assert (ends < 1).all()
+    assert (-(-ends.log()).log()).isfinite().all()
+
+
+def test_a_draw_for_each_expert():
+    """Of a router and a seed, whatever the tokens."""
+    draws = torch.stack([noise(seed=seed).of_experts(40, "dead") for seed in range(500)])
+    assert draws.dtype == torch.float64
+    assert draws.device.type == "cpu"
+    assert ((draws > 0) & (draws < 1)).all()
+    assert draws.mean() == pytest.approx(0.5, abs=0.01)
+    assert len(draws.unique()) == 500 * 40
+    other_tokens = noise(sequences=[77], positions=[5, 6])
+    assert noise().of_experts(40, "dead").equal(other_tokens.of_experts(40, "dead"))
+    assert noise().of_experts(10, "dead").equal(noise().of_experts(40, "dead")[:10])
+    for change in (dict(seed=1), dict(site=(0, 1))):
+        assert not noise(**change).of_experts(40, "dead").equal(draws[0])
+    assert not noise().of_experts(40, "x").equal(draws[0])
 
 
 def test_integers():
@@ -143,6 +179,22 @@ def test_draws_are_made_once():
     assert noise(seed=1, cache=cache).normal(6) is not first.normal(6)
     assert noise(site=(0, 1), cache=cache).normal(6) is not first.normal(6)
     assert first.normal(6).equal(noise().normal(6))
+
+
+def test_streams_are_other_draws_of_the_same_tokens():
+    """Independent of each other and of what they come from, nested ones too; again the same."""
+    cache = {}
+    whole = noise(cache=cache, sequences=range(40), positions=range(20))
+    made = [
+        *(whole, whole.stream(0), whole.stream(1), whole.stream(0).stream(1)),
+        *(whole.stream(1).stream(0), noise(site=(0, 1), sequences=range(40), positions=range(20))),
+    ]
+    drawn = torch.stack([n.normal(12).flatten() for n in made])
+    correlation = drawn.corrcoef() - torch.eye(len(made))
+    assert correlation.abs().max() < 0.05
+    assert whole.stream(0).normal(12) is made[1].normal(12)
+    assert whole.stream(0).of_experts(5).equal(noise().stream(0).of_experts(5))
+    assert not whole.stream(0).of_experts(5).equal(whole.of_experts(5))
 
 
 # ---- ids of rows without one

@@ -1,175 +1,327 @@
-"""Perturbations: the contract that every one of them keeps, and what each does."""
+"""The contract that every perturbation of the catalogue keeps, and what its parameters may be.
 
+What each one does is tested in test_masks, test_logits, test_decisions, test_compound, test_worst;
+Replay and GateSwap, which need another run, in their own file.
+"""
+
+import json
 import math
+import sys
+from collections import Counter
+from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from analysis.conditions import POINTS, Condition
-from analysis.context import SiteStats
-from analysis.doses import DenseRouting, flip_share
-from analysis.intervene import calibrate, perturbed
+from analysis.doses import DenseRouting
+from analysis.measure import measure
 from analysis.perturb import (
     PERTURBATIONS,
+    Compose,
+    Custom,
     DropChosen,
+    DropExperts,
+    DropSlots,
     DropTop,
     DropUnchosen,
     GaussianNoise,
+    GumbelNoise,
     Identity,
+    KeepRanks,
+    Lag,
     NoRouted,
+    Quantize,
     RandomRouting,
-    chosen_mask,
+    ResidualNoise,
+    SwapRanks,
+    Temperature,
+    TopK,
+    UniformWeights,
+    Worst,
     perturbation_from_dict,
 )
-from cartmoe.hooks import capture_routing, router_sites
-from cartmoe.routing import Router, Routing
+from analysis.perturb.base import EXPECTS, Perturbation, set_number
+from cartmoe.routing import Routing
 
-# Arguments of every perturbation in the catalogue; the tests below fail for one without any.
+from .routers import IDS_B, KINDS, RENORMALIZED, TOKENS_BL, router_of, routings
+
+
+def soften(logits_TE, ctx):
+    return logits_TE * 0.5
+
+
+OWN_EXAMPLES = {"Replay", "GateSwap"}  # need another run: elsewhere
+# Of every perturbation that is a map of logits or of a decision.
 EXAMPLES = {
     "Identity": [Identity()],
     "DropTop": [DropTop(), DropTop(2), DropTop(ratio=0.5)],
+    "KeepRanks": [KeepRanks((2,)), KeepRanks((1, 3, 4))],
+    "TopK": [TopK(1), TopK(5)],
+    "DropExperts": [
+        DropExperts(0.5),
+        DropExperts(0.5, "most_used"),
+        DropExperts(0.5, "least_used"),
+        DropExperts(ids=[0, 2, 3]),
+        DropExperts(ids={"layer 0": [1], "layer 2": [0, 2], "layer 2 stage 0": [4]}),
+    ],
+    "DropSlots": [DropSlots(), DropSlots(0.3, renormalize=True)],
     "DropChosen": [DropChosen(), DropChosen(2)],
     "DropUnchosen": [DropUnchosen(), DropUnchosen(3)],
     "GaussianNoise": [
         GaussianNoise(2.0),
         GaussianNoise(3.0, scale="site"),
         GaussianNoise(4.0, scale="absolute", within="chosen"),
+        GaussianNoise(1000.0, scale="absolute"),
     ],
+    "GumbelNoise": [GumbelNoise(2.0)],
+    "Temperature": [Temperature(), Temperature(-2.0)],
+    "SwapRanks": [SwapRanks(), SwapRanks(1, 5)],
     "RandomRouting": [RandomRouting(), RandomRouting(0.5), RandomRouting(draw="permute")],
+    "UniformWeights": [UniformWeights(), UniformWeights(0.5)],
+    "Quantize": [Quantize(), Quantize("fp8"), Quantize(2)],
+    "Lag": [Lag(), Lag(3), Lag(over="sites")],
+    "Compose": [
+        Compose((DropTop(1), GaussianNoise(1.0), DropSlots(0.2))),
+        Compose((Compose((DropTop(1), Temperature())), UniformWeights())),
+    ],
     "NoRouted": [NoRouted()],
+    "Custom": [Custom(soften, title="soften")],
 }
-KINDS = ["smoe", "smoe_share", "hash", "fine_grained", "top_p", "cartesian", "sigmoid", "top1"]
-EACH = pytest.mark.parametrize("p", [p for name in PERTURBATIONS for p in EXAMPLES[name]], ids=str)
+# Of those that need a whole model, or its output: through `measure`.
+MEASURED = {
+    "Worst": [Worst(), Worst(3, per="sequence", rounds=2), Worst(2, choose="random")],
+    "ResidualNoise": [ResidualNoise(), ResidualNoise(GaussianNoise(2.0, scale="site"))],
+}
+ALL = [p for examples in (*EXAMPLES.values(), *MEASURED.values()) for p in examples]
+EACH = pytest.mark.parametrize("p", [p for some in EXAMPLES.values() for p in some], ids=str)
+EVERY = pytest.mark.parametrize("p", ALL, ids=str)
+EACH_MEASURED = pytest.mark.parametrize(
+    "p", [p for some in MEASURED.values() for p in some], ids=str
+)
 KIND = pytest.mark.parametrize("kind", KINDS)
 POINT = pytest.mark.parametrize("point", POINTS)
-TOKENS_BL = torch.randint(1, 13, (6, 8), generator=torch.Generator().manual_seed(1))
-IDS_B = torch.tensor([4, 8, 15, 16, 23, 42])
 
 
-def routings(model, p, tokens_BL=TOKENS_BL, ids_B=IDS_B, **options):
-    """(output, decisions by site) under the perturbation."""
-    with (
-        perturbed(model, p, sequence_ids=ids_B, **options),
-        capture_routing(model.model) as captured,
-        torch.no_grad(),
-    ):
-        out = model.model(tokens_BL)
-    return out, {site: routing for site, (routing,) in captured.items()}
+def test_every_perturbation_has_examples():
+    assert EXAMPLES.keys() | MEASURED.keys() | OWN_EXAMPLES == PERTURBATIONS.keys()
+    assert OWN_EXAMPLES.isdisjoint(EXAMPLES)
+    for name, cls in PERTURBATIONS.items():
+        assert cls.__name__ == name
+        assert cls.__doc__
+        assert issubclass(cls, Perturbation)
 
 
-def decide(router, p, logits_TE, context, point="logits", effect="full"):
-    """(decision without, decision with)"""
-    clean, ctx = context(router, logits_TE)
-    return clean, Condition(p, point=point, effect=effect).apply(clean, router, ctx)
-
-
-def router_of(E=6, K=2, **options) -> Router:
-    return Router(None, E, K, **options)
-
-
-def same_sets(a: Routing, b: Routing) -> torch.Tensor:
-    """(T,) whether both use the same experts."""
-    return (chosen_mask(a) == chosen_mask(b)).all(-1)
-
-
-# ---- the contract
+# ---- maps of logits and of decisions
 
 
 @EACH
 @KIND
 def test_contract(model_of, calibration_of, kind, p):
-    """Pure and total: shapes and dtypes stay, inputs stay as they are, nothing becomes NaN."""
+    """Pure and total: shapes and dtypes stay, inputs stay as they are, nothing becomes NaN; and it
+    changes what it expects to."""
     model = model_of(kind)
-    for point in POINTS:
-        check_contract(model, p, point, calibration_of(model))
+    for point in points_of(p):
+        pairs = check_contract(model, p, point, calibration_of(model))
+        before, after = map(DenseRouting, pairs[-1])  # the last router: some look back
+        if has_no_effect(p, kind):
+            # Where weights are no shares of the chosen, those of the others are in their sum.
+            if point == "scores" or kind in RENORMALIZED:
+                torch.testing.assert_close(after.weights_TE, before.weights_TE)
+        elif p.expects == "selection":
+            assert (before.used_TE != after.used_TE).any(-1).double().mean() > 0.05
+        else:
+            assert not after.weights_TE.allclose(before.weights_TE, rtol=1e-4)
 
 
-def check_contract(model, p, point, stats):
+def points_of(p) -> tuple[str, ...]:
+    """A change of the decision knows no point."""
+    return POINTS[:1] if hasattr(p, "decide") else POINTS
+
+
+def has_no_effect(p, kind) -> bool:
+    """Where it cannot change what it expects, by its very definition."""
+    return {
+        UniformWeights: kind == "top1",  # one weight is its own mean
+        TopK: kind == "top1" and p == TopK(1),
+        KeepRanks: kind == "top1" and p == KeepRanks((1, 3, 4)),
+        Lag: kind == "hash" and getattr(p, "over", "") == "sites",  # all layers share one table
+        DropUnchosen: True,
+        Identity: True,
+    }.get(type(p), False)
+
+
+def check_contract(model, p, point, stats) -> list[tuple[Routing, Routing]]:
+    """By site: what the perturbation was given, and what it made of it."""
     seen = []
 
     def spy(routing, router, site, x_TD):
-        before = [t.clone() for t in routing]
-        seen.append((routing, before))
+        seen.append((routing, [t.clone() for t in routing]))
 
     with model.edit(spy):  # hooked first, so it sees what the perturbation is given
         out, decisions = routings(model, p, point=point, stats=stats)
+    assert out.isfinite().all()
     for (given, before), changed in zip(seen, decisions.values(), strict=True):
         assert all(map(torch.equal, given, before))
         for a, b in zip(given, changed, strict=True):
-            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert (a.dtype, a.device, len(a)) == (b.dtype, b.device, len(b))
+        assert changed.logits_TE.shape == changed.scores_TE.shape == given.logits_TE.shape
+        assert changed.ids_TK.shape == changed.weights_TK.shape
+        assert ((changed.ids_TK >= 0) & (changed.ids_TK < given.logits_TE.shape[-1])).all()
         assert not any(t.isnan().any() for t in changed)
-        assert (changed.weights_TK >= 0).all()
+        assert ((changed.weights_TK >= 0) & changed.weights_TK.isfinite()).all()
         assert (changed.logits_TE < math.inf).all()
-    assert out.isfinite().all()
+    return [(given, changed) for (given, _), changed in zip(seen, decisions.values(), strict=True)]
 
 
-@EACH
 @KIND
-def test_identity_is_exact(model_of, kind, p):
+def test_identity_is_exact(model_of, kind):
     model = model_of(kind)
     with torch.no_grad():
         clean = model.model(TOKENS_BL)
-    for point in POINTS:
-        out, _ = routings(model, p.identity(), point=point)
-        assert out.equal(clean)
+    for p in {p.identity(): None for some in EXAMPLES.values() for p in some}:
+        for point in points_of(p):
+            out, _ = routings(model, p, point=point)
+            assert out.equal(clean), p
 
 
 @EACH
-def test_identity_returns_the_very_input(context_of, p):
-    routing, ctx = context_of(router_of(), torch.randn(5, 6))
-    assert p.identity()(routing.logits_TE, ctx) is routing.logits_TE
+def test_identity_returns_the_very_decision(context_of, p):
+    router = router_of()
+    clean, ctx = context_of(router, torch.randn(5, 6))
+    for point in POINTS:
+        assert Condition(p.identity(), point=point).apply(clean, router, ctx) is clean
+
+
+@EACH
+@pytest.mark.parametrize("kind", ["hash", "top_p", "cartesian"])
+def test_a_pure_function_of_its_key(model_of, calibration_of, kind, p):
+    """Again the same to the last bit, whatever the global generator gives; the same decisions for
+    a row in any batch and order (inputs agree up to rounding, and so do decisions but for near
+    ties)."""
+    for point in points_of(p):
+        check_key(model_of(kind), p, point, calibration_of(model_of(kind)))
+
+
+def check_key(model, p, point, stats):
+    _, whole = routings(model, p, point=point, stats=stats)
+    torch.manual_seed(123)
+    site, *_, last = whole
+    _, again = routings(model, p, point=point, stats=stats)
+    assert all(map(torch.equal, whole[last], again[last]))
+    order = [3, 0, 5]
+    _, some = routings(model, p, TOKENS_BL[order], IDS_B[order], point=point, stats=stats)
+    for a, b in zip(whole[site], some[site], strict=True):  # later ones magnify the rounding
+        a = a.view(6, 8, -1)[order].flatten(0, 1)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@EACH
+@pytest.mark.parametrize("kind", ["top_p", "cartesian", "sigmoid"])
+def test_keeps_out_what_a_mask_before_it_has_taken_away(model_of, calibration_of, kind, p):
+    """No NaN, and nobody comes back, but where another router's decision is taken over."""
+    model = model_of(kind)
+    both = Compose((DropExperts(ids=[1, 4]), *(p.parts if isinstance(p, Compose) else (p,))))
+    for point in POINTS:
+        pairs = check_contract(model, both, point, calibration_of(model))
+        for _, changed in pairs:
+            if not (isinstance(p, Lag) and p.over == "sites"):
+                assert not DenseRouting(changed).used_TE[:, [1, 4]].any()
 
 
 @EACH
 @POINT
-@pytest.mark.parametrize("kind", ["hash", "top_p", "cartesian"])
-def test_draws_do_not_depend_on_the_batch(model_of, calibration_of, kind, p, point):
-    """The same decisions for a row alone, in any batch, in any order (inputs agree up to
-    rounding, and so do decisions but for near ties)."""
-    model = model_of(kind)
-    stats = calibration_of(model)
-    _, whole = routings(model, p, point=point, stats=stats)
-    site = next(iter(whole))  # later ones magnify the rounding
-    for order in ([3, 0, 5], [2]):
-        ids_B = IDS_B[order]
-        _, some = routings(model, p, TOKENS_BL[order], ids_B, point=point, stats=stats)
-        for a, b in zip(whole[site], some[site], strict=True):
-            a = a.view(6, 8, -1)[order].flatten(0, 1)
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+def test_all_experts_gone_before_it(context_of, p, point):
+    for options in ({}, dict(top_p=0.4), dict(score="sigmoid")):
+        router = router_of(**options)
+        logits_TE = torch.full((7, 6), -math.inf)
+        stats = stats_of(torch.randn(9, 6))
+        clean, ctx = context_of(router, logits_TE, stats=stats)
+        changed = Condition(p, point=point).apply(clean, router, ctx)
+        assert not any(t.isnan().any() for t in changed)
+        assert (changed.weights_TK == 0).all()
 
 
-@EACH
+def stats_of(reservoir_RE):
+    from analysis.context import SiteStats
+
+    E = reservoir_RE.shape[-1]
+    return SiteStats(reservoir_RE, 1.0, torch.ones(E) / E)
+
+
+# ---- through measure
+
+
+@EACH_MEASURED
 @KIND
-def test_changes_what_it_expects(model_of, calibration_of, kind, p):
+def test_measured_contract(model_of, calibration_of, shard, rows_of, kind, p):
     model = model_of(kind)
-    stats = calibration_of(model)
-    _, before = routings(model, Identity(), where="layer 0 stage 0")
-    _, after = routings(model, p, where="layer 0 stage 0", stats=stats)
-    before, after = next(iter(before.values())), next(iter(after.values()))
-    if p.expects == "selection":
-        assert flip_share(DenseRouting(before), DenseRouting(after)).mean() > 0.05
-        return
-    if kind != "top_p" or p.expects == "weights":
-        assert after.ids_TK.equal(before.ids_TK)
-    if p.expects == "weights":
-        assert not after.weights_TK.equal(before.weights_TK)
-    elif kind not in ("top_p", "top1"):  # the others renormalize, up to rounding
-        torch.testing.assert_close(after.weights_TK, before.weights_TK)
+    calibration = calibration_of(model)
+    conditions = [Condition(p, point=point) for point in p.points]
+    conditions += [Condition(p.identity(), "layer 0")]
+    clean, *cells, identity = measure(model, conditions, shard, calibration=calibration)
+    pd.testing.assert_frame_equal(identity.losses, clean.losses, check_exact=True)
+    for cell in cells:
+        assert np.isfinite(cell.losses[["nll_sum", "kl_sum"]].to_numpy()).all()
+        assert np.isfinite(cell.routing.select_dtypes("number").to_numpy()).all()
+        dose = {"selection": "flips", "output": "output_change"}[p.expects]
+        assert cell.routing[dose].sum() > 0
+    again = measure(model, conditions[:1], shard, calibration=calibration)[1]
+    pd.testing.assert_frame_equal(again.losses, cells[0].losses, check_exact=True)
 
 
-def test_every_perturbation_has_examples():
-    assert EXAMPLES.keys() == PERTURBATIONS.keys()
-    for name, cls in PERTURBATIONS.items():
-        assert cls.__name__ == name
-        assert cls.__doc__
-        assert cls.expects in ("none", "weights", "selection")
+@EACH_MEASURED
+@pytest.mark.parametrize("kind", ["top_p", "cartesian"])
+def test_measured_does_not_depend_on_the_batch(model_of, calibration_of, shard, rows_of, kind, p):
+    model = model_of(kind)
+    options = dict(calibration=calibration_of(model), tabulate=())
+    condition = Condition(p, "layer 2")
+    order = [4, 2, 0, 6, 5, 1, 3]
+    _, whole = measure(model, [condition], shard, **options)
+    _, parts = measure(model, [condition], rows_of(shard, order), batch_size=3, **options)
+    for column in ("nll_sum", "kl_sum"):
+        np.testing.assert_allclose(
+            parts.losses[column], whole.losses[column].to_numpy()[order], rtol=1e-3, atol=1e-4
+        )
 
 
-@EACH
+# ---- names and parameters
+
+
+@EVERY
 def test_dict_round_trip(p):
-    assert perturbation_from_dict(p.to_dict()) == p
-    assert type(p)() == perturbation_from_dict({"name": type(p).__name__})
-    assert p.identity().strength in (0, pytest.approx(math.nan, nan_ok=True))
+    text = json.dumps(p.to_dict())
+    again = perturbation_from_dict(json.loads(text))
+    assert again == p
+    assert hash(again) == hash(p)
+    assert json.dumps(again.to_dict()) == text
+    assert perturbation_from_dict(p.identity().to_dict()) == p.identity()
+
+
+@EVERY
+def test_expects_one_thing(p):
+    assert p.expects in EXPECTS
+    assert set(p.points) <= set(POINTS)
+    assert p.points
+
+
+@pytest.mark.parametrize("cls", [c for n, c in PERTURBATIONS.items() if n not in OWN_EXAMPLES])
+def test_defaults(cls):
+    name = cls.__name__
+    if cls in (Compose, Custom):  # of nothing there is none
+        with pytest.raises(ValueError, match=r"^(parts|'') "):
+            perturbation_from_dict({"name": name})
+    else:
+        assert perturbation_from_dict({"name": name}) == cls()
+        assert cls().label == cls().label.split("(")[0] or cls is ResidualNoise
+
+
+def test_labels_name_one_perturbation():
+    """Conditions that differ have another label or another strength, but for fixed sets."""
+    named = Counter((p.label, p.strength) for p in ALL if not math.isnan(p.strength))
+    assert set(named.values()) == {1}
 
 
 def test_labels_and_strengths():
@@ -178,18 +330,61 @@ def test_labels_and_strengths():
     assert GaussianNoise(2, scale="site").label == "GaussianNoise(scale=site)"
     assert GaussianNoise(2).label == "GaussianNoise"
     assert math.isnan(NoRouted().strength)
+    assert KeepRanks((3, 1)).label == "KeepRanks(ranks=1+3)"
+    assert DropExperts(0.5, "most_used").label == "DropExperts(which=most_used)"
+    assert math.isnan(DropExperts(ids=[1]).strength)
+    assert (Quantize(4).label, Quantize(4).strength) == ("Quantize(bits)", 4)
+    assert Quantize("fp8").label == "Quantize(fp8)"
+    assert Lag(2, "sites").label == "Lag(over=sites)"
+    noise = GaussianNoise(2, scale="site", within="chosen")
+    part = "GaussianNoise scale=site within=chosen"
+    assert Compose((DropTop(2), noise)).label == f"Compose(parts=DropTop 2+{part} 2)"
+    assert ResidualNoise(noise).label == f"ResidualNoise(of={part})"
+    assert ResidualNoise(noise).strength == 2
+    assert Custom(soften, title="soften", version=3).label == "soften"
+    assert Worst(4, rounds=2).label == "Worst(rounds=2)"
+
+
+def test_identity_is_at_strength_zero():
+    for p in ALL:
+        assert p.identity().strength in (0, pytest.approx(math.nan, nan_ok=True))
+
+
+WHOLE = "it must be a whole number"
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: DropTop(-1), "m is -1; it must be finite and at least 0"),
-        (lambda: DropTop(1.5), "m is 1.5; it must be a whole number"),
+        (lambda: DropTop(1.5), f"m is 1.5; {WHOLE}"),
         (lambda: DropTop(True), "m is True"),
         (lambda: DropTop("2"), "m is '2'"),
+        (lambda: DropTop([1]), r"m is \[1\]"),
         (lambda: DropTop(ratio=1.5), "ratio is 1.5; it must lie in 0..1"),
         (lambda: DropTop(ratio="half"), "ratio is 'half'; it must be a number"),
         (lambda: DropTop(2, ratio=0.5), "give one of them"),
+        (lambda: KeepRanks(()), r"ranks is \(\); it must be a list of different whole numbers"),
+        (lambda: KeepRanks((0, 1)), "from 1 on"),
+        (lambda: KeepRanks((1, 1)), r"ranks is \(1, 1\)"),
+        (lambda: KeepRanks(2), "ranks is 2"),
+        (lambda: KeepRanks("12"), "ranks is '12'"),
+        (lambda: TopK(0), "k is 0; it must be finite and at least 1"),
+        (lambda: TopK(None), "k is None"),
+        (lambda: DropExperts(-0.1), "fraction is -0.1"),
+        (lambda: DropExperts("all"), "fraction is 'all'"),
+        (lambda: DropExperts(which="x"), "which is 'x'; choose one of 'random', 'most_used'"),
+        (lambda: DropExperts(which=["random"]), r"which is \['random'\]; choose one of"),
+        (lambda: DropExperts(0.5, ids=[1]), "ids name the experts already"),
+        (lambda: DropExperts(ids=[]), r"ids is \[\]"),
+        (lambda: DropExperts(ids={}), r"ids is \(\)"),
+        (lambda: DropExperts(ids=[-1]), r"ids is \[-1\]"),
+        (lambda: DropExperts(ids=3), "ids is 3"),
+        (lambda: DropExperts(ids="34"), "ids is '34'"),
+        (lambda: DropExperts(ids={"layer 0": 3}), "ids has 3; each router's must be a list"),
+        (lambda: DropExperts(ids={"layer 0": [0.5]}), r"ids has \[0.5\]"),
+        (lambda: DropSlots(2), "probability is 2; it must lie in 0..1"),
+        (lambda: DropSlots(renormalize=1), "renormalize is 1; it must be True or False"),
         (lambda: DropChosen(-1), "m is -1"),
         (lambda: DropUnchosen(None), "m is None"),
         (lambda: GaussianNoise(-0.1), "sigma is -0.1"),
@@ -197,225 +392,186 @@ def test_labels_and_strengths():
         (lambda: GaussianNoise(math.inf), "sigma is inf"),
         (lambda: GaussianNoise(scale="row"), "scale is 'row'; choose one of 'token', 'site'"),
         (lambda: GaussianNoise(within="some"), "within is 'some'"),
+        (lambda: GumbelNoise(-1), "tau is -1; it must be finite and at least 0"),
+        (lambda: Temperature(65), "log2_t is 65; it must lie in -64..64"),
+        (lambda: Temperature("hot"), "log2_t is 'hot'"),
+        (lambda: SwapRanks(0, 1), "r is 0"),
+        (lambda: SwapRanks(1, 1.5), "s is 1.5"),
         (lambda: RandomRouting(1.1), "share is 1.1; it must lie in 0..1"),
         (lambda: RandomRouting(draw="x"), "draw is 'x'; choose one of 'reservoir', 'permute'"),
+        (lambda: UniformWeights(1.5), "mix is 1.5; it must lie in 0..1"),
+        (lambda: Quantize("fp16"), "to is 'fp16'; choose 'bf16', 'fp8', or a number of bits"),
+        (lambda: Quantize(0), "to is 0"),
+        (lambda: Quantize(True), "to is True"),
+        (lambda: Quantize([8]), r"to is \[8\]"),
+        (lambda: Lag(-1), "n is -1"),
+        (lambda: Lag(over="layers"), "over is 'layers'; choose one of 'tokens', 'sites'"),
+        (lambda: Compose(()), r"parts is \(\); give a list of perturbations"),
+        (lambda: Compose(DropTop()), "parts is DropTop"),
+        (lambda: Compose(("DropTop",)), "parts has 'DropTop'; each must be a perturbation"),
+        (lambda: Compose((ResidualNoise(),)), "parts has ResidualNoise"),
+        (lambda: ResidualNoise(3), "of is 3; it must be a perturbation of routing"),
+        (lambda: ResidualNoise(ResidualNoise()), "of is ResidualNoise"),
+        (lambda: Custom(), "'' cannot be imported"),
+        (lambda: Custom("math:nothing", title="x"), "'math:nothing' cannot be imported"),
+        (lambda: Custom("no_such_module:f", title="x"), "'no_such_module:f' cannot be imported"),
+        (lambda: Custom("math:pi", title="x"), r"function is 3.14\d*; give \(logits_TE, ctx\)"),
+        (lambda: Custom(soften), "title is ''; it must be a text without"),
+        (lambda: Custom(soften, title="a(b)"), r"title is 'a\(b\)'"),
+        (lambda: Custom(soften, title="x", version="1"), f"version is '1'; {WHOLE}"),
+        (lambda: Custom(soften, title="x", changes="output"), "changes is 'output'; choose one"),
+        (lambda: Worst(-1), "flips is -1"),
+        (lambda: Worst(rounds=0), "rounds is 0; it must be finite and at least 1"),
+        (lambda: Worst(per="batch"), "per is 'batch'; choose one of 'token', 'sequence'"),
+        (lambda: Worst(choose="best"), "choose is 'best'; choose one of 'worst', 'random'"),
         (lambda: perturbation_from_dict({"name": "DropTpo"}), "choose one of 'Identity', 'DropTop"),
-        (
-            lambda: perturbation_from_dict({"name": "DropTop", "k": 1}),
-            "parameter of DropTop is 'k'",
-        ),
+        (lambda: perturbation_from_dict({"name": ["DropTop"]}), r"perturbation is \['DropTop'\]"),
+        (lambda: perturbation_from_dict({"m": 1}), "perturbation is None; choose one of"),
+        (lambda: perturbation_from_dict({"name": "DropTop", "k": 1}), "parameter of DropTop is 'k'"),
+        (lambda: perturbation_from_dict({"name": "math:pi"}), "'math:pi' is no class derived from"),
+        (lambda: perturbation_from_dict({"name": "math:"}), "'math:' cannot be imported"),
     ],
-)
+)  # fmt: skip
 def test_wrong_parameters(make, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=message):
         make()
 
 
-# ---- DropTop
-
-
-def test_drop_top_is_a_mask(context_of):
-    router = router_of()
-    logits_TE = torch.tensor([[0.0, 5, 1, 4, 2, 3], [2.0, 2, 2, 2, 1, 0]])
-    _, got = decide(router, DropTop(2), logits_TE, context_of)
-    inf = -math.inf
-    masked_TE = torch.tensor([[0.0, inf, 1, inf, 2, 3], [inf, inf, 2, 2, 1, 0]])
-    assert got.logits_TE.equal(masked_TE)  # ties: the lower index is dropped first
-    assert got.ids_TK.tolist() == [[5, 4], [2, 3]]
-    assert all(map(torch.equal, got, router.route(masked_TE)))
-
-
-@pytest.mark.parametrize(("ratio", "m"), [(0.0, 0), (0.25, 2), (0.5, 3), (2 / 3, 4), (1.0, 6)])
-def test_drop_top_by_ratio(context_of, ratio, m):
-    router, logits_TE = router_of(), torch.randn(20, 6)
-    a = decide(router, DropTop(ratio=ratio), logits_TE, context_of)[1]
-    b = decide(router, DropTop(m), logits_TE, context_of)[1]
-    assert all(map(torch.equal, a, b))
-
-
-def test_drop_more_than_there_are(context_of):
-    with pytest.raises(ValueError, match="m is 7; router has only 6 experts"):
-        decide(router_of(), DropTop(7), torch.randn(2, 6), context_of)
-
-
-@POINT
 @pytest.mark.parametrize(
-    "options", [{}, dict(renormalize=False), dict(top_p=0.4), dict(score="sigmoid")], ids=str
-)
-def test_dropping_all_leaves_nothing(context_of, point, options):
-    router = router_of(**options)
-    _, got = decide(router, DropTop(6), torch.randn(4, 6), context_of, point)
-    assert (got.weights_TK == 0).all()
-    _, got = decide(router, DropTop(5), torch.randn(4, 6), context_of, point)
-    assert ((got.weights_TK > 0).sum(-1) == 1).all()
+    ("p", "message"),
+    [
+        (DropTop(7), "m is 7; .* has only 6 experts"),
+        (KeepRanks((7,)), "ranks has 7; .* has only 6 experts"),
+        (TopK(7), "k is 7; .* has only 6 experts"),
+        (SwapRanks(1, 7), "ranks r, s have 7; .* has only 6 experts"),
+        (DropExperts(ids=[6]), "ids has 6; .* has only 6 experts"),
+        (DropExperts(ids={"layer 0": [9]}), "ids has 9; .* has only 6 experts"),
+        (DropExperts(ids={"layer 1": [0]}), "router of ids is 'layer 1'; choose one of 'layer 0'"),
+        (Compose((DropExperts(ids=[6]),)), "ids has 6"),
+        (GaussianNoise(scale="site"), r"needs statistics .* pass stats=analysis\.calibrate"),
+        (RandomRouting(), r"RandomRouting.*pass stats=analysis\.calibrate"),
+        (DropExperts(which="most_used"), r"needs statistics"),
+        (Worst(), r"Worst is searched for with the targets .* use analysis\.sweep"),
+        (Custom(lambda z, ctx: z[:, :2], title="half"), r"returned torch.float32 of shape \(48, 2\)"),
+        (Custom(lambda z, ctx: z.double(), title="wide"), "returned torch.float64"),
+        (Custom(lambda z, ctx: None, title="none"), "returned None; it must return torch.float32"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not_fit_the_model_says_why(model_of, p, message):
+    with pytest.raises(ValueError, match=message):
+        routings(model_of("cartesian"), p)
 
 
-def test_golden_top1_disabled(golden):
-    """Against outputs of the authors' code, with the router's first choice masked everywhere."""
-    from cartmoe.reference import from_reference
-
-    weights, config, expected = golden
-    model = from_reference(weights, config)
-    with perturbed(model, DropTop(1)):
-        got = model(expected["input_ids"])
-    torch.testing.assert_close(got, expected["logits_disable_top1"], rtol=0, atol=1e-5)
+def test_numbers_of_numpy_are_numbers():
+    assert DropTop(np.int64(2)).to_dict() == DropTop(2).to_dict()
+    assert GaussianNoise(np.float32(0.5)).to_dict() == GaussianNoise(0.5).to_dict()
+    assert KeepRanks(tuple(np.arange(1, 3))).to_dict() == KeepRanks((1, 2)).to_dict()
+    assert DropExperts(ids={"layer 0": list(np.arange(2))}) == DropExperts(ids={"layer 0": [0, 1]})
+    assert json.dumps(Quantize(np.int64(4)).to_dict())
+    assert GaussianNoise(1).to_dict() == GaussianNoise(1.0).to_dict()
 
 
-# ---- the controls
+# ---- of one's own
+
+OWN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+from analysis.perturb import Perturbation
+
+class Base(Perturbation):
+    def factor(self):
+        return {factor}
+
+@dataclass(frozen=True)
+class Sharpen(Base):
+    """Mine."""
+    expects: ClassVar[str] = "weights"
+    strength_field: ClassVar[str] = "by"
+    by: float = 0.0
+
+    def __call__(self, logits_TE, ctx):
+        return logits_TE * (1 + self.factor() * self.by) if self.by else logits_TE
+
+class NotFrozen(Perturbation):
+    def __call__(self, logits_TE, ctx):
+        return logits_TE
+
+class Other:
+    pass
+'''
 
 
-def test_drop_chosen_and_unchosen(context_of):
-    router, logits_TE = router_of(), torch.randn(400, 6)
-    clean, inside = decide(router, DropChosen(1), logits_TE, context_of)
-    _, outside = decide(router, DropUnchosen(3), logits_TE, context_of)
-    used_TE = chosen_mask(clean)
-    dropped_in, dropped_out = inside.logits_TE == -math.inf, outside.logits_TE == -math.inf
-    assert (dropped_in.sum(-1) == 1).all()
-    assert not (dropped_in & ~used_TE).any()
-    assert (dropped_out.sum(-1) == 3).all()
-    assert not (dropped_out & used_TE).any()
-    first_T = dropped_in.gather(-1, clean.ids_TK[:, :1]).float()
-    assert first_T.mean() == pytest.approx(0.5, abs=0.1)  # any one in use, not the best
-    shares_E = dropped_out.sum(0) / (~used_TE).sum(0)
-    torch.testing.assert_close(shares_E, torch.full((6,), 0.75), atol=0.1, rtol=0)
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """own(factor) -> the module `own_perturbation` whose source has that factor."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def load(factor=1):
+        import importlib
+        import linecache
+
+        (tmp_path / "own_perturbation.py").write_text(OWN.format(factor=factor))
+        sys.modules.pop("own_perturbation", None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        return importlib.import_module("own_perturbation")
+
+    yield load
+    sys.modules.pop("own_perturbation", None)
 
 
-def test_fewer_than_m_to_drop(context_of):
-    router, logits_TE = router_of(), torch.randn(50, 6)
-    clean, got = decide(router, DropChosen(5), logits_TE, context_of)
-    assert (got.logits_TE == -math.inf).equal(chosen_mask(clean))
-    clean, got = decide(router, DropUnchosen(5), logits_TE, context_of)
-    assert (got.logits_TE == -math.inf).equal(~chosen_mask(clean))
-    assert got.ids_TK.equal(clean.ids_TK)
-    clean, got = decide(router, DropChosen(50), logits_TE, context_of)
-    assert (got.logits_TE == -math.inf).equal(chosen_mask(clean))
+def test_ones_own_class(own, model_of):
+    p = own().Sharpen(2)
+    assert p.to_dict()["name"] == "own_perturbation:Sharpen"
+    assert (p.label, p.strength) == ("Sharpen", 2)
+    again = Condition.from_dict(json.loads(Condition(p).id))
+    assert again == Condition(p)
+    assert again.id == Condition(p).id
+    check_contract(model_of("cartesian"), p, "logits", None)
+    inside = Compose((DropTop(1), p))
+    assert perturbation_from_dict(json.loads(json.dumps(inside.to_dict()))) == inside
 
 
-def test_chosen_leaves_out_unused_slots(context_of):
-    """With top_p all experts have a slot; only those with weight are chosen."""
-    router = router_of(top_p=0.4)
-    logits_TE = torch.tensor([[9.0, 0, 0, 0, 0, 0], [1.0, 1, 1, 1, 0, 0]])
-    clean, got = decide(router, DropChosen(6), logits_TE, context_of)
-    assert chosen_mask(clean).sum(-1).tolist() == [1, 2]
-    assert (got.logits_TE == -math.inf).sum(-1).tolist() == [1, 2]
+def test_ones_own_class_is_known_by_its_source(own):
+    before = Condition(own(1).Sharpen(2.0)).id
+    assert Condition(own(1).Sharpen(2.0)).id == before
+    assert Condition(own(3).Sharpen(2.0)).id != before  # what it inherits counts
 
 
-# ---- noise
+def test_ones_own_class_in_a_notebook():
+    """There is no file of the class, only the cells' lines; another cell is another source."""
+    import linecache
+
+    def cell(number, factor):
+        text, name = OWN.format(factor=factor), f"/tmp/ipykernel_1/{number}.py"
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        namespace = {"__name__": "__no_file__"}
+        exec(compile(text, name, "exec"), namespace)
+        return namespace["Sharpen"](2.0).to_dict()
+
+    sys.modules["__no_file__"] = type(sys)("__no_file__")
+    try:
+        first, same, other = cell(1, 1), cell(2, 1), cell(3, 4)
+    finally:
+        del sys.modules["__no_file__"]
+    assert first == same
+    assert first["source"] is not None
+    assert first["source"] != other["source"]
 
 
-def test_gaussian_noise_scales(context_of):
-    router, logits_TE = router_of(16), 3 * torch.randn(3000, 16) + 7
-    clean, ctx = context_of(router, logits_TE)
-    unit_TE = ctx.noise.normal(16)
-    stats = SiteStats(logits_TE, 2.5, torch.ones(16) / 16)
-    _, with_stats = context_of(router, logits_TE, stats=stats)
-    for p, context, scale in [
-        (GaussianNoise(0.5), ctx, logits_TE.std(-1, correction=0, keepdim=True)),
-        (GaussianNoise(0.5, scale="absolute"), ctx, 1.0),
-        (GaussianNoise(0.5, scale="site"), with_stats, 2.5),
-    ]:
-        torch.testing.assert_close(p(logits_TE, context), logits_TE + 0.5 * scale * unit_TE)
-    within = GaussianNoise(0.5, within="chosen")(logits_TE, ctx)
-    assert (within == logits_TE).equal(~chosen_mask(clean))
-    with pytest.raises(ValueError, match=r"needs statistics .*analysis\.calibrate"):
-        GaussianNoise(0.5, scale="site")(logits_TE, ctx)
+def test_ones_own_class_must_be_a_frozen_dataclass(own):
+    module = own()
+    with pytest.raises(ValueError, match=r"must be a @dataclass\(frozen=True\)"):
+        Condition(module.NotFrozen())
+    with pytest.raises(ValueError, match=r"'own_perturbation:Other' is no class derived from"):
+        perturbation_from_dict({"name": "own_perturbation:Other"})
 
 
-def test_strengths_share_their_noise(context_of):
-    router, logits_TE = router_of(), torch.zeros(9, 6)
-    _, ctx = context_of(router, logits_TE)
-    one, two = (GaussianNoise(s, scale="absolute")(logits_TE, ctx) for s in (1.0, 2.0))
-    assert two.equal(2 * one)
-
-
-def test_noise_keeps_masked_experts_out(context_of):
-    logits_TE = torch.randn(5, 6).index_fill(1, torch.tensor([2]), -math.inf)
-    _, ctx = context_of(router_of(), logits_TE)
-    noisy = GaussianNoise(3.0)(logits_TE, ctx)
-    assert (noisy == -math.inf).equal(logits_TE == -math.inf)
-    assert not noisy.isnan().any()
-
-
-# ---- random routing
-
-
-def test_random_routing_needs_statistics(model_of):
-    with pytest.raises(ValueError, match=r"RandomRouting.*pass stats=analysis\.calibrate"):
-        routings(model_of("cartesian"), RandomRouting())
-
-
-@POINT
-@pytest.mark.parametrize("kind", ["smoe_share", "top_p", "sigmoid", "raw"])
-def test_random_routing_keeps_the_marginal_load(model_of, shard, kind, point):
-    """Tokens get decisions that other tokens really got, weights included."""
-    model = model_of(kind)
-    stats = calibrate(model, shard)
-    site, router = next(iter(router_sites(model.model).items()))
-    tokens_BL = torch.randint(0, 13, (200, 8), generator=torch.Generator().manual_seed(2))
-    _, after = routings(
-        model, RandomRouting(), tokens_BL, torch.arange(200), point=point, stats=stats
-    )
-    expected = DenseRouting(router.route(stats.sites[site].reservoir_RE))
-    got = DenseRouting(after[site])
-    load_E = got.used_TE.double().mean(0)
-    torch.testing.assert_close(load_E, expected.used_TE.double().mean(0), atol=0.05, rtol=0)
-    apart = (got.weights_TE[:, None] - expected.weights_TE).abs().amax(-1)
-    assert apart.amin(-1).max() < 1e-5
-
-
-def test_share_of_tokens(context_of):
-    router, logits_TE = router_of(), torch.randn(2000, 6)
-    stats = SiteStats(torch.randn(50, 6), 1.0, torch.ones(6) / 6)
-    _, ctx = context_of(router, logits_TE, stats=stats)
-    for share in (0.25, 0.75):
-        moved_T = (RandomRouting(share)(logits_TE, ctx) != logits_TE).any(-1)
-        assert moved_T.double().mean() == pytest.approx(share, abs=0.03)
-    permuted = RandomRouting(draw="permute")(logits_TE, ctx)
-    assert permuted.sort().values.equal(logits_TE.sort().values)
-    assert (permuted != logits_TE).any(-1).double().mean() > 0.99
-
-
-# ---- the point
-
-
-def test_masks_are_exact_after_the_score(context_of):
-    """Scores of the others stay, bit by bit: nothing is normalized anew."""
-    for options in ({}, dict(top_p=0.4), dict(renormalize=False), dict(score="sigmoid")):
-        router, logits_TE = router_of(**options), torch.randn(50, 6)
-        clean, got = decide(router, DropTop(1), logits_TE, context_of, "scores")
-        best_T1 = clean.scores_TE.argmax(-1, keepdim=True)
-        assert got.scores_TE.equal(clean.scores_TE.scatter(-1, best_T1, 0))
-        assert got.logits_TE is clean.logits_TE
-
-
-def test_a_score_of_zero_stays(context_of):
-    logits_TE = torch.tensor([[500.0, 0, 1, 2, 3, -500]])  # zeros after a softmax
-    for p in (DropTop(1), GaussianNoise(1.0), DropUnchosen(2)):
-        _, got = decide(router_of(), p, logits_TE, context_of, "scores")
-        assert not got.scores_TE.isnan().any()
-        assert (got.scores_TE[0, 1:] == 0).all()
-
-
-@EACH
-@pytest.mark.parametrize("kind", ["smoe", "smoe_share", "hash", "fine_grained", "cartesian"])
-def test_points_agree_where_weights_are_renormalized(model_of, calibration_of, kind, p):
-    """paper.md: K > 1, renormalized, softmax. Experts of almost equal score may change places."""
-    model = model_of(kind)
-    stats = calibration_of(model)
-    before, a = routings(model, p, stats=stats)
-    after, b = routings(model, p, stats=stats, point="scores")
-    torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-4)
-    for x, y in zip(a.values(), b.values(), strict=True):
-        torch.testing.assert_close(
-            DenseRouting(x).weights_TE, DenseRouting(y).weights_TE, rtol=1e-3, atol=1e-4
-        )
-
-
-def test_points_differ_with_top_p(context_of):
-    """On random logits: 2.6 experts clean, 2.95 masked before, 4.39 after the softmax (E 16)."""
-    router = router_of(16, top_p=0.4)
-    logits_TE = torch.randn(4000, 16)
-    clean, before = decide(router, DropTop(1), logits_TE, context_of)
-    _, after = decide(router, DropTop(1), logits_TE, context_of, "scores")
-    active = [DenseRouting(r).count_T.double().mean().item() for r in (clean, before, after)]
-    assert active == pytest.approx([2.6, 2.95, 4.39], abs=0.1)
+def test_set_number_makes_plain_numbers():
+    p = DropTop(2)
+    object.__setattr__(p, "m", np.int32(3))
+    set_number(p, "m", int)
+    assert type(p.m) is int
+    assert replace(p, m=4) == DropTop(4)

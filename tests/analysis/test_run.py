@@ -17,8 +17,10 @@ import torch
 import analysis
 from analysis import report
 from analysis.conditions import Condition
+from analysis.describe import describe
 from analysis.perturb import DropTop, GaussianNoise, Identity, RandomRouting
-from analysis.run import _paired, read, run
+from analysis.run import read, run
+from analysis.saved import _paired
 from analysis.store import Store
 from analysis.study import Study
 from analysis.sweep import sweep
@@ -83,22 +85,6 @@ def done(tiny, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def checkpoint_of(tmp_path_factory, environment):
-    """checkpoint_of(family, **changes) -> a folder of a model that was never trained."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-
-    def build(family, tokenizer="bytes", **changes):
-        torch.manual_seed(1)
-        shape = dict(d_model=32, ffn_width=64, num_layers=2, num_heads=2, init_std=0.2)
-        model = LanguageModel(ModelConfig.preset("nano", family, **shape | changes))
-        path = folder / f"{family}-{len(list(folder.iterdir()))}"
-        save(model, path, {"tokenizer": tokenizer, "train_seed": 5})
-        return path
-
-    return build
-
-
 # ---- end to end
 
 
@@ -114,9 +100,12 @@ def test_what_a_study_leaves(done, tiny):
     identity = damage[damage.perturbation == "Identity"]
     assert (identity[["delta_nats", "low", "high", "kl"]] == 0).all(axis=None)
     assert damage.delta_nats.notna().all()
-    assert tables(done).keys() == {"clean.csv", "sites.csv", "damage.csv", "robustness.csv"}
-    figures = sorted(path.name for path in (done / "figures").glob("[!.]*"))
-    assert figures == sorted(f"{name}.{kind}" for name in report.FIGURES for kind in ("pdf", "png"))
+    names = ("clean", "sites", "damage", "robustness", "per_dose", "by_domain")
+    assert tables(done).keys() == {f"{name}.csv" for name in names}
+    figures = {path.name for path in (done / "figures").glob("[!.]*")}
+    drawn = ("droptop_strength", "droptop_mass", "noise_strength", "noise_mass", "noise_doses",
+             "controls", "stages", "catalogue")  # fmt: skip
+    assert figures == {f"{name}.{kind}" for name in drawn for kind in ("pdf", "png")}
     text = report.summarize(done)
     assert text == (done / "robustness.txt").read_text()
     assert "UNFINISHED" not in text
@@ -226,7 +215,7 @@ def test_only_figures_that_can_be_drawn(study_dict_of, tmp_path, done, condition
         train=None, models=[{"path": str(done / "models" / "cartesian-s0")}], conditions=[condition]
     )
     finish(Study.from_dict(study), tmp_path)
-    assert {path.stem for path in report.plot(tmp_path)} == figures
+    assert {path.stem for path in report.plot(tmp_path)} == figures | {"catalogue"}
 
 
 def test_models_by_path(study_dict_of, checkpoint_of, tmp_path):
@@ -472,12 +461,12 @@ def test_sweep_takes_one_perturbation_and_refuses_a_nameless_function(model_of, 
         (None, None, "Identity control: hooks alone change nothing, to the last bit: passed"),
         ("Identity", "delta_nats", "Identity control FAILED"),
         ("Identity", "kl", "Identity control FAILED"),
-        ("DropTop(1)", "flips", "FAILED, changed nothing: cartesian (seed 0): DropTop(1)"),
+        ("DropTop(1)", "changed", "FAILED, changed nothing: cartesian (seed 0): DropTop(1)"),
     ],
 )
 def test_verdicts(model_of, shard, label, column, verdict):
     results = sweep(model_of("cartesian"), shard, [DropTop(1)], progress=False)
     damage = results.damage()
     if label:
-        damage.loc[damage.label == label, column] = 0.0 if column == "flips" else 1e-9
-    assert verdict in report._describe(results)
+        damage.loc[damage.label == label, column] = 0.0 if column == "changed" else 1e-9
+    assert verdict in describe(results)

@@ -12,7 +12,7 @@ import pytest
 from analysis.conditions import Condition
 from analysis.measure import Cell, measure
 from analysis.perturb import DropTop
-from analysis.store import LOSSES, ROUTING, SCHEMA, Store, cell_key
+from analysis.store import SCHEMA, TABLES, Store, cell_key
 
 WRITERS = Path(__file__).with_name("writers.py")
 IDENTITY = {
@@ -95,18 +95,18 @@ def test_round_trip(path, cells):
             losses = store.read("losses", [key])
             assert (losses.pop("key") == key).all()
             pd.testing.assert_frame_equal(
-                losses, cell.losses[[*LOSSES]], check_exact=True, check_dtype=False
+                losses, cell.losses[[*TABLES["losses"]]], check_exact=True, check_dtype=False
             )
             routing = store.read("routing", [key]).drop(columns="key")
             pd.testing.assert_frame_equal(
                 routing.astype(float, errors="ignore"),
-                cell.routing.reindex(columns=[*ROUTING]),
+                cell.routing.reindex(columns=[*TABLES["routing"]]),
                 check_exact=True,
                 check_dtype=False,
             )
         assert len(store.read("losses", wanted)) == sum(len(c.losses) for c in cells)
         assert store.read("losses", []).empty
-        assert list(store.read("losses", ["unknown"])) == ["key", *LOSSES]
+        assert list(store.read("losses", ["unknown"])) == ["key", *TABLES["losses"]]
 
 
 def test_a_dense_cell_has_no_routing(path, model_of, shard):

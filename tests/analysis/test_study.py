@@ -7,7 +7,7 @@ import pytest
 
 from analysis.conditions import Condition
 from analysis.perturb import DropChosen, DropTop, GaussianNoise, Identity, NoRouted, RandomRouting
-from analysis.run import conditions_for
+from analysis.plan import conditions_for
 from analysis.study import Data, Measure, Study, study_dict
 from cartmoe.config import FAMILIES
 
@@ -171,7 +171,7 @@ def test_no_file(tmp_path, name):
 
 MISTAKES = [
     # sections
-    ({"dat": {}}, "dat: no such key; choose one of conditions, data, measure, models, name, train"),
+    ({"dat": {}}, "dat: no such key; choose one of conditions, contrasts, data, measure, models, "),
     ({"name": 3}, "name is 3; it must be a text"),
     ({"data": 3}, "data: it is 3; write a table, [data]"),
     ({"measure": []}, "measure: it is []; write a table, [measure]"),

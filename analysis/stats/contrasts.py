@@ -1,0 +1,185 @@
+"""Contrasts that were named beforehand: one model against each other one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from analysis.stats.bootstrap import check_resampling, intervals
+from analysis.stats.damage import by_seed, check_documents
+from analysis.stats.pairs import Pairs, check_choice, pair
+from analysis.stats.seeds import permutation_test, sign_flip_test, two_level
+
+SEEDS, CHECKPOINTS = "training seeds", "these checkpoints"
+
+
+def family_contrasts(
+    losses: pd.DataFrame,
+    reference: str = "cartesian",
+    conditions: Sequence[str] = ("DropTop(1)",),
+    margin: float | None = None,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Damage in the reference model minus that in each other model, a row a test.
+
+    reference, model, condition
+    speaks_for                "training seeds": means over the seeds of both, two-level bootstrap
+                              and permutation test (see `over_seeds`); or, where one of them has a
+                              single seed, "these checkpoints": one row for each seed that both
+                              have, BCa over documents and a test that flips signs of documents'
+                              differences
+    train_seed                of the checkpoints, as text; None for training seeds
+    seeds, seeds_reference, num_documents
+    delta_nats, low, high     nats per token
+    p, min_p                  and the smallest p that this number of seeds (documents) allows
+    p_holm                    p adjusted by Holm's method (1979) over all rows of this table
+    verdict                   "differs": p_holm is at most 1 - confidence. With a margin (in nats
+                              per token) also "equivalent within margin": two one-sided tests at
+                              1 - confidence, that is, the (2 confidence - 1) interval lies
+                              inside of +- margin; it stands also where p_holm is small. Else
+                              "undecided": nothing here says that there is no difference.
+
+    Models that lack a condition have no row. Raises `ValueError` for an unknown reference or
+    condition, other documents, a margin that is not above 0, and where there is nothing to compare.
+    """
+    check_resampling(confidence, resamples)
+    if confidence <= 0.5:
+        raise ValueError(f"confidence is {confidence!r}; of a test it must be above 0.5")
+    if margin is not None and not margin > 0:
+        raise ValueError(f"margin is {margin!r}; it must be above 0 nats per token, or None")
+    if isinstance(conditions, str):
+        conditions = [conditions]
+    pairs = pair(losses)
+    of_reference = by_seed(pairs, "reference", reference)
+    models = dict.fromkeys(p.checkpoint["model"] for p in pairs)
+    options = dict(resamples=resamples, seed=seed)
+    rows = []
+    for condition in conditions:
+        have = [p for p in of_reference.values() if condition in set(p.conditions.label)]
+        if not have:
+            known = dict.fromkeys(c for p in of_reference.values() for c in p.conditions.label)
+            check_choice(f"condition of {reference}", condition, known)
+        for model in models:
+            others = [
+                p
+                for p in by_seed(pairs, "model", model).values()
+                if model != reference and condition in set(p.conditions.label)
+            ]
+            for mine, theirs in _matched(have, others):
+                named = {"reference": reference, "model": model, "condition": condition}
+                rows.append(named | _test(mine, theirs, condition, confidence, options))
+    if not rows:
+        raise ValueError(f"there is no model but {reference!r} to compare under these conditions")
+    table = pd.DataFrame(rows)
+    table["p_holm"] = holm(table.p.to_numpy())
+    inner = table.pop("inner")
+    differs = table.p_holm <= 1 - confidence
+    table["verdict"] = np.where(differs, "differs", "undecided")
+    if margin is not None:
+        inside = [-margin < low and high < margin for low, high in inner]
+        table.loc[inside, "verdict"] = "equivalent within margin"
+    return table
+
+
+def _matched(mine: list[Pairs], theirs: list[Pairs]) -> list[tuple[list[Pairs], list[Pairs]]]:
+    """All seeds at once, or, where one of the models has one alone, common seeds one by one."""
+    if min(len(mine), len(theirs)) != 1:
+        return [(mine, theirs)] if theirs else []
+    seeds = {p.checkpoint["train_seed"]: p for p in theirs}
+    common = [p for p in mine if p.checkpoint["train_seed"] in seeds]
+    return [([p], [seeds[p.checkpoint["train_seed"]]]) for p in common] or [
+        ([p], [q]) for p in mine for q in theirs
+    ]
+
+
+def _test(
+    mine: list[Pairs], theirs: list[Pairs], condition: str, confidence: float, options: dict
+) -> dict[str, object]:
+    check_documents([*mine, *theirs])
+    sides = [
+        (np.array([p.delta_D(condition) for p in side]), np.array([p.tokens_D for p in side]))
+        for side in (mine, theirs)
+    ]
+    (delta_a, tokens_a), (delta_b, tokens_b) = sides
+    row = {
+        "speaks_for": SEEDS,
+        "train_seed": None,
+        "seeds_reference": len(mine),
+        "seeds": len(theirs),
+        "num_documents": len(mine[0].documents_D),
+    }
+    levels = confidence, 2 * confidence - 1  # of the interval, and of two one-sided tests
+    if len(mine) > 1 and len(theirs) > 1:
+        bounds = [two_level(*sides, level, **options) for level in levels]
+        ratios = [delta.sum(axis=1) / tokens.sum(axis=1) for delta, tokens in sides]
+        p, min_p = permutation_test(*ratios, **options)
+    else:
+        numbers = dict.fromkeys(str(p.checkpoint["train_seed"]) for p in (*mine, *theirs))
+        row |= {"speaks_for": CHECKPOINTS, "train_seed": " and ".join(numbers)}
+        found = [
+            intervals(
+                np.concatenate([delta_a, delta_b]),
+                np.concatenate([tokens_a, tokens_b]),
+                np.array([[1.0], [-1.0]]),
+                confidence=level,
+                **options,
+            )
+            for level in levels
+        ]
+        bounds = [tuple(float(b[0]) for b in one) for one in found]
+        per_token = delta_a[0] / tokens_a[0].sum() - delta_b[0] / tokens_b[0].sum()
+        p, min_p = sign_flip_test(per_token, **options)
+    (value, low, high), (_, *inner) = bounds
+    return row | {
+        **{"delta_nats": value, "low": low, "high": high},
+        **{"p": p, "min_p": min_p, "inner": inner},
+    }
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's step-down adjusted p-values (Scandinavian Journal of Statistics 6, 1979)."""
+    order = np.argsort(p)
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(steps, 1)
+    return adjusted
+
+
+def format_contrasts(
+    table: pd.DataFrame, margin: float | None = None, confidence: float = 0.95
+) -> str:
+    """The table as aligned text, with what it speaks for and what it cannot show."""
+    head = f"Damage of {table.reference.iloc[0]} minus that of each model, nats per token"
+    lines = [head if margin is None else f"{head}; equivalence margin {margin:g}"]
+    shown = pd.DataFrame(
+        {
+            "condition": table.condition,
+            "model": table.model,
+            "difference": [
+                f"{value:+.3f} [{low:.3f}, {high:.3f}]"
+                for value, low, high in table[["delta_nats", "low", "high"]].to_numpy()
+            ],
+            **{name: [f"{v:.2g}" for v in table[name]] for name in ("p", "min_p", "p_holm")},
+            "verdict": table.verdict,
+            "speaks for": [
+                f"{row.seeds_reference} and {row.seeds} {SEEDS}"
+                if row.speaks_for == SEEDS
+                else f"the checkpoints of seed {row.train_seed} only"
+                for row in table.itertuples()
+            ],
+        }
+    )
+    lines.append(shown.to_string(index=False))
+    least = (table.min_p * len(table)).min()
+    if least > 1 - confidence:
+        lines.append(
+            f"With {len(table)} tests over so few seeds or documents the smallest adjusted p is "
+            f"{min(1.0, least):.2g}: no difference, however large, could be shown."
+        )
+    if margin is None:
+        lines.append('"undecided" does not say that there is no difference: that needs a margin.')
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""Damage divided into three parts of a changed decision: which experts, how weighted, how much.
+
+set      which experts are used
+weights  how the routed weight is divided among them
+mass     the sum of the routed weights
+
+Each coalition of parts is let through as a condition of its own (effect "part set+mass", ...), so
+their damages v(S) are measured, and nothing about them is assumed to add up.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import comb
+
+import pandas as pd
+
+from analysis.stats.pairs import PLAIN, Pairs, pair
+from analysis.stats.parts import choose, combine, stack
+
+PARTS = ("set", "weights", "mass")
+# Every coalition but the empty one, which is the clean run, and the effect that lets it through.
+COALITIONS = {
+    some: "full" if len(some) == len(PARTS) else f"part {'+'.join(some)}"
+    for size in range(1, len(PARTS) + 1)
+    for some in combinations(PARTS, size)
+}
+
+
+def _shapley(part: str) -> dict[tuple[str, ...], float]:
+    """Factors of the v(S) in a part's Shapley value: its gain, averaged over the orders in which
+    the parts may join (Shapley 1953)."""
+    factors = {}
+    for some in COALITIONS:
+        others = len(some) - (part in some)  # that were there before it
+        weight = 1 / (len(PARTS) * comb(len(PARTS) - 1, others))
+        factors[some] = weight if part in some else -weight
+    return factors
+
+
+FACTORS: dict[str, dict[tuple[str, ...], float]] = {
+    **{part: _shapley(part) for part in PARTS},
+    "full": {PARTS: 1.0},
+    **{f"{part} alone": {(part,): 1.0} for part in PARTS},
+    "interaction": {PARTS: 1.0} | {(part,): -1.0 for part in PARTS},
+}
+
+
+def split(
+    losses: pd.DataFrame,
+    condition: str | None = None,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Damage of a condition (a label such as "DropTop(1)"; None: all that can be) divided.
+
+    A table of parts (see parts.py), for each checkpoint that has all of `analysis.split_arms`:
+
+    set, weights, mass          Shapley values: they add up to the damage of the whole condition
+    full                        that damage
+    set alone, ...              main effects: damage where only this part is let through
+    interaction                 full minus the three main effects
+
+    Raises `ValueError` naming what a condition lacks.
+    """
+
+    def labels(p: Pairs, name: str) -> dict[tuple[str, ...], str]:
+        return {some: p.variant(name, effect=effect) for some, effect in COALITIONS.items()}
+
+    def needs(p: Pairs, name: str) -> list[str]:
+        is_full = p.variant(name, effect=PLAIN["effect"]) == name
+        return list(labels(p, name).values()) if is_full else []
+
+    how = "the conditions of analysis.split_arms(perturbation)"
+    tables = []
+    for p, name in choose(pair(losses), condition, needs, how):
+        label = labels(p, name)
+        parts = {
+            part: {label[some]: factor for some, factor in factors.items()}
+            for part, factors in FACTORS.items()
+        }
+        options = dict(confidence=confidence, resamples=resamples, seed=seed)
+        tables.append(combine(p, name, parts, "full", **options))
+    return stack(tables)

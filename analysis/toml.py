@@ -1,0 +1,230 @@
+"""A study's TOML read and checked: every mistake at once, with its key, value and the choices."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from analysis.conditions import Condition
+from analysis.perturb import (
+    PERTURBATIONS,
+    GateSwap,
+    Perturbation,
+    Replay,
+    perturbation_class,
+    perturbation_from_dict,
+)
+from analysis.stats.pairs import CONDITION, label_of
+from analysis.study import Contrasts, Data, Measure, ModelSpec, Study, check_text
+from cartmoe.config import FAMILIES, PRESETS, ModelConfig, check_choice, check_whole
+from cartmoe.train import TrainConfig
+
+SECTIONS = ("name", "data", "measure", "train", "models", "conditions", "contrasts")
+
+
+def read_study(path: Path) -> Study:
+    """See `Study.read`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no study at {path}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    return study_from_table(table, str(path), path.stem)
+
+
+def study_from_table(table: Mapping[str, Any], origin: str, default_name: str) -> Study:
+    """See `Study.from_dict`."""
+    reader = _Reader()
+    reader.known("", table, SECTIONS)
+    name = table.get("name", default_name)
+    reader.attempt("", check_text, "name", name)
+    data = reader.build("data", Data, table) or Data()
+    measure = reader.build("measure", Measure, table) or Measure()
+    models = [*reader.trained(table, data), *reader.given(table)]
+    names = [(m.name, m.train_seed) for m in models]
+    for twice, seed in sorted({n for n in names if names.count(n) > 1}):
+        reader.mistakes.append(f"models: {twice!r} with seed {seed} stands twice")
+    conditions = tuple(dict.fromkeys(reader.conditions(table)))
+    contrasts = reader.contrasts(table, models, conditions)
+    if not models and not reader.mistakes:
+        reader.mistakes.append("no models: give [train] with families, or [[models]] with path")
+    if reader.mistakes:
+        # A mistake may be met once for each member of a grid.
+        raise ValueError("\n".join(f"{origin}: {m}" for m in dict.fromkeys(reader.mistakes)))
+    return Study(name, data, measure, tuple(models), conditions, contrasts, origin)
+
+
+class _Reader:
+    """Reads the tables of a study, and goes on after a mistake so that all are reported at once."""
+
+    def __init__(self):
+        self.mistakes: list[str] = []
+
+    def known(self, where: str, table: Mapping, keys: Iterable[str]) -> None:
+        keys = sorted(keys)
+        for key in table:
+            if key not in keys:
+                self.mistakes.append(f"{where}{key}: no such key; choose one of {', '.join(keys)}")
+
+    def attempt(self, where: str, make, /, *args, **kwargs):
+        """make(...), or None with its mistake noted."""
+        try:
+            return make(*args, **kwargs)
+        except (ValueError, TypeError, OSError) as error:
+            # What a TypeError says names no parameter.
+            given = f" ({kwargs})" if isinstance(error, TypeError) else ""
+            self.mistakes.append(f"{where}: {error}{given}".removeprefix(": "))
+
+    def table(self, where: str, value: Any) -> Mapping:
+        """The value if it is a table; else an empty one."""
+        if isinstance(value, Mapping):
+            return value
+        self.mistakes.append(f"{where}: it is {value!r}; write a table, [{where}]")
+        return {}
+
+    def tables(self, name: str, value: Any) -> Iterable[tuple[str, Mapping]]:
+        """(where, table) for each of an array of tables."""
+        if isinstance(value, list) and all(isinstance(table, Mapping) for table in value):
+            return [(f"{name}[{i}]", table) for i, table in enumerate(value)]
+        self.mistakes.append(f"{name}: it is {value!r}; write tables, [[{name}]]")
+        return []
+
+    def items(self, where: str, value: Any) -> list[Any]:
+        """The items of a list, or the value as the only one."""
+        if value == []:
+            self.mistakes.append(f"{where}: the list is empty")
+        return value if isinstance(value, list) else [value]
+
+    def choices(self, where: str, name: str, value: Any, choices: Iterable[str]) -> list[str]:
+        """Those items that are choices."""
+        items, choices = self.items(where, value), list(choices)
+        for item in items:
+            self.attempt(where, check_choice, name, item, choices)
+        return [item for item in items if item in choices]
+
+    def build(self, name: str, cls, study: Mapping):
+        table = self.table(name, study.get(name, {}))
+        names = [f.name for f in fields(cls)]
+        self.known(f"{name}.", table, names)
+        return self.attempt(name, cls, **{k: v for k, v in table.items() if k in names})
+
+    def trained(self, study: Mapping, data: Data) -> Iterable[ModelSpec]:
+        """families x seeds of [train]; corpus, tokenizer and length come from [data]."""
+        if "train" not in study:
+            return
+        table = dict(self.table("train", study["train"]))
+        presets = self.choices("train.preset", "preset", table.pop("preset", "nano"), PRESETS)
+        families = table.pop("families", list(FAMILIES))
+        families = self.choices("train.families", "family", families, FAMILIES)
+        seeds = self.items("train.seeds", table.pop("seeds", [0]))
+        for seed in seeds:
+            self.attempt("train.seeds", check_whole, "seed", seed, 0)
+        options = self.table("train.model", table.pop("model", {}))
+        allowed = {f.name for f in fields(TrainConfig)} - {"corpus", "tokenizer", "length", "seed"}
+        self.known("train.", table, allowed | {"preset", "families", "seeds", "model"})
+        chosen = {k: v for k, v in table.items() if k in allowed}
+        chosen |= dict(corpus=data.corpus, tokenizer=data.tokenizer, length=data.length)
+        train = self.attempt("train", TrainConfig, **chosen)
+        for preset, family in itertools.product(presets[:1], families):
+            build = functools.partial(ModelConfig.preset, preset, family)
+            config = self.attempt("train.model", build, **options)
+            if config and train:
+                # Seeds that are none are mistakes already.
+                for seed in (seed for seed in seeds if type(seed) is int and seed >= 0):
+                    yield ModelSpec(family, seed, None, config, replace(train, seed=seed))
+
+    def given(self, study: Mapping) -> Iterable[ModelSpec]:
+        """[[models]] with path and, to tell them apart, name and train_seed."""
+        for where, table in self.tables("models", study.get("models", [])):
+            self.known(f"{where}.", table, ("path", "name", "train_seed"))
+            text = table.get("path", "")
+            path = Path(str(text)).expanduser()
+            if not text or not isinstance(text, str) or not path.is_dir():
+                self.mistakes.append(f"{where}.path: {text!r} is no checkpoint or run directory")
+                continue
+            name, seed = table.get("name", path.resolve().name), table.get("train_seed", 0)
+            spec = self.attempt(where, ModelSpec, name, seed, str(path))
+            if spec:
+                yield spec
+
+    def conditions(self, study: Mapping) -> Iterator[Condition]:
+        """The product over all values that stand for several."""
+        shape = {f.name for f in fields(Condition)} - {"perturbation"}
+        for where, table in self.tables("conditions", study.get("conditions", [])):
+            asked = self.items(f"{where}.perturbation", table.get("perturbation"))
+            known = [(name, cls) for name in asked if (cls := self._class(where, name))]
+            parameters = {f.name for _, cls in known for f in fields(cls)}
+            if len(known) == len(asked):
+                self.known(f"{where}.", table, shape | parameters | {"perturbation"})
+            for name, cls in known:
+                values = {
+                    k: self._values(f"{where}.{k}", v, k in cls.listed)
+                    for k, v in table.items()
+                    if k in shape | parameters
+                }
+                for combination in itertools.product(*values.values()):
+                    one = dict(zip(values, combination, strict=True))
+                    own = {k: v for k, v in one.items() if k in parameters}
+                    rest = {k: v for k, v in one.items() if k in shape}
+                    p = self.attempt(where, perturbation_from_dict, {"name": name} | own)
+                    condition = p and self.attempt(where, Condition, p, **rest)
+                    # Its id opens what it names, such as another checkpoint.
+                    if condition and self._paths_exist(where, p):
+                        self.attempt(where, lambda condition=condition: condition.id)
+                        yield condition
+
+    def _class(self, where: str, name: Any) -> type[Perturbation] | None:
+        where = f"{where}.perturbation"
+        if not isinstance(name, str) or ":" not in name:
+            self.attempt(where, check_choice, "perturbation", name, list(PERTURBATIONS))
+            return PERTURBATIONS[name] if isinstance(name, str) and name in PERTURBATIONS else None
+        try:
+            return perturbation_class(name)
+        except Exception as error:  # whatever a module of the user's does when it is imported
+            self.mistakes.append(f"{where}: {name!r}: {error}")
+
+    def _values(self, where: str, value: Any, listed: bool) -> list[Any]:
+        """Those that a value stands for. One that is a list itself, as `listed` parameters are, is
+        one; only a list of lists is several."""
+        if listed and not (isinstance(value, list) and value and isinstance(value[0], list)):
+            return [value]
+        return self.items(where, value)
+
+    def _paths_exist(self, where: str, perturbation: Perturbation) -> bool:
+        good = True
+        for p in _with_parts(perturbation):
+            name = {Replay: "trace", GateSwap: "checkpoint"}.get(type(p))
+            if name and not Path(str(getattr(p, name))).is_dir():
+                self.mistakes.append(f"{where}.{name}: {getattr(p, name)!r} is no directory")
+                good = False
+        return good
+
+    def contrasts(
+        self, study: Mapping, models: list[ModelSpec], conditions: tuple[Condition, ...]
+    ) -> Contrasts | None:
+        """[contrasts], of models and conditions that the study has."""
+        if "contrasts" not in study:
+            return None
+        made = self.build("contrasts", Contrasts, study)
+        if made:
+            names = dict.fromkeys(m.name for m in models)
+            self.attempt("contrasts.reference", check_choice, "reference", made.reference, names)
+            columns = [c.columns() for c in conditions]
+            labels = [label_of(**{k: row[k] for k in CONDITION}) for row in columns]
+            for label in made.conditions:
+                self.attempt("contrasts.conditions", check_choice, "condition", label, labels)
+        return made
+
+
+def _with_parts(p: Perturbation) -> Iterator[Perturbation]:
+    """The perturbation, and those that it is made of."""
+    yield p
+    for part in (*getattr(p, "parts", ()), getattr(p, "of", None)):
+        if isinstance(part, Perturbation):
+            yield from _with_parts(part)

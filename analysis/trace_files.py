@@ -1,0 +1,166 @@
+"""How recorded routing lies on the disk, and how it is written.
+
+    trace.json                  places, and where it comes from
+    sequences.i8                (S, 3) id, offset of its first token, number of tokens
+    tokens.i4                   (N,) token ids; not where an engine's arrays were read
+    layer2-stage0.ids.i2        (N, K) experts, best first
+    layer2-stage0.weights.f4    (N, K) their weights; likewise optional
+    layer2-stage0.logits.f4     (N, E) of the router, if asked for
+    manifest.json               size and SHA-256 of each
+
+Numbers are little-endian, row by row. They are appended batch by batch, so memory does not grow
+with the number of tokens. Shapes: N recorded tokens, S sequences, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cartmoe.folders import damage, read_manifest, write_folder
+
+KIND = "trace"  # the manifest's key, so that another folder is not taken for one
+META, SEQUENCES, TOKENS = "trace.json", "sequences.i8", "tokens.i4"
+PARTS = {"ids": "<i2", "weights": "<f4", "logits": "<f4"}
+MAX_EXPERTS = 2**15
+
+
+class Place(NamedTuple):
+    """Where a router stood. num_experts is None where nobody said how many there were."""
+
+    layer: int
+    stage: int
+    slots: int
+    num_experts: int | None
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} stage {self.stage}"
+
+    def file(self, part: str) -> str:
+        """The name of the file of one of `PARTS`."""
+        return f"layer{self.layer}-stage{self.stage}.{part}.{PARTS[part][1:]}"
+
+    def width(self, part: str) -> int | None:
+        """Numbers in a row of that file."""
+        return self.num_experts if part == "logits" else self.slots
+
+
+class Batch(NamedTuple):
+    """What is appended at once: whole sequences, their tokens one after the other.
+
+    ids, weights, logits   an array (n, K), (n, K), (n, E) for each place, in order; None: not kept
+    """
+
+    sequence_ids: Sequence[int]
+    lengths: Sequence[int]
+    tokens_N: np.ndarray | None
+    ids: Sequence[np.ndarray]
+    weights: Sequence[np.ndarray] | None
+    logits: Sequence[np.ndarray] | None
+
+
+def write_trace(
+    path: Path, places: Sequence[Place], batches: Iterable[Batch], origin: dict[str, Any]
+) -> None:
+    """Make the folder. Raises `FileExistsError` if there is something at the path, `ValueError`
+    for sequences of equal id, and where there is no token at all."""
+
+    def fill(folder: Path) -> None:
+        files, rows, offset = {}, [], 0
+        with ExitStack() as stack:
+
+            def append(name: str, dtype: str, values: np.ndarray) -> None:
+                if name not in files:
+                    files[name] = stack.enter_context((folder / name).open("wb"))
+                files[name].write(np.ascontiguousarray(values, dtype).data)
+
+            for batch in batches:
+                for id, length in zip(batch.sequence_ids, batch.lengths, strict=True):
+                    rows.append((id, offset, length))
+                    offset += length
+                if batch.tokens_N is not None:
+                    append(TOKENS, "<i4", batch.tokens_N)
+                for part, dtype in PARTS.items():
+                    for place, values in zip(places, getattr(batch, part) or (), strict=False):
+                        append(place.file(part), dtype, values)
+            append(SEQUENCES, "<i8", np.reshape(rows, (-1, 3)))
+        twice = [id for id, count in Counter(row[0] for row in rows).items() if count > 1]
+        if twice:
+            raise ValueError(f"sequence ids must differ; {twice[:5]} stand more than once")
+        if not offset:
+            raise ValueError("there is no token to record")
+        meta = {"origin": origin, "places": [place._asdict() for place in places]}
+        (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+    if path.exists():  # before anything is computed
+        raise FileExistsError(f"{path} exists already; nothing is overwritten")
+    write_folder(path, fill, KIND)
+
+
+def check_trace(path: Path) -> None:
+    """Every byte. Raises `FileNotFoundError` where there is no folder, `ValueError` naming the file
+    that is not what was written."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no trace at {path}")
+    problem = damage(path, key=KIND)
+    if problem:
+        raise ValueError(f"{path} is not a whole trace: {problem}")
+
+
+def trace_sha256(path: Path) -> str | None:
+    """The identity of what is recorded there, from its manifest; None where there is no trace."""
+    if not path.is_dir() or damage(path, [META], KIND):
+        return None
+    return hashlib.sha256(json.dumps(read_manifest(path), sort_keys=True).encode()).hexdigest()
+
+
+def batches_of_arrays(
+    arrays: Iterator[Any],
+    sequence_ids: Iterator[int],
+    weights: Iterator[Any] | None,
+    places: Sequence[Place],
+) -> Iterator[Batch]:
+    """One a sequence; `ValueError` for arrays that are not (tokens, places, slots) of experts, and
+    where the three are not equally many."""
+    shape = (len(places), places[0].slots)
+    experts = places[0].num_experts or MAX_EXPERTS
+    number = -1
+    for number, array in enumerate(arrays):
+        ids_NLK = np.asarray(array)
+        name = f"routed_experts has for sequence {number}"
+        if ids_NLK.ndim != 3 or ids_NLK.shape[1:] != shape or ids_NLK.dtype.kind not in "iu":
+            raise ValueError(
+                f"{name} {ids_NLK.dtype} of shape {ids_NLK.shape}; it must be whole numbers of "
+                f"shape (tokens, {shape[0]}, {shape[1]})"
+            )
+        if ids_NLK.size and not 0 <= ids_NLK.min() <= ids_NLK.max() < experts:
+            raise ValueError(
+                f"{name} experts {ids_NLK.min()} to {ids_NLK.max()}; "
+                f"they must be 0 to {experts - 1}"
+            )
+        own = None if weights is None else np.asarray(next(weights, None))
+        if own is not None and own.shape != ids_NLK.shape:
+            raise ValueError(
+                f"weights has shape {own.shape} for sequence {number}; routed_experts has "
+                f"{ids_NLK.shape}"
+            )
+        id = next(sequence_ids, None)
+        if id is None:
+            raise ValueError(f"sequence_ids has only {number}; routed_experts has more sequences")
+        yield Batch(
+            [int(id)],
+            [len(ids_NLK)],
+            None,
+            list(ids_NLK.swapaxes(0, 1)),
+            None if own is None else list(own.swapaxes(0, 1)),
+            None,
+        )
+    if next(sequence_ids, None) is not None:
+        raise ValueError(f"sequence_ids has more than the {number + 1} of routed_experts")

@@ -1,0 +1,114 @@
+"""Whole studies: a second worker, a restart when all is done, and memory that stays flat.
+
+`python -m benchmarks.studies CONDITIONS DOCUMENTS` prints the peak resident bytes of a process that
+runs such a study, above what it had before.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.memory import resident
+from benchmarks.timing import Row
+from cartmoe.checkpoint import save
+from cartmoe.config import ModelConfig
+from cartmoe.model import LanguageModel
+
+LENGTH = 256
+
+
+def study_of(folder: Path, conditions: int, documents: int, shard: int = 24):
+    """A study of one nano model with random weights on the standard library; the clean run is one
+    more condition."""
+    from analysis.study import Study
+
+    path = folder / "model"
+    if not path.exists():
+        torch.manual_seed(0)
+        save(LanguageModel(ModelConfig.preset("nano", init_std=0.05)), path, {})
+    noise = {"perturbation": "GaussianNoise", "sigma": 1.0, "eval_seed": list(range(conditions))}
+    data = dict(corpus="stdlib", length=LENGTH, max_tokens=LENGTH, documents=documents, shard=shard)
+    return Study.from_dict(
+        {
+            "name": "bench",
+            "data": data,
+            "measure": {"batch_size": 24, "calibration": 4},
+            "models": [{"path": str(path), "name": "nano"}],
+            "conditions": [noise],
+        }
+    )
+
+
+def rows():
+    """Rows of the bench table."""
+    yield _workers()
+    yield _restart()
+    yield from _memory()
+
+
+def _seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _workers() -> Row:
+    """Both through processes of one thread each, which are started and warm before the clock:
+    what they do in a long study."""
+    from analysis.execute import processes
+    from analysis.run import run
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, times = Path(name), {}
+        study = study_of(folder, conditions=47, documents=96)
+        for workers in (1, 2):
+            executor = processes(workers, threads=1)
+            out = folder / f"{workers} workers"
+            times[workers] = _seconds(
+                lambda out=out, e=executor: run(study, out, progress=False, executor=e, threads=1)
+            )
+    detail = f"{times[1]:.1f} s, {times[2]:.1f} s, with the start of the processes"
+    return Row("two worker processes / one, one thread each", times[1] / times[2], ">= 1.80", detail)
+
+
+def _restart() -> Row:
+    from analysis.run import run
+
+    with tempfile.TemporaryDirectory() as name:
+        study = study_of(Path(name), conditions=249, documents=96)  # 4 shards x 250
+        times = [_seconds(lambda: run(study, Path(name) / "out", progress=False)) for _ in range(2)]
+    detail = f"1,000 cells {times[0]:.1f} s, again {times[1]:.2f} s"
+    return Row("restart of a finished study / the study", times[1] / times[0], "<= 0.01", detail)
+
+
+def _memory():
+    """Peak memory of the process that measures."""
+    peaks = {}
+    for conditions, documents in ((8, 24), (80, 24), (8, 240)):
+        command = [sys.executable, "-m", "benchmarks.studies", str(conditions), str(documents)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[conditions, documents] = int(done.stdout)
+    for what, size in (("conditions", (80, 24)), ("documents", (8, 240))):
+        detail = ", ".join(f"{peaks[k] / 2**20:.0f} MiB" for k in ((8, 24), size))
+        yield Row(f"peak memory, 10x {what} / once", peaks[size] / peaks[8, 24], "flat", detail)
+
+
+def peak(conditions: int, documents: int) -> int:
+    """Bytes above those of the process before it measures."""
+    from analysis.run import run
+
+    with tempfile.TemporaryDirectory() as name:
+        study = study_of(Path(name), conditions, documents)
+        before = resident("VmRSS")
+        run(study, Path(name) / "out", progress=False)
+        return resident("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(peak(*map(int, sys.argv[1:])))
