@@ -19,7 +19,9 @@ import cartmoe
 
 # The source files that compute a cell (folders: all in them); a change of any is another cell.
 COMPUTES = {
-    "cartmoe": ("config", "routing", "experts", "ffn", "losses", "model", "hooks"),
+    "cartmoe": (
+        *("config", "routing", "experts", "ffn", "losses", "model", "hooks", "tokenizers"),
+    ),
     "analysis": (
         *("noise", "tokens", "context", "perturb", "trace", "effects", "conditions", "doses"),
         *("losses", "clean", "intervene", "tabulate", "worst", "measure", "adapters/base"),

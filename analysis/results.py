@@ -13,6 +13,7 @@ from analysis import stats
 from analysis.adapters.base import Adapter
 from analysis.conditions import Condition
 from analysis.measure import Cell
+from analysis.stats.pairs import Pairs, pair
 
 FACTS = ["model", "train_seed", "layer", "stage", "metric", "value"]
 CLEAN = {
@@ -56,8 +57,12 @@ class Results:
     tokens: Callable[[str, int, str], pd.DataFrame] | None = None
 
     @functools.cached_property
+    def _pairs(self) -> list[Pairs]:
+        return pair(self.losses)
+
+    @functools.cached_property
     def _damage(self) -> pd.DataFrame:
-        return stats.damage(self.losses, self.routing)
+        return stats.damage(self._pairs, self.routing)
 
     @property
     def has_conditions(self) -> bool:
@@ -70,7 +75,7 @@ class Results:
 
     def clean(self) -> pd.DataFrame:
         """The clean runs, dense models too; see `stats.clean_table`."""
-        return stats.clean_table(self.losses)
+        return stats.clean_table(self._pairs)
 
     def sites(self) -> pd.DataFrame:
         """`facts`, and of the clean run, per site: mean entropy (nats), margin (logits), active
@@ -92,23 +97,23 @@ class Results:
 
     def split(self, condition: str | None = None) -> pd.DataFrame:
         """Divided into set, weights and mass (`analysis.split_arms`); see `stats.split`."""
-        return stats.split(self.losses, condition)
+        return stats.split(self._pairs, condition)
 
     def cascade(self, condition: str | None = None) -> pd.DataFrame:
         """With and without the routers behind (`analysis.cascade_arms`); see `stats.cascade`."""
-        return stats.cascade(self.losses, condition, self.routing)
+        return stats.cascade(self._pairs, condition, self.routing)
 
     def additivity(self, condition: str | None = None) -> pd.DataFrame:
         """Each site alone, their sum, all at once (`analysis.site_arms`); `stats.additivity`."""
-        return stats.additivity(self.losses, condition, self.routing)
+        return stats.additivity(self._pairs, condition, self.routing)
 
     def gap(self, condition: str | None = None) -> pd.DataFrame:
         """Worst against random flips, and what the search costs; see `stats.gap`."""
-        return stats.gap(self.losses, condition, self.routing, self.cells)
+        return stats.gap(self._pairs, condition, self.routing, self.cells)
 
     def per_dose(self) -> pd.DataFrame:
         """Damage per flip and per mass moved, K and routed share beside it; `stats.per_dose`."""
-        return stats.per_dose(self.losses, self.routing, self.sites())
+        return stats.per_dose(self._pairs, self.routing, self.sites())
 
     def contrasts(
         self,
@@ -118,7 +123,7 @@ class Results:
     ) -> pd.DataFrame:
         """The reference against each other model; see `stats.family_contrasts`. Name them before
         you look; "equivalent" needs a margin, in nats per token."""
-        return stats.family_contrasts(self.losses, reference, conditions, margin)
+        return stats.family_contrasts(self._pairs, reference, conditions, margin)
 
     def tails(self, conditions: Sequence[str] | None = None) -> pd.DataFrame:
         """Quantiles over tokens, and what the worst ones carry; see `stats.tails`. Like all that

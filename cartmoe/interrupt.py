@@ -68,11 +68,11 @@ class _Restoring(AbstractContextManager):
             with _Later():
                 value = self.block.__enter__()
                 entered = True
+            return value
         except BaseException:
             if entered:  # a Ctrl-C that has waited
                 self.__exit__(*sys.exc_info())
             raise
-        return value
 
     def __exit__(self, *exception):
         left = False

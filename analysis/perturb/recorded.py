@@ -161,8 +161,8 @@ class GateSwap(Perturbation):
     def _known(self) -> str:
         if self.sha256 is None:
             raise ValueError(
-                f"checkpoint is {self.checkpoint!r}, and there is no whole one; give the path of one, or a "
-                "model under study (in analysis.compare also a model's name)"
+                f"checkpoint is {self.checkpoint!r}, and there is no whole one; give the path of "
+                "one, or a model under study (in analysis.compare also a model's name)"
             )
         return self.sha256
 

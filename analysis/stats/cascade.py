@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 
 from analysis.stats.doses import doses
-from analysis.stats.pairs import CHECKPOINT, PLAIN, Pairs, label, pair
+from analysis.stats.pairs import CHECKPOINT, PLAIN, Losses, Pairs, label, pair
 from analysis.stats.parts import choose, combine, stack
 
 SITE = r"layer (\d+) stage (\d+)"
 
 
 def cascade(
-    losses: pd.DataFrame,
+    losses: Losses,
     condition: str | None = None,
     routing: pd.DataFrame | None = None,
     confidence: float = 0.95,
@@ -56,7 +56,7 @@ def cascade(
 
 
 def additivity(
-    losses: pd.DataFrame,
+    losses: Losses,
     condition: str | None = None,
     routing: pd.DataFrame | None = None,
     confidence: float = 0.95,
@@ -78,12 +78,15 @@ def additivity(
     out. Raises `ValueError` naming what a condition lacks.
     """
 
+    pairs = pair(losses)
+    there = {} if routing is None else {p.name: _sites_of(routing, p) for p in pairs}
+
     def sites(p: Pairs, name: str) -> list[str]:
         """The sites where the condition was measured alone, or of `routing` all."""
         if p.variant(name, where=PLAIN["where"]) != name:
             return []
         if routing is not None:
-            return _sites_of(routing, p)
+            return there[p.name]
         own = p.conditions[p.conditions["where"].str.fullmatch(SITE)]
         places = [w for w in own["where"].unique() if p.variant(name, where=w) in set(own.label)]
         return sorted(places, key=_place)
@@ -94,7 +97,7 @@ def additivity(
 
     tables = []
     for p, name in choose(
-        pair(losses), condition, needs, "the conditions of analysis.site_arms(model, perturbation)"
+        pairs, condition, needs, "the conditions of analysis.site_arms(model, perturbation)"
     ):
         parts = {where: {p.variant(name, where=where): 1.0} for where in sites(p, name)}
         parts["sum"] = {site: 1.0 for part in parts.values() for site in part}

@@ -9,14 +9,14 @@ import pandas as pd
 
 from analysis.stats.bootstrap import check_resampling, intervals
 from analysis.stats.damage import by_seed, check_documents
-from analysis.stats.pairs import Pairs, check_choice, pair
+from analysis.stats.pairs import Losses, Pairs, check_choice, pair
 from analysis.stats.seeds import permutation_test, sign_flip_test, two_level
 
 SEEDS, CHECKPOINTS = "training seeds", "these checkpoints"
 
 
 def family_contrasts(
-    losses: pd.DataFrame,
+    losses: Losses,
     reference: str = "cartesian",
     conditions: Sequence[str] = ("DropTop(1)",),
     margin: float | None = None,

@@ -10,13 +10,13 @@ import pandas as pd
 
 from analysis.stats.bootstrap import Intervals, intervals
 from analysis.stats.doses import doses
-from analysis.stats.pairs import KEY, Pairs, check_choice, pair
+from analysis.stats.pairs import KEY, Losses, Pairs, check_choice, pair
 
 LN2 = np.log(2)
 
 
 def damage(
-    losses: pd.DataFrame,
+    losses: Losses,
     routing: pd.DataFrame | None = None,
     confidence: float = 0.95,
     resamples: int = 9999,
@@ -80,7 +80,7 @@ def damage(
 
 
 def clean_table(
-    losses: pd.DataFrame, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
+    losses: Losses, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
 ) -> pd.DataFrame:
     """The clean runs, one row per checkpoint (those without a router too: the paper's Table 1).
 

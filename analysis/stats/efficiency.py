@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.stats.bootstrap import intervals
 from analysis.stats.doses import dose_by_document
-from analysis.stats.pairs import base_name, pair
+from analysis.stats.pairs import Losses, base_name, pair
 from analysis.stats.robustness import router_columns
 
 PER = {"per_flip": "flips", "per_mass": "mass_moved"}  # column -> the dose under the line
@@ -15,7 +15,7 @@ LEAST = 1e-6  # per token: a smaller dose is the rounding of weights
 
 
 def per_dose(
-    losses: pd.DataFrame,
+    losses: Losses,
     routing: pd.DataFrame,
     sites: pd.DataFrame | None = None,
     confidence: float = 0.95,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.stats.doses import doses
-from analysis.stats.pairs import CHECKPOINT, CONDITION, Pairs, label, pair
+from analysis.stats.pairs import CHECKPOINT, CONDITION, Losses, Pairs, label, pair
 from analysis.stats.parts import choose, combine, stack
 
 RANDOM = "choose=random"
 
 
 def gap(
-    losses: pd.DataFrame,
+    losses: Losses,
     condition: str | None = None,
     routing: pd.DataFrame | None = None,
     cells: pd.DataFrame | None = None,
@@ -58,13 +58,17 @@ def gap(
 
 def _needs(p: Pairs, name: str) -> list[str]:
     """The label itself and that of its random flips; empty for what is no Worst."""
-    row = p.conditions[p.conditions.label == name].iloc[0]
-    if row.perturbation.partition("(")[0] != "Worst" or RANDOM in row.perturbation:
+    row = p.by_label[name]
+    if row["perturbation"].partition("(")[0] != "Worst" or RANDOM in row["perturbation"]:
         return []
-    same = [c for c in CONDITION if c != "perturbation"]
-    rows = p.conditions[(p.conditions[same] == row[same]).all(axis=1)]
-    random = rows.perturbation.map(_kind) == _kind(row.perturbation) | {RANDOM}
-    return [name, next(iter(rows.label[random]), f"{name}, {RANDOM}")]
+
+    def partner(other: dict[str, object]) -> bool:
+        same = [column for column in CONDITION if column != "perturbation"]
+        kind = _kind(row["perturbation"]) | {RANDOM}
+        return _kind(other["perturbation"]) == kind and all(row[c] == other[c] for c in same)
+
+    found = [label for label, other in p.by_label.items() if partner(other)]
+    return [name, *(found[:1] or [f"{name}, {RANDOM}"])]
 
 
 def _kind(perturbation: str) -> frozenset[str]:

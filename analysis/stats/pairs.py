@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -96,19 +97,30 @@ class Pairs:
         check_choice(f"condition of {self.name}", condition, self.conditions.label)
         return self.delta_CD[self.conditions.label.tolist().index(condition)]
 
+    @functools.cached_property
+    def by_label(self) -> dict[str, dict[str, object]]:
+        """label -> the columns `CONDITION` of that condition."""
+        rows = self.conditions[CONDITION].to_dict("records")
+        return dict(zip(self.conditions.label, rows, strict=True))
+
     def variant(self, condition: str, **options: str) -> str:
         """The label of what differs from a condition that was run in these options alone."""
-        row = self.conditions[self.conditions.label == condition][CONDITION].iloc[0]
-        return label_of(**(row.to_dict() | options))
+        return label_of(**(self.by_label[condition] | options))
 
 
-def pair(losses: pd.DataFrame) -> list[Pairs]:
+Losses = pd.DataFrame | list[Pairs]  # the table, or what `pair` made of it
+
+
+def pair(losses: Losses) -> list[Pairs]:
     """Pair every condition with the clean rows of the same checkpoint, sequence by sequence.
 
+    What is paired already is returned as it is: tables of the same losses may share it.
     Raises `ValueError` for missing columns, a checkpoint without clean rows, conditions that
     do not have exactly the clean run's sequences and token counts at every eval_seed (which
     two conditions of one label never have), and sums of nll that are not finite.
     """
+    if isinstance(losses, list):
+        return losses
     check_columns("losses", losses, [*KEY, *OTHER, *UNIT, *SUMS])
     # Sorting first makes every later sum, and the documents' draws, free of the rows' order.
     losses = losses.sort_values([*UNIT, "eval_seed"], kind="stable")

@@ -15,7 +15,7 @@ from math import comb
 
 import pandas as pd
 
-from analysis.stats.pairs import PLAIN, Pairs, pair
+from analysis.stats.pairs import PLAIN, Losses, Pairs, pair
 from analysis.stats.parts import choose, combine, stack
 
 PARTS = ("set", "weights", "mass")
@@ -47,7 +47,7 @@ FACTORS: dict[str, dict[tuple[str, ...], float]] = {
 
 
 def split(
-    losses: pd.DataFrame,
+    losses: Losses,
     condition: str | None = None,
     confidence: float = 0.95,
     resamples: int = 9999,

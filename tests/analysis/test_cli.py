@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from analysis.__main__ import app
 
-COMMANDS = ["run", "summarize", "plot"]
+COMMANDS = ["run", "summarize", "plot", "export"]
 
 
 def call(*arguments):
@@ -82,6 +82,62 @@ def test_progress(small):
     assert "measuring" not in result.stdout  # there is nothing left
 
 
+def test_export(small, tmp_path):
+    _, out, _ = small
+    result = call("export", out, "--format", "csv", "--out", tmp_path)
+    assert (result.exit_code, result.stderr) == (0, "")
+    names = ("losses", "routing", "cells", "damage")
+    assert result.stdout.splitlines() == [str(tmp_path / f"{name}.csv") for name in names]
+
+
+def test_workers(small, tmp_path):
+    """Of a finished study nothing is left to do for them."""
+    path, out, _ = small
+    assert call("run", path, "--out", out, "--no-progress", "--workers", 2).exit_code == 0
+    assert error_of("run", path, "--out", tmp_path, "--workers", 2, "--dask", "x") == (
+        "--workers and --dask: give one of them"
+    )
+    assert call("run", path, "--out", tmp_path, "--workers", 0).exit_code == 2
+
+
+# ---- dry runs
+
+
+def snapshot(folder) -> dict:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_dry_run_of_what_is_not_there(small, write_study, tmp_path):
+    """Models that are not trained; nothing is written, not even a directory."""
+    path = write_study(tmp_path / "s.toml", contrasts={"reference": "cartesian"})
+    result = call("run", path, "--out", tmp_path / "out", "--dry-run", "--workers", 2)
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0] == "Study 'tiny': 3 models, 66 cells, 0 finished, 66 missing"
+    rows = [" ".join(line.split()) for line in lines[2:5]]
+    assert rows[0].startswith("dense (seed 0) 3 shards x 1 = 3 0 3 ")
+    assert rows[1].startswith("smoe_share (seed 0) 3 shards x 10 = 30 0 30 ")
+    assert rows[2].startswith("cartesian (seed 0) 3 shards x 11 = 33 0 33 ")
+    assert all(row.split()[-3] == "3" for row in rows)  # steps
+    assert "Training, one model after the other: about " in lines[5]
+    assert "Measuring with 2 processes of 1 thread: about " in lines[6]
+    assert lines[7].startswith("Estimated from one batch of 2 sequences a model and kind of cond")
+    assert [p.name for p in tmp_path.iterdir()] == ["s.toml"]
+
+
+def test_dry_run_of_a_study_to_go_on_with(small, write_study, tmp_path):
+    _, out, _ = small
+    conditions = [{"perturbation": "DropTop", "m": [1, 2]}]
+    path = write_study(
+        tmp_path / "s.toml", train={"families": ["cartesian"]}, conditions=conditions
+    )
+    before = snapshot(out)
+    result = call("run", path, "--out", out, "--dry-run")
+    assert "1 models, 9 cells, 6 finished, 3 missing" in result.stdout
+    assert "Training, one model after the other: about 0 s" in result.stdout
+    assert snapshot(out) == before
+
+
 # ---- help
 
 
@@ -108,7 +164,7 @@ def test_wrong_usage(arguments):
 # ---- mistakes
 
 
-@pytest.mark.parametrize("command", ["summarize", "plot"])
+@pytest.mark.parametrize("command", ["summarize", "plot", "export"])
 def test_directories_without_a_study(tmp_path, command):
     for path in (tmp_path / "missing", tmp_path, tmp_path / "file"):
         (tmp_path / "file").write_text("x")
@@ -128,8 +184,11 @@ def test_no_study_file(tmp_path):
         (b"\xff\xfe\x00", "not TOML"),
         (b"[train]\nfamilies = ['moe']", "train.families: family is 'moe'"),
         (b"[[models]]\npath = '/none'", "models[0].path: '/none' is no checkpoint"),
-        (b"[data]\ncorpus = '/none'\n[train]\nsteps = 1", "corpus is '/none', which is no file"),
-        (b"[data]\ntokenizer = 'bp'\n[train]\nsteps = 1", "tokenizer"),
+        (
+            b"[data]\ncorpus = '/none'\n[train]\nsteps = 1",
+            "data.corpus: corpus is '/none', which is",
+        ),
+        (b"[data]\ntokenizer = 'bp'\n[train]\nsteps = 1", "data.tokenizer: tokenizer is 'bp'"),
     ],
 )
 def test_study_files_with_mistakes(tmp_path, texts, environment, content, message):

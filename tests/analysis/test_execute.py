@@ -315,7 +315,7 @@ def start(path, out, *more) -> subprocess.Popen:
 def long_study(write_study, checkpoint_of, tmp_path):
     """A file of a study of minutes, whose first cells take a second."""
     models = [{"path": str(checkpoint_of("cartesian")), "name": "cartesian"}]
-    conditions = [{"perturbation": "GaussianNoise", "eval_seed": list(range(60))}]
+    conditions = [{"perturbation": "GaussianNoise", "eval_seed": list(range(200))}]
     return write_study(tmp_path / "s.toml", train=None, models=models, conditions=conditions,
                        data={"documents": 4, "max_tokens": 2000, "shard": 1})  # fmt: skip
 

@@ -6,9 +6,19 @@ from pathlib import Path
 import pytest
 
 from analysis.conditions import Condition
-from analysis.perturb import DropChosen, DropTop, GaussianNoise, Identity, NoRouted, RandomRouting
+from analysis.perturb import (
+    Compose,
+    DropChosen,
+    DropTop,
+    GaussianNoise,
+    Identity,
+    KeepRanks,
+    NoRouted,
+    RandomRouting,
+    ResidualNoise,
+)
 from analysis.plan import conditions_for
-from analysis.study import Data, Measure, Study, study_dict
+from analysis.study import Contrasts, Data, Measure, Study, study_dict
 from cartmoe.config import FAMILIES
 
 QUICK = Path(__file__).parents[2] / "studies"
@@ -167,6 +177,59 @@ def test_no_file(tmp_path, name):
         Study.read(tmp_path / name)
 
 
+# ---- values that are lists, perturbations within others, one's own, other models
+
+
+def test_a_list_of_lists_stands_for_several():
+    got = study(
+        conditions=[
+            {"perturbation": "KeepRanks", "ranks": [1, 2]},
+            {"perturbation": "KeepRanks", "ranks": [[1], [1, 2], [0, 3]], "point": ["logits"]},
+            {"perturbation": ["KeepRanks", "Identity"], "where": ["all", "layer 0"]},
+        ]
+    )
+    assert got.conditions == (
+        Condition(KeepRanks((1, 2))),
+        Condition(KeepRanks((1,))),
+        Condition(KeepRanks((0, 3))),
+        *(Condition(p(), where) for p in (KeepRanks, Identity) for where in ("all", "layer 0")),
+    )
+
+
+def test_nested_perturbations():
+    top, noise = {"name": "DropTop", "m": 1}, {"name": "GaussianNoise", "sigma": 2.0}
+    got = study(
+        conditions=[
+            {"perturbation": "Compose", "parts": [top, noise]},
+            {"perturbation": "Compose", "parts": [[noise], [top, noise]]},
+            {"perturbation": "ResidualNoise", "of": [top, noise]},
+        ]
+    )
+    assert got.conditions == (
+        Condition(Compose((DropTop(1), GaussianNoise(2.0)))),
+        Condition(Compose((GaussianNoise(2.0),))),
+        Condition(ResidualNoise(DropTop(1))),
+        Condition(ResidualNoise(GaussianNoise(2.0))),
+    )
+
+
+def test_a_perturbation_of_ones_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    got = study(conditions=[{"perturbation": ["killers:Kills", "DropTop"], "eval_seed": [0, 1]}])
+    assert [c.perturbation.label for c in got.conditions] == ["Kills"] * 2 + ["DropTop"] * 2
+    assert got.conditions[0].to_dict()["perturbation"]["name"] == "killers:Kills"
+
+
+def test_contrasts():
+    conditions = [{"perturbation": "DropTop", "m": [1, 2], "point": ["logits", "scores"]}]
+    got = study(conditions=conditions, contrasts={"reference": "cartesian"})
+    assert got.contrasts == Contrasts("cartesian", ("DropTop(1)",), 0.05)
+    asked = {"reference": "cartesian", "conditions": ["DropTop(2), scores"], "margin": 0.1}
+    got = study(conditions=conditions, contrasts=asked)
+    assert got.contrasts == Contrasts("cartesian", ("DropTop(2), scores",), 0.1)
+    assert study().contrasts is None
+
+
 # ---- mistakes
 
 MISTAKES = [
@@ -195,6 +258,8 @@ MISTAKES = [
     # measure
     ({"measure": {"batch_size": 0}}, "measure: batch_size is 0; it must be at least 1"),
     ({"measure": {"calibration": 2.5}}, "measure: calibration is 2.5; it must be a whole number"),
+    ({"measure": {"tokens": 1}}, "measure: tokens is 1; choose one of true, false"),
+    ({"measure": {"threads": 0}}, "measure: threads is 0; it must be at least 1"),
     ({"measure": {"precision": "fp16"}}, "measure: precision is 'fp16'; choose one of 'fp32', 'bf"),
     # train
     ({"train": {"family": "x"}}, "train.family: no such key; choose one of accumulate, balance, "),
@@ -249,6 +314,35 @@ MISTAKES = [
     ({"conditions": [{"perturbation": "DropTop", "effect": {"a": 1}}]}, "conditions[0]: "),
     ({"conditions": [{"perturbation": "DropTop", "eval_seed": -1}]},
      "conditions[0]: eval_seed is -1; it must be"),
+    ({"conditions": [{"perturbation": "KeepRanks", "ranks": []}]}, "conditions[0]: ranks is []; "),
+    ({"conditions": [{"perturbation": "KeepRanks", "ranks": 1}]}, "conditions[0]: ranks is 1; "),
+    ({"conditions": [{"perturbation": "KeepRanks", "ranks": [[1], 2]}]}, "conditions[0]: ranks is "),
+    ({"conditions": [{"perturbation": "Compose"}]}, "conditions[0]: parts is (); give a list"),
+    ({"conditions": [{"perturbation": "Compose", "parts": [{"name": "DropTpo"}]}]},
+     "conditions[0]: perturbation is 'DropTpo'; choose one of"),
+    ({"conditions": [{"perturbation": "Compose", "parts": [{"name": "DropTop", "k": 1}]}]},
+     "conditions[0]: parameter of DropTop is 'k'; choose one of 'm'"),
+    ({"conditions": [{"perturbation": "ResidualNoise", "of": 3}]}, "conditions[0]: of is 3; it "),
+    ({"conditions": [{"perturbation": "Compose", "parts": [{"name": "Replay", "trace": "/no"}]}]},
+     "conditions[0].trace: '/no' is no directory"),
+    ({"conditions": [{"perturbation": "Replay"}]}, "conditions[0]: trace is "),
+    ({"conditions": [{"perturbation": "Replay", "trace": "/none"}]},
+     "conditions[0].trace: '/none' is no directory"),
+    ({"conditions": [{"perturbation": "GateSwap", "checkpoint": ["/none"]}]},
+     "conditions[0].checkpoint: '/none' is no directory"),
+    ({"conditions": [{"perturbation": "nowhere:Mine"}]},
+     "conditions[0].perturbation: 'nowhere:Mine'"),
+    ({"conditions": [{"perturbation": "os:path"}]}, "conditions[0].perturbation: 'os:path'"),
+    # contrasts
+    ({"contrasts": 3}, "contrasts: it is 3; write a table, [contrasts]"),
+    ({"contrasts": {"reference": "cartesian", "against": "x"}}, "contrasts.against: no such key"),
+    ({"contrasts": {"reference": "moe"}, "conditions": [{"perturbation": "DropTop"}]},
+     "contrasts.reference: reference is 'moe'; choose one of 'cartesian'"),
+    ({"contrasts": {"reference": "cartesian", "conditions": ["DropTop(2)"]},
+      "conditions": [{"perturbation": "DropTop", "where": "stage 0"}]},
+     "contrasts.conditions: condition is 'DropTop(2)'; choose one of 'DropTop(1), stage 0'"),
+    ({"contrasts": {"reference": "cartesian", "margin": -1}}, "contrasts: margin is -1; it must"),
+    ({"contrasts": {"reference": "cartesian", "conditions": []}}, "contrasts: conditions is []; "),
 ]  # fmt: skip
 
 

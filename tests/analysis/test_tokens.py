@@ -95,7 +95,7 @@ def test_measured_as_perturbed(model):
             model.model(TOKENS_BL).transpose(1, 2), targets_SL, reduction="none"
         )
     np.testing.assert_allclose(cell.losses.nll_sum, nll.double().sum(-1), rtol=1e-5)
-    letters = np.array([sum(65 <= b for b in row) for row in TOKENS_BL[:, 1:].tolist()])
+    letters = np.array([sum(b >= 65 for b in row) for row in TOKENS_BL[:, 1:].tolist()])
     assert (cell.routing.groupby("sequence_id", sort=False).changed.max() <= letters).all()
     assert (cell.losses.nll_sum != clean.losses.nll_sum).all()
 
