@@ -22,7 +22,7 @@ def tables(results: Results, contrasts: Mapping[str, Any] | None = None) -> dict
 
     contrasts   arguments of `Results.contrasts`, named before the study was run
     """
-    made = {"clean": results.clean(), "sites": results.sites()}
+    made = {"clean": results.clean(), "sites": results.sites(), "failed": results.failed}
     if results.has_conditions:
         whole = whole_conditions(results)
         made |= {
@@ -40,8 +40,8 @@ def tables(results: Results, contrasts: Mapping[str, Any] | None = None) -> dict
             made |= {f"by_{by}": results.damage_by(by, whole) for by in ("position", "frequency")}
         if contrasts := measured(results, contrasts):
             made["contrasts"] = results.contrasts(**contrasts)
-    made["failed"] = results.failed
-    return {name: table for name, table in made.items() if len(table)}
+    always = ("clean", "sites")
+    return {name: table for name, table in made.items() if len(table) or name in always}
 
 
 def whole_conditions(results: Results) -> list[str]:

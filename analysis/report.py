@@ -17,7 +17,7 @@ from tqdm import tqdm
 from analysis import plots
 from analysis.describe import describe, tables
 from analysis.results import Results
-from analysis.run import plan_path, read
+from analysis.saved import STORE, read, read_plan
 from analysis.store import Store
 from cartmoe.files import write_atomically
 
@@ -79,7 +79,7 @@ def summarize(out: Path) -> str:
     if _made(folder, made_from) is None or not text.is_file():
         results = read(out)
         folder.mkdir(exist_ok=True)
-        contrasts = json.loads(plan_path(out).read_text()).get("contrasts")
+        contrasts = read_plan(out)["contrasts"]
         made = tables(results, contrasts)
         for name, table in made.items():
             write_atomically(folder / f"{name}.csv", table.to_csv(index=False))
@@ -130,10 +130,11 @@ def _note(folder: Path, made_from: str, names: list[str]) -> None:
 
 def _fingerprint(out: Path) -> str:
     """Of all that a report is made from: the plan, the cells that are there, and this code."""
-    digest = hashlib.sha256(plan_path(out).read_bytes())
-    with Store(out / "results.sqlite") as store:
+    plan = {name: value for name, value in read_plan(out).items() if name != "manifest"}
+    digest = hashlib.sha256(json.dumps(plan).encode())
+    with Store(out / STORE) as store:
         digest.update("".join(sorted(store.keys())).encode())
-        digest.update(store.failures().to_json().encode())
+        digest.update(store.failures().sort_values("key").to_csv().encode())
     here = Path(__file__).parent
     own = [here / f"{name}.py" for name in ("report", "describe", "results")]
     for path in (*own, *sorted(here.glob("[ps][lt]*/*.py"))):

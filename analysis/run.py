@@ -56,10 +56,10 @@ def run(
     workers costs no other one: it is noted as failed, and tried again by the next run.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     say = (lambda text: tqdm.write(text)) if progress else (lambda text: None)
     # What can fail at once comes before training, which may take hours.
     check_sources(study)
+    out.mkdir(parents=True, exist_ok=True)
     plan = Plan.of(study, threads_of(study, executor, threads))
     with Store(out / STORE) as store:
         finished = store.keys()
@@ -139,8 +139,7 @@ def _measure(
 def _unfinished(tasks: Iterable[Task], store: Store) -> Iterator[Task]:
     """What is left of each when its turn comes: another process may measure the same study."""
     for task in tasks:
-        finished = store.keys()
-        cells = tuple(cell for cell in task.cells if cell.key not in finished)
+        cells = tuple(cell for cell in task.cells if cell.key not in store)
         if cells:
             yield replace(task, cells=cells)
 

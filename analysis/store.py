@@ -115,6 +115,11 @@ class Store:
         """Of all finished cells."""
         return {key for (key,) in self._db.execute("SELECT key FROM cells")}
 
+    def __contains__(self, key: str) -> bool:
+        """Whether a cell of that key is finished."""
+        found = self._db.execute("SELECT 1 FROM cells WHERE key = ?", (key,)).fetchone()
+        return found is not None
+
     def seconds(self) -> dict[str, float]:
         """By key of every finished cell, how long it took to measure."""
         return dict(self._db.execute("SELECT key, seconds FROM cells"))

@@ -109,7 +109,7 @@ class Contrasts:
     margin       nats per token; differences that are surely smaller count as none
     """
 
-    reference: str
+    reference: str = "cartesian"
     conditions: tuple[str, ...] = ("DropTop(1)",)
     margin: float = 0.05
 

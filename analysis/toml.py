@@ -212,7 +212,7 @@ class _Reader:
         if "contrasts" not in study:
             return None
         made = self.build("contrasts", Contrasts, study)
-        if made:
+        if made and isinstance(study["contrasts"], Mapping):
             names = dict.fromkeys(m.name for m in models)
             self.attempt("contrasts.reference", check_choice, "reference", made.reference, names)
             columns = [c.columns() for c in conditions]

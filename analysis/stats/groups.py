@@ -80,7 +80,7 @@ def damage_by(
             sums.append(summed.reshape(shape))
         found = _groups(names, labels, np.array(sums), count_GD, options)
         tables.append(found.assign(**p.checkpoint, by=by))
-    return pd.concat(tables, ignore_index=True)[COLUMNS]
+    return _stack(tables)
 
 
 def _by_domain(
@@ -107,6 +107,12 @@ def _by_domain(
                 sum_CGD[:, g, at] = [q.delta_D(name) for name in labels]
         found = _groups(domains, labels, sum_CGD, count_GD, options)
         tables.append(found.assign(**p.checkpoint, by="domain"))
+    return _stack(tables)
+
+
+def _stack(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    if not tables:
+        return pd.DataFrame(columns=COLUMNS)
     return pd.concat(tables, ignore_index=True)[COLUMNS]
 
 

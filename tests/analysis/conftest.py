@@ -192,11 +192,18 @@ def checkpoint_of(tmp_path_factory, environment):
 
 
 def to_toml(study: dict) -> str:
-    """The study as TOML: its values are tables, arrays of tables, and what JSON writes alike."""
+    """The study as TOML: its sections are tables and arrays of tables."""
+
+    def inline(value):
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{k} = {inline(v)}' for k, v in value.items())}}}"
+        if isinstance(value, list):
+            return f"[{', '.join(map(inline, value))}]"
+        return json.dumps(value)
 
     def pairs(table, name):
         plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
-        lines = [f"{k} = {json.dumps(v)}" for k, v in plain.items()]
+        lines = [f"{k} = {inline(v)}" for k, v in plain.items()]
         for key in table.keys() - plain.keys():
             lines += [f"[{name}.{key}]", *pairs(table[key], f"{name}.{key}")]
         return lines

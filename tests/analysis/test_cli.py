@@ -47,7 +47,7 @@ def test_run(small):
     _, out, result = small
     assert result.exit_code == 0, result.output
     assert result.stderr == ""  # no bars
-    assert result.stdout.startswith("Clean validation loss")
+    assert result.stdout.startswith("6 of 6 cells are measured\n\nClean validation loss")
     assert "DropTop(1)" in result.stdout
     assert f"Everything is in {out}" in result.stdout
     for path in (out / "figures").glob("[!.]*"):
@@ -61,7 +61,9 @@ def test_summarize_and_plot(small):
     assert result.stdout.startswith(summary.stdout.rstrip())
     plot = call("plot", out)
     assert plot.exit_code == 0
-    assert plot.stdout.count(".pdf") == plot.stdout.count(".png") == 4
+    assert plot.stdout.startswith("6 of 6 cells are measured\nFigures:\n")
+    drawn = list((out / "figures").glob("*.pdf"))
+    assert plot.stdout.count(".pdf") == plot.stdout.count(".png") == len(drawn) > 0
 
 
 def test_again(small):
@@ -186,7 +188,7 @@ def test_no_study_file(tmp_path):
         (b"[[models]]\npath = '/none'", "models[0].path: '/none' is no checkpoint"),
         (
             b"[data]\ncorpus = '/none'\n[train]\nsteps = 1",
-            "data.corpus: corpus is '/none', which is",
+            "data.corpus: corpus is '/none'",
         ),
         (b"[data]\ntokenizer = 'bp'\n[train]\nsteps = 1", "data.tokenizer: tokenizer is 'bp'"),
     ],

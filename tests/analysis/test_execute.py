@@ -74,16 +74,17 @@ def no_process_left():
 
 
 @pytest.mark.usefixtures("no_process_left")
-def test_processes(study_of, tmp_path):
-    """Two threads in workers whose environment says one; tokens kept."""
+def test_processes(study_of, tmp_path, monkeypatch):
+    """One thread in workers whose environment says two; tokens kept."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     study = study_of(
         {"perturbation": ["DropTop", "GaussianNoise", "RandomRouting", "Identity"]},
         {"perturbation": "DropTop", "where": "stage 1"},
         families=["dense", "cartesian"],
         measure={"tokens": True},
     )
-    serial = run(study, tmp_path / "a", progress=False, threads=2)
-    pool = run(study, tmp_path / "b", progress=False, executor=processes(2, threads=2))
+    serial = run(study, tmp_path / "a", progress=False)
+    pool = run(study, tmp_path / "b", progress=False, executor=processes(2))
     assert serial.finished == serial.planned == pool.finished == SHARDS * 7
     assert_same(pool, serial)
     assert report.summarize(tmp_path / "a") == report.summarize(tmp_path / "b")
@@ -113,8 +114,10 @@ def cluster(environment):
 
 
 def test_dask(study_of, tmp_path, cluster):
+    """Two threads in workers whose environment says one, as Dask's nanny has it."""
     conditions = {"perturbation": ["DropTop", "GaussianNoise", "RandomRouting"]}
-    study = study_of(conditions, measure={"tokens": True, "threads": 2})
+    measure = {"tokens": True, "threads": 2}
+    study = study_of(conditions, families=["dense", "cartesian"], measure=measure)
     serial = run(study, tmp_path / "a", progress=False)
     assert_same(run(study, tmp_path / "b", progress=False, executor=dask(cluster)), serial)
 
@@ -284,6 +287,7 @@ def test_a_worker_that_would_compute_other_bits(study_of, tmp_path, monkeypatch)
         run(study_of(families=["dense"]), tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start(study_of, tmp_path):
     """A script without a guard: every worker runs it again."""
     study = study_of(families=["dense"])

@@ -396,6 +396,67 @@ def test_killed_many_times(tiny, write_study, done, tmp_path):
     assert tables(out) == tables(done)
 
 
+KILLS = 50
+
+
+@pytest.mark.slow
+def test_fifty_kills_while_measuring(write_study, checkpoint_of, tmp_path, capsys):
+    """At random moments after a process has stored its first cell: nothing is lost, nothing is
+    there twice, and the tables are those of a run that was not stopped, byte by byte."""
+    families = ("smoe_share", "cartesian")
+    conditions = [
+        {"perturbation": "DropTop", "m": [1, 2, 3], "point": ["logits", "scores"]},
+        {"perturbation": "GaussianNoise", "sigma": [0.5, 1.0], "eval_seed": list(range(10))},
+    ]
+    path = write_study(
+        tmp_path / "s.toml",
+        train=None,
+        models=[{"path": str(checkpoint_of(name)), "name": name} for name in families],
+        conditions=conditions,
+        data={"documents": 4, "max_tokens": 2000, "shard": 1},
+        measure={"tokens": True},
+    )
+    study, out = Study.read(path), tmp_path / "out"
+    draw = np.random.default_rng(0)
+    acknowledged: set[str] = set()
+    for kill in range(KILLS):
+        before, process = finished_cells(out), start(path, out)
+        wait_for(lambda before=before: finished_cells(out) > before, process)
+        time.sleep(draw.uniform(0, 0.15))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"finished before kill {kill}"
+        with Store(out / "results.sqlite") as store:
+            there = store.keys()
+        assert acknowledged <= there
+        acknowledged = there
+    results = run(study, out, progress=False)
+    whole = run(study, tmp_path / "whole", progress=False)
+    lost = results.planned - results.finished + len(acknowledged - there)
+    with closing(sqlite3.connect(out / "results.sqlite")) as db:
+        rows = "SELECT count(*), count(DISTINCT cell || ' ' || sequence_id) FROM "
+        counts = [db.execute(rows + table).fetchone() for table in ("losses", "tokens")]
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    duplicated = sum(all_rows - different for all_rows, different in counts)
+    same = [
+        table_of(r).to_csv(index=False).encode()
+        for r in (results, whole)
+        for table_of in (
+            lambda r: r.losses,
+            lambda r: r.routing,
+            lambda r: r.cells.drop(columns="seconds"),
+            lambda r: r.damage(),
+        )
+    ]
+    with capsys.disabled():
+        print(
+            f"\n{KILLS} kills while measuring {results.planned} cells, {len(acknowledged)} of them "
+            f"before the last one: {lost} lost, {duplicated} duplicated"
+        )
+    assert (lost, duplicated) == (0, 0)
+    assert same[:4] == same[4:]
+
+
 @pytest.mark.slow
 def test_two_at_once(tiny, write_study, done, tmp_path):
     """The store stays whole; who cannot train because the other does says so in a line."""

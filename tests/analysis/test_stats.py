@@ -64,7 +64,10 @@ def test_damage_and_doses_against_plain_loops():
     assert found.ratio_high == pytest.approx(np.exp(found.high))
     assert found.kl == pytest.approx(rows.kl_sum.sum() / rows.num_tokens.sum(), rel=1e-12)
     assert found.agreement == pytest.approx(np.exp(-0.3))
-    assert found.mass_moved == pytest.approx(0.7 * (1 - np.exp(-1)))
+    for name, scale in (("mass_moved", 0.7), ("flips_total", 0.65), ("output_change", 0.3)):
+        assert found[name] == pytest.approx(scale * (1 - np.exp(-1)))
+    assert found.delta_max == rows.delta_max.max()
+    assert found.expects == "selection"
     assert "mass_moved" not in stats.damage(table)
 
 

@@ -176,6 +176,8 @@ def test_failures(path, cells):
 def test_seconds(path, cells):
     with Store(path) as store:
         store.add(IDENTITY, cells[0])
+        assert cell_key(IDENTITY) in store
+        assert "another" not in store
         assert store.seconds() == {cell_key(IDENTITY): cells[0].seconds}
 
 

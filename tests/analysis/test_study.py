@@ -184,15 +184,17 @@ def test_a_list_of_lists_stands_for_several():
     got = study(
         conditions=[
             {"perturbation": "KeepRanks", "ranks": [1, 2]},
-            {"perturbation": "KeepRanks", "ranks": [[1], [1, 2], [0, 3]], "point": ["logits"]},
+            {"perturbation": "KeepRanks", "ranks": [[1], [1, 2], [2, 3]], "point": ["logits"]},
             {"perturbation": ["KeepRanks", "Identity"], "where": ["all", "layer 0"]},
         ]
     )
     assert got.conditions == (
         Condition(KeepRanks((1, 2))),
         Condition(KeepRanks((1,))),
-        Condition(KeepRanks((0, 3))),
-        *(Condition(p(), where) for p in (KeepRanks, Identity) for where in ("all", "layer 0")),
+        Condition(KeepRanks((2, 3))),
+        Condition(KeepRanks((1,)), "layer 0"),
+        Condition(Identity()),
+        Condition(Identity(), "layer 0"),
     )
 
 
@@ -316,7 +318,7 @@ MISTAKES = [
      "conditions[0]: eval_seed is -1; it must be"),
     ({"conditions": [{"perturbation": "KeepRanks", "ranks": []}]}, "conditions[0]: ranks is []; "),
     ({"conditions": [{"perturbation": "KeepRanks", "ranks": 1}]}, "conditions[0]: ranks is 1; "),
-    ({"conditions": [{"perturbation": "KeepRanks", "ranks": [[1], 2]}]}, "conditions[0]: ranks is "),
+    ({"conditions": [{"perturbation": "KeepRanks", "ranks": [[1], 2]}]}, "conditions[0]: ranks is"),
     ({"conditions": [{"perturbation": "Compose"}]}, "conditions[0]: parts is (); give a list"),
     ({"conditions": [{"perturbation": "Compose", "parts": [{"name": "DropTpo"}]}]},
      "conditions[0]: perturbation is 'DropTpo'; choose one of"),
@@ -335,7 +337,8 @@ MISTAKES = [
     ({"conditions": [{"perturbation": "os:path"}]}, "conditions[0].perturbation: 'os:path'"),
     # contrasts
     ({"contrasts": 3}, "contrasts: it is 3; write a table, [contrasts]"),
-    ({"contrasts": {"reference": "cartesian", "against": "x"}}, "contrasts.against: no such key"),
+    ({"contrasts": {"against": "x"}, "conditions": [{"perturbation": "DropTop"}]},
+     "contrasts.against: no such key; choose one of conditions, margin, reference"),
     ({"contrasts": {"reference": "moe"}, "conditions": [{"perturbation": "DropTop"}]},
      "contrasts.reference: reference is 'moe'; choose one of 'cartesian'"),
     ({"contrasts": {"reference": "cartesian", "conditions": ["DropTop(2)"]},
