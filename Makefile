@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= runs/quick
 
-.PHONY: study test test-slow bench lint lab notebooks clean
+.PHONY: study catalogue test test-slow bench lint lab notebooks clean
 
 study: .venv/core
 	$(BIN)/python -m analysis run studies/quick.toml --out $(OUT)
@@ -18,6 +18,19 @@ test-slow: .venv/dev
 
 bench: .venv/core
 	$(BIN)/python -m benchmarks
+
+# Every perturbation on all routed families. Models of seed 0 are those of the main study, whose
+# decisions are recorded to be replayed in those of seed 1.
+ROUTED := smoe smoe_share hash fine_grained top_p cartesian
+catalogue: study
+	mkdir -p runs/catalogue/models
+	for family in $(ROUTED); do \
+	  model=runs/quick/models/$$family-s0 trace=runs/traces/$$family/seed-0; \
+	  test -d $$trace || \
+	    $(BIN)/python -m analysis record $$model --study studies/quick.toml --out $$trace || exit; \
+	  test -d runs/catalogue/models/$$family-s0 || cp -R $$model runs/catalogue/models; \
+	done
+	$(BIN)/python -m analysis run studies/catalogue.toml --out runs/catalogue
 
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

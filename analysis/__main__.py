@@ -1,4 +1,4 @@
-"""python -m analysis run STUDY.toml --out DIR | summarize DIR | plot DIR | export DIR"""
+"""python -m analysis run STUDY.toml --out DIR | summarize | plot | export DIR | record MODEL"""
 
 from __future__ import annotations
 
@@ -91,6 +91,28 @@ def export(
 
         for path in write(study, format, out):
             typer.echo(path)
+
+
+@app.command()
+def record(
+    checkpoint: Path = typer.Argument(metavar="MODEL", help="A checkpoint or a run."),
+    study: Path = typer.Option(help="The study on whose documents it routes."),
+    out: Path = typer.Option(help="Directory of the trace, which must not exist yet."),
+    progress: bool = typer.Option(True, help="Show a progress bar."),
+) -> None:
+    """Record the routing of a model on a study's documents, for Replay in that study."""
+    with _one_line_errors():
+        from analysis.models import load
+        from analysis.plan import documents_of
+        from analysis.study import Study
+        from analysis.trace import Trace
+
+        read = Study.read(study)
+        _, docs = documents_of(read)
+        batch_size = read.measure.batch_size
+        typer.echo(
+            Trace.record(load(checkpoint), docs, out, batch_size=batch_size, progress=progress)
+        )
 
 
 @app.command()

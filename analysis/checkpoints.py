@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from analysis.adapters.cartmoe import CartMoEAdapter
 from analysis.study import ModelSpec, Study
 from cartmoe.checkpoint import (
@@ -28,8 +26,8 @@ from cartmoe.checkpoint import (
 from cartmoe.config import ModelConfig
 from cartmoe.corpora import CORPORA
 from cartmoe.data import Corpus
-from cartmoe.model import LanguageModel
 from cartmoe.run import RUN, read_run
+from cartmoe.skeleton import skeleton as model_skeleton
 from cartmoe.tokenizers import tokenizer_key
 from cartmoe.train import train
 
@@ -55,8 +53,7 @@ class Checkpoint:
 
 def skeleton(spec: ModelSpec, config: ModelConfig) -> CartMoEAdapter:
     """The model without any weights: its sites and what is fixed by the architecture."""
-    with torch.device("meta"):
-        return CartMoEAdapter(LanguageModel(config), name=spec.name, train_seed=spec.train_seed)
+    return CartMoEAdapter(model_skeleton(config), name=spec.name, train_seed=spec.train_seed)
 
 
 def check_sources(study: Study) -> None:

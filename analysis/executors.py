@@ -111,7 +111,11 @@ class _Dask(Executor):
 
         try:
             self._client = Client(address, timeout=WAIT, set_as_default=False)
-            self._client.wait_for_workers(1, timeout=WAIT)
+            try:
+                self._client.wait_for_workers(1, timeout=WAIT)
+            except BaseException:
+                self._client.close()
+                raise
         except (OSError, ValueError, TimeoutError) as error:
             raise ConnectionError(f"no Dask workers at {address!r}: {error}") from error
         self.workers = len(self._client.ncores())

@@ -50,14 +50,11 @@ class Plan:
     @classmethod
     def of(cls, study: Study, threads: int) -> Plan:
         """Raises `ValueError` or `OSError` for documents that cannot be read."""
-        data = study.data
-        corpus = prepare(data.corpus, data.tokenizer)
-        limits = dict(length=data.length, max_tokens_per_document=data.max_tokens)
-        docs = sequences(corpus, split=data.split, limit=data.documents, **limits)
-        if data.corpus in CORPORA:
-            docs = docs.by_group(corpus)
-        shards = [docs[i : i + data.shard] for i in range(0, len(docs), data.shard)]
-        calibration = sequences(corpus, split="train", limit=study.measure.calibration, **limits)
+        corpus, docs = documents_of(study)
+        size = study.data.shard
+        shards = [docs[i : i + size] for i in range(0, len(docs), size)]
+        limit = study.measure.calibration
+        calibration = sequences(corpus, split="train", limit=limit, **_limits(study))
         return cls(study, corpus, shards, calibration, threads)
 
     def check(self, models: Iterable[tuple[ModelSpec, ModelConfig]]) -> None:
@@ -105,7 +102,7 @@ class Plan:
         """
         if spec not in self._arms:
             model, measure = skeleton(spec, config), self.study.measure
-            conditions = conditions_for(model, self.study.conditions)
+            conditions = conditions_for(model, self.study.conditions_of(spec))
             tokens = measure.batch_size * self.study.data.length
             tabulated = worth_tabulating(model, conditions, tokens)
             self._arms[spec] = model, {c: c in tabulated for c in (None, *conditions)}
@@ -173,6 +170,18 @@ class Plan:
             precision=measure.precision,
             platform=tuple(self.platform.items()),
         )
+
+
+def documents_of(study: Study) -> tuple[Corpus, Sequences]:
+    """(the study's corpus, what of it is measured on)."""
+    data = study.data
+    corpus = prepare(data.corpus, data.tokenizer)
+    docs = sequences(corpus, split=data.split, limit=data.documents, **_limits(study))
+    return corpus, docs.by_group(corpus) if data.corpus in CORPORA else docs
+
+
+def _limits(study: Study) -> dict[str, int | None]:
+    return dict(length=study.data.length, max_tokens_per_document=study.data.max_tokens)
 
 
 def _cut(cells: list[PlannedCell], pieces: int) -> Iterator[tuple[PlannedCell, ...]]:

@@ -94,7 +94,7 @@ def _paired(cells: pd.DataFrame) -> pd.DataFrame:
     def measured_on(wanted: frozenset[int]) -> list[str]:
         return [condition for condition, have in shards.items() if wanted <= have]
 
-    candidates = [have for have in set(shards) if have <= clean]
+    candidates = [have for have in dict.fromkeys(shards) if have <= clean]
     best = max(candidates, key=lambda s: (len(s) * len(measured_on(s)), len(s)), default=clean)
     return cells[cells.shard.isin(best) & cells.condition.isin(measured_on(best))]
 

@@ -16,6 +16,7 @@
     perturbation = "DropTop"
     m = [1, 2]
     where = ["all", "stage 0"]
+    models = ["cartesian"]  # only on models of these names; likewise train_seeds = [0]
     [[conditions]]          # of a parameter that is a list, only a list of lists stands for several
     perturbation = "KeepRanks"
     ranks = [1, 2]
@@ -141,9 +142,26 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class Only:
+    """Models that a condition is measured on: those of these names and train seeds (None: any).
+
+    Gates and traces, for example, fit the models of one architecture alone.
+    """
+
+    models: tuple[str, ...] | None = None
+    train_seeds: tuple[int, ...] | None = None
+
+    def __call__(self, spec: ModelSpec) -> bool:
+        """Whether the model is one of them."""
+        by_name = self.models is None or spec.name in self.models
+        return by_name and (self.train_seeds is None or spec.train_seed in self.train_seeds)
+
+
+@dataclass(frozen=True)
 class Study:
     """A grid. `read` makes one from TOML; `models` and `conditions` are its two sides.
 
+    only     the models of those conditions that are not for all
     origin   what errors name: the file that it was read from
     """
 
@@ -153,6 +171,7 @@ class Study:
     models: tuple[ModelSpec, ...] = ()
     conditions: tuple[Condition, ...] = ()
     contrasts: Contrasts | None = None
+    only: Mapping[Condition, Only] = field(default_factory=dict, hash=False)
     origin: str = field(default="study", compare=False)
 
     @classmethod
@@ -171,6 +190,10 @@ class Study:
 
         return study_from_table(table, origin, default_name)
 
+    def conditions_of(self, spec: ModelSpec) -> list[Condition]:
+        """Those that are for this model."""
+        return [c for c in self.conditions if self.only.get(c, Only())(spec)]
+
 
 def study_dict(study: Study) -> dict[str, Any]:
     """Plain JSON types, for the manifest."""
@@ -188,5 +211,8 @@ def study_dict(study: Study) -> dict[str, Any]:
             }
             for m in study.models
         ],
-        "conditions": [c.to_dict() for c in study.conditions],
+        "conditions": [
+            c.to_dict() | (asdict(study.only[c]) if c in study.only else {})
+            for c in study.conditions
+        ],
     }

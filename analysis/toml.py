@@ -20,7 +20,7 @@ from analysis.perturb import (
     perturbation_from_dict,
 )
 from analysis.stats.pairs import CONDITION, label_of
-from analysis.study import Contrasts, Data, Measure, ModelSpec, Study, check_text
+from analysis.study import Contrasts, Data, Measure, ModelSpec, Only, Study, check_text
 from cartmoe.config import FAMILIES, PRESETS, ModelConfig, check_choice, check_whole
 from cartmoe.train import TrainConfig
 
@@ -50,14 +50,16 @@ def study_from_table(table: Mapping[str, Any], origin: str, default_name: str) -
     names = [(m.name, m.train_seed) for m in models]
     for twice, seed in sorted({n for n in names if names.count(n) > 1}):
         reader.mistakes.append(f"models: {twice!r} with seed {seed} stands twice")
-    conditions = tuple(dict.fromkeys(reader.conditions(table)))
+    restricted = list(reader.conditions(table, models))
+    conditions = tuple(dict.fromkeys(condition for condition, _ in restricted))
+    only = reader.only(restricted)
     contrasts = reader.contrasts(table, models, conditions)
     if not models and not reader.mistakes:
         reader.mistakes.append("no models: give [train] with families, or [[models]] with path")
     if reader.mistakes:
         # A mistake may be met once for each member of a grid.
         raise ValueError("\n".join(f"{origin}: {m}" for m in dict.fromkeys(reader.mistakes)))
-    return Study(name, data, measure, tuple(models), conditions, contrasts, origin)
+    return Study(name, data, measure, tuple(models), conditions, contrasts, only, origin)
 
 
 class _Reader:
@@ -153,15 +155,19 @@ class _Reader:
             if spec:
                 yield spec
 
-    def conditions(self, study: Mapping) -> Iterator[Condition]:
-        """The product over all values that stand for several."""
+    def conditions(
+        self, study: Mapping, models: list[ModelSpec]
+    ) -> Iterator[tuple[Condition, Only]]:
+        """The product over all values that stand for several, and which models it is for."""
         shape = {f.name for f in fields(Condition)} - {"perturbation"}
+        filters = {f.name for f in fields(Only)}
         for where, table in self.tables("conditions", study.get("conditions", [])):
             asked = self.items(f"{where}.perturbation", table.get("perturbation"))
             known = [(name, cls) for name in asked if (cls := self._class(where, name))]
             parameters = {f.name for _, cls in known for f in fields(cls)}
             if len(known) == len(asked):
-                self.known(f"{where}.", table, shape | parameters | {"perturbation"})
+                self.known(f"{where}.", table, shape | parameters | filters | {"perturbation"})
+            only = self._only(where, table, models)
             for name, cls in known:
                 values = {
                     k: self._values(f"{where}.{k}", v, k in cls.listed)
@@ -177,7 +183,30 @@ class _Reader:
                     # Its id opens what it names, such as another checkpoint.
                     if condition and self._paths_exist(where, p):
                         self.attempt(where, lambda condition=condition: condition.id)
-                        yield condition
+                        yield condition, only
+
+    def _only(self, where: str, table: Mapping, models: list[ModelSpec]) -> Only:
+        have = {
+            "models": list(dict.fromkeys(m.name for m in models)),
+            "train_seeds": list(dict.fromkeys(m.train_seed for m in models)),
+        }
+        return Only(
+            **{
+                key: tuple(self.choices(f"{where}.{key}", key, table[key], choices))
+                for key, choices in have.items()
+                if key in table
+            }
+        )
+
+    def only(self, restricted: Iterable[tuple[Condition, Only]]) -> dict[Condition, Only]:
+        """Those that are not for all models."""
+        found: dict[Condition, Only] = {}
+        for condition, only in restricted:
+            if found.setdefault(condition, only) != only:
+                self.mistakes.append(
+                    f"conditions: {condition.perturbation.label} stands twice, for other models"
+                )
+        return {condition: only for condition, only in found.items() if only != Only()}
 
     def _class(self, where: str, name: Any) -> type[Perturbation] | None:
         where = f"{where}.perturbation"

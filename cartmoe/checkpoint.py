@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
@@ -28,6 +27,7 @@ from cartmoe.config import ModelConfig
 from cartmoe.folders import damage, read_manifest, write_folder
 from cartmoe.model import LanguageModel
 from cartmoe.reference import config_from_reference, from_reference
+from cartmoe.skeleton import skeleton
 from cartmoe.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer
 
 __all__ = [
@@ -87,8 +87,7 @@ def load(directory: str | Path) -> LanguageModel:
     Raises as `newest` does, and `CheckpointError` for weights that are not the configuration's.
     """
     folder = newest(directory)
-    with torch.device("meta"):
-        model = LanguageModel(read_config(folder))
+    model = skeleton(read_config(folder))
     # A copy, because tensors mapped from a file are not aligned as torch aligns its own.
     tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
     try:

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from analysis.perturb import PERTURBATIONS
 from analysis.study import Study
 from cartmoe import FAMILIES, ModelConfig
 
 from .tiny import tiny_study
 
 ROOT = Path(__file__).parents[1]
-STUDIES = sorted((ROOT / "studies").glob("*.toml"))
+CATALOGUE = ROOT / "studies" / "catalogue.toml"
+STUDIES = sorted(set((ROOT / "studies").glob("*.toml")) - {CATALOGUE})
 # Conditions by perturbation, all different ones.
 CONDITIONS = {
     "quick": dict(DropTop=6 + 3, GaussianNoise=5),
@@ -38,6 +40,27 @@ def test_reading(path, tmp_path, monkeypatch):
     ]
     assert all(m.train.length == study.data.length for m in study.models)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_catalogue(tmp_path, monkeypatch):
+    """It names every perturbation. What `make catalogue` makes before it is all that it lacks."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is no directory") as caught:
+        Study.read(CATALOGUE)
+    routed = [family for family in FAMILIES if family != "dense"]
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2 * len(routed)
+    assert all(line.endswith("is no directory") for line in lines)
+    text = CATALOGUE.read_text()
+    assert all(f'"{name}"' in text for name in PERTURBATIONS if name != "Custom")
+    own, _, _ = text.partition("# ---- routing of the model")
+    (tmp_path / "own.toml").write_text(own)
+    study = Study.read(tmp_path / "own.toml")
+    assert [(m.name, m.train_seed) for m in study.models] == [
+        (family, seed) for family in routed for seed in (0, 1)
+    ]
+    quick = Study.read(ROOT / "studies" / "quick.toml")
+    assert study.models[0].train == quick.models[1].train  # what `make study` trains is used
 
 
 def test_presets():

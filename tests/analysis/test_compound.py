@@ -60,7 +60,7 @@ def test_the_order_counts(context_of):
 
 
 def test_each_part_takes_the_decision_so_far_for_the_clean_one(context_of):
-    """"Chosen" are those that are in use after the mask."""
+    """ "Chosen" are those that are in use after the mask."""
     p = Compose((DropTop(2), GaussianNoise(1.0, scale="absolute", within="chosen")))
     router, logits_TE = router_of(), torch.randn(50, 6)
     _, dropped = decide(router, DropTop(2), logits_TE, context_of)
@@ -100,9 +100,7 @@ def test_what_compose_says_of_itself():
     assert Compose((Identity(), DropUnchosen())).expects == "none"
     assert p.label == "Compose(parts=DropTop 1+Compose parts=GaussianNoise 0.5+UniformWeights 1)"
     assert p == perturbation_from_dict(json.loads(json.dumps(p.to_dict())))
-    assert p.identity() == Compose(
-        (DropTop(0), Compose((GaussianNoise(0.0), UniformWeights(0.0))))
-    )
+    assert p.identity() == Compose((DropTop(0), Compose((GaussianNoise(0.0), UniformWeights(0.0)))))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +120,9 @@ def test_what_would_be_undone_is_refused(parts, message):
 
 def test_with_statistics(context_of):
     stats = SiteStats(torch.randn(50, 6), 1.5, torch.arange(6) / 15)
-    p = Compose((DropExperts(1 / 3, "least_used"), RandomRouting(), Quantize("fp8"), DropSlots(0.5)))
+    p = Compose(
+        (DropExperts(1 / 3, "least_used"), RandomRouting(), Quantize("fp8"), DropSlots(0.5))
+    )
     for point in POINTS:
         _, got = decide(router_of(), p, torch.randn(90, 6), context_of, point, stats=stats)
         used_TE = DenseRouting(got).used_TE
@@ -158,7 +158,7 @@ def test_custom_is_its_function(context_of):
     logits_TE = torch.randn(20, 6)
     for function in (flatten, Shift(), lambda z, ctx: -z):
         p = Custom(function, title="mine")
-        clean, got = decide(router_of(), p, logits_TE, context_of)
+        _, got = decide(router_of(), p, logits_TE, context_of)
         assert got.logits_TE.equal(function(logits_TE, None))
         assert json.dumps(p.to_dict())
         assert p.identity() == Identity()

@@ -59,7 +59,8 @@ def test_where_round_trip(text, where):
 @pytest.mark.parametrize(
     "text",
     ["", " ", "layers 2", "layer", "layer -1", "stage 0 layer 1", "all stage 0", "positions 3",
-     "positions 5:5", "positions 9:2", "positions :4", "Layer 1", "layer 2stage 0", "layer 2  stage 0",
+     "positions 5:5", "positions 9:2", "positions :4", "Layer 1", "layer 2stage 0",
+     "layer 2  stage 0",
      "tokens", "tokens digits", "tokens digit letter", "tokens digit layer 2", 3, None, ["all"]],
     ids=repr,
 )  # fmt: skip
@@ -272,7 +273,7 @@ def test_scores_are_moved_as_their_logarithms_are(context_of, options):
     scores_TE = router.score(logits_TE).index_fill(1, torch.tensor([5]), 0.0)
 
     def move(l_TE, ctx):
-        return torch.cat([l_TE[:, :1] + 1.5, l_TE[:, 1:2] - 20, l_TE[:, 2:3] - math.inf, l_TE[:, 3:]], 1)
+        return l_TE + torch.tensor([1.5, -20, -math.inf, 0, 0, 0])
 
     got = perturb_scores(move, scores_TE, ctx)
     factors_E = torch.tensor([math.exp(1.5), math.exp(-20), 0, 1, 1, 1])

@@ -1,6 +1,7 @@
 """Perturbations of the decision itself: what each does."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_top_k_of_the_routers_own_number_is_its_decision(context_of):
 def test_top_k_chooses_as_the_router_does(context_of):
     """A bias counts for choosing, and not for weighing."""
     router = router_of(score="sigmoid", bias=[9.0, 0, 0, 0, 0, 8.0])
-    clean, got = decide(router, TopK(2), torch.randn(50, 6), context_of)
+    _, got = decide(router, TopK(2), torch.randn(50, 6), context_of)
     assert got.ids_TK.eq(torch.tensor([0, 5])).all()
     _, one = decide(router, TopK(1), torch.randn(50, 6), context_of)
     assert one.ids_TK.eq(0).all()
@@ -163,7 +164,7 @@ def test_lags_over_sites_do_not_add_up(model_of):
         _, taken = routings(model, Lag(over="sites"))
     sites = model.sites()
     assert taken[sites[0]].ids_TK.equal(own[sites[0]].ids_TK)
-    for before, site in zip(sites, sites[1:], strict=False):
+    for before, site in itertools.pairwise(sites):
         assert all(map(torch.equal, taken[site], own[before]))
 
 

@@ -140,7 +140,9 @@ def test_output_change(model_of, shard, kind):
     """||change of what the layer adds|| / ||stream before it||, summed over the tokens."""
     model = model_of(kind)
     site = model.sites()[0]
-    conditions = [Condition(p, "layer 0 stage 0") for p in (DropTop(1), UniformWeights(), NoRouted())]
+    conditions = [
+        Condition(p, "layer 0 stage 0") for p in (DropTop(1), UniformWeights(), NoRouted())
+    ]
     _, *cells = measure(model, conditions, shard, tabulate=())
     used_SL = shard.targets_SL >= 0
     with torch.no_grad():

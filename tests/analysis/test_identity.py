@@ -303,6 +303,7 @@ NOT_COMPUTING = {
     "cartmoe.folders",
     "cartmoe.interrupt",
     "cartmoe.reference",
+    "cartmoe.skeleton",
     "cartmoe.tokenized",
 }
 

@@ -11,11 +11,13 @@ from analysis.conditions import Condition
 from analysis.context import Tokens
 from analysis.intervene import Intervention, as_adapter, calibrate, perturbed
 from analysis.models import adapt
-from analysis.perturb import DropTop, GaussianNoise, RandomRouting
+from analysis.perturb import DropTop, GaussianNoise, RandomRouting, ResidualNoise
 from cartmoe.data import IGNORE
 from cartmoe.ffn import RoutedStage
 from cartmoe.hooks import capture_routing, hook_routers, router_sites
 from cartmoe.routing import expert_counts
+
+from .routers import hooks_of
 
 TOKENS_BL = torch.randint(1, 13, (4, 9), generator=torch.Generator().manual_seed(3))
 MOE = pytest.mark.parametrize("kind", ["smoe", "hash", "top_p", "cartesian", "parallel"])
@@ -25,16 +27,6 @@ MOE = pytest.mark.parametrize("kind", ["smoe", "hash", "top_p", "cartesian", "pa
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def hooks_of(model) -> dict[str, list]:
-    """Every hook of every module."""
-    return {
-        f"{name}.{kind}": list(hooks.values())
-        for name, module in model.named_modules()
-        for kind, hooks in vars(module).items()
-        if kind.endswith("_hooks") and hooks
-    }
 
 
 def decisions(model, tokens_BL=TOKENS_BL):
@@ -167,6 +159,47 @@ def test_what_a_perturbation_sees(model_of):
         router = router_sites(model.model)[ctx.site]
         assert ctx.clean.logits_TE.equal(router(ctx.x_TD, ctx.tokens.token_ids_T).logits_TE)
     assert seen[-1].previous(model.sites()[0]).ids_TK.equal(seen[0].clean.ids_TK)
+
+
+def test_what_routers_came_to_of_themselves(model_of):
+    """`earlier` has what was imposed on routers before, `own` what they had decided."""
+    model, seen = model_of("cartesian"), []
+
+    def look(logits_TE, ctx):
+        seen.append((ctx.site, ctx.clean, dict(ctx.earlier), dict(ctx.own)))
+        return -logits_TE
+
+    with perturbed(model, look):
+        taken = decisions(model.model)
+    owns = {site: clean for site, clean, _, _ in seen}
+    for number, (site, _, earlier, own) in enumerate(seen):
+        before = model.sites()[:number]
+        assert site == model.sites()[number]
+        assert list(earlier) == list(own) == before
+        for s in before:
+            assert own[s] is owns[s]
+            assert earlier[s].ids_TK.equal(taken[s.layer, s.stage].ids_TK)
+            assert earlier[s].logits_TE.equal(-own[s].logits_TE)
+
+
+def test_a_site_as_where(model_of):
+    model = model_of("cartesian")
+    with perturbed(model, DropTop(1), model.sites()[2]) as fired:
+        decisions(model.model)
+    assert list(fired) == [model.sites()[2]]
+
+
+@pytest.mark.parametrize("p", [DropTop(1), ResidualNoise(DropTop(1)), GaussianNoise(1.0)], ids=str)
+def test_two_blocks_of_the_same_are_two(model_of, p):
+    """Each acts on its own state, nested in either way."""
+    model = model_of("smoe_share").model
+    with perturbed(model, p):
+        once = model(TOKENS_BL)
+        with perturbed(model, p):
+            twice = model(TOKENS_BL)
+        assert model(TOKENS_BL).equal(once)
+    assert not twice.equal(once)
+    assert not hooks_of(model)
 
 
 # ---- sequence ids

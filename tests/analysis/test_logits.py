@@ -140,7 +140,7 @@ def test_swap_ranks(context_of, r, s):
 
 def test_swapping_twice_or_with_itself_is_nothing(context_of):
     logits_TE = torch.randn(40, 6)
-    clean, ctx = context_of(router_of(), logits_TE)
+    _, ctx = context_of(router_of(), logits_TE)
     assert SwapRanks(2, 2)(logits_TE, ctx) is logits_TE
     once = SwapRanks(1, 4)(logits_TE, ctx)
     assert SwapRanks(1, 4)(once, ctx).equal(logits_TE)

@@ -113,7 +113,7 @@ def test_keeping_fewer_than_k_ranks(context_of):
 @POINT
 def test_dead_for_every_token(context_of, point):
     router, logits_TE = router_of(), torch.randn(200, 6)
-    clean, got = decide(router, DropExperts(0.5), logits_TE, context_of, point)
+    _, got = decide(router, DropExperts(0.5), logits_TE, context_of, point)
     dead_E = (got.scores_TE == 0).all(0)
     assert dead_E.sum() == 3
     assert not DenseRouting(got).used_TE[:, dead_E].any()
@@ -190,7 +190,9 @@ def test_drop_chosen_and_unchosen(context_of, options):
     # Any one in use, not the best: each with the same chance.
     chance_TE = used_TE / used_TE.sum(-1, keepdim=True)
     best_T1 = clean.ids_TK[:, :1]
-    first, expected = (m.gather(-1, best_T1).double().mean().item() for m in (dropped_in, chance_TE))
+    first, expected = (
+        m.gather(-1, best_T1).double().mean().item() for m in (dropped_in, chance_TE)
+    )
     assert first == pytest.approx(expected, abs=0.08)
     shares_E = dropped_out.sum(0) / (~used_TE / (~used_TE).sum(-1, keepdim=True)).sum(0)
     torch.testing.assert_close(shares_E, torch.ones(6), atol=0.35, rtol=0)
@@ -233,7 +235,7 @@ def test_the_control_drops_others_than_a_mask_before_it(context_of):
 def test_masks_are_exact_after_the_score(context_of, options, p):
     """Scores of the others stay, bit by bit: nothing is normalized anew."""
     router, logits_TE = router_of(**options), torch.randn(50, 6)
-    before, got = decide(router, p, logits_TE, context_of)
+    _, got = decide(router, p, logits_TE, context_of)
     gone_TE = masked(got)
     clean, got = decide(router, p, logits_TE, context_of, "scores")
     assert got.scores_TE.equal(clean.scores_TE.masked_fill(gone_TE, 0))

@@ -127,7 +127,10 @@ class Blocks(RuleBasedStateMachine):
         before = hooks_of(self.model)
         with pytest.raises(error), hook_routers(self.model, fail):
             forward(self.model)
-        with pytest.raises(ValueError, match="needs statistics"), perturbed(self.model, RandomRouting()):
+        with (
+            pytest.raises(ValueError, match="needs statistics"),
+            perturbed(self.model, RandomRouting()),
+        ):
             forward(self.model)
         assert hooks_of(self.model) == before
 
@@ -197,7 +200,11 @@ def test_blocks_of_experts_in_any_order():
     x_TD, nothing = torch.zeros(2, 16), None
     blocks = {
         name: model.replace_experts(site, fn)
-        for name, fn in [("one", constant(1.0)), ("none", lambda *args: None), ("two", constant(2.0))]
+        for name, fn in [
+            ("one", constant(1.0)),
+            ("none", lambda *args: None),
+            ("two", constant(2.0)),
+        ]
     }
     got = []
     for name in blocks:
@@ -219,7 +226,9 @@ def test_measuring_inside_a_block_is_refused():
     model = as_adapter(build())
     before = forward(model.model)
     with (
-        pytest.raises(RuntimeError, match="must run as a whole; to measure it, pass the perturbation"),
+        pytest.raises(
+            RuntimeError, match="must run as a whole; to measure it, pass the perturbation"
+        ),
         perturbed(model, DropTop(1)),
     ):
         measure(model, [Condition(DropTop(1))], SHARD)
@@ -270,7 +279,8 @@ def interrupted_at(number: int, run, look) -> bool:
         sys.settrace(tracer)
         look(error)
     except RuntimeError as error:
-        assert "did not run inside the block" in str(error)
+        if "did not run inside the block" not in str(error):
+            raise
     finally:
         sys.settrace(tracer)
     assert signal.getsignal(signal.SIGINT) is handler

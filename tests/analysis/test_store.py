@@ -274,11 +274,13 @@ def test_many_killed_writers(path, record_property, capsys):
 
 
 @pytest.mark.slow
-def test_many_writers_at_once(path, capsys):
-    log = write_in_processes(path, "together", 8, 200)
+@pytest.mark.parametrize(("mode", "different"), [("together", 200), ("apart", 8 * 200)])
+def test_many_writers_at_once(path, capsys, mode, different):
+    """Each adds 200 cells: all the same ones, or each its own."""
+    log = write_in_processes(path, mode, 8, 200)
     damage = damage_of(path, log.key)
     with capsys.disabled():
-        print(f"\n8 writers x 200 cells: {log.added.sum()} added, {damage}")
-    assert log.groupby("key").added.sum().tolist() == [1] * 200
+        print(f"\n8 writers x 200 cells, {different} different: {log.added.sum()} added, {damage}")
     assert len(log) == 8 * 200
+    assert log.groupby("key").added.sum().tolist() == [1] * different
     assert damage == NO_DAMAGE

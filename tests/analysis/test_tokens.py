@@ -18,9 +18,10 @@ from cartmoe.tokenizers import ByteTokenizer
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        *(("a", "letter"), (" the", "letter"), ("É", "letter"), ("中文", "letter"), ("e\u0301", "letter")),
+        *(("a", "letter"), (" the", "letter"), ("É", "letter"), ("中文", "letter")),
+        ("e\u0301", "letter"),
         *(("7", "digit"), (" 12ab", "digit"), ("½", "digit")),
-        *((".", "punctuation"), ("_x", "punctuation"), ("+=", "punctuation"), (" (", "punctuation")),
+        *((".", "punctuation"), ("_x", "punctuation"), (" (+", "punctuation")),
         *((" ", "space"), ("\n\t", "space"), ("\u00a0", "space")),
         *(("", "other"), ("\N{REPLACEMENT CHARACTER}", "other"), ("\x01", "other")),
     ],

@@ -1,6 +1,7 @@
 """Processes that write to one store: python writers.py MODE STORE LOG ...
 
 together STORE LOG WRITERS CELLS   so many processes add the same cells, each in an order of its own
+apart STORE LOG WRITERS CELLS      so many processes add so many cells each, all different ones
 killed STORE LOG KILLS SEED        a process that adds cells is killed with SIGKILL and started anew
 
 What was added, or found to be there, is noted in LOG after `add` has returned: a line a cell.
@@ -11,6 +12,7 @@ import random
 import select
 import signal
 import sys
+from collections.abc import Iterable
 
 import pandas as pd
 
@@ -30,14 +32,14 @@ def identity(number: int) -> dict:
     return {"model": "m", "number": number}
 
 
-def write(path: str, log: str, numbers: list[int]) -> None:
+def write(path: str, log: str, numbers: Iterable[int]) -> None:
     with open(log, "ab", buffering=0) as file, Store(path) as store:
         for number in numbers:
             added = store.add(identity(number), cell(number))
             file.write(f"{cell_key(identity(number))} {int(added)}\n".encode())
 
 
-def fork(path: str, log: str, numbers: list[int]) -> int:
+def fork(path: str, log: str, numbers: Iterable[int]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -50,8 +52,17 @@ def fork(path: str, log: str, numbers: list[int]) -> int:
 
 
 def together(path: str, log: str, writers: int, cells: int) -> int:
-    orders = [random.Random(i).sample(range(cells), cells) for i in range(writers)]
-    children = [fork(path, log, order) for order in orders]
+    return at_once(
+        path, log, [random.Random(i).sample(range(cells), cells) for i in range(writers)]
+    )
+
+
+def apart(path: str, log: str, writers: int, cells: int) -> int:
+    return at_once(path, log, [range(i * cells, (i + 1) * cells) for i in range(writers)])
+
+
+def at_once(path: str, log: str, numbers: list) -> int:
+    children = [fork(path, log, of_one) for of_one in numbers]
     return max(os.waitpid(child, 0)[1] for child in children)
 
 
@@ -66,6 +77,6 @@ def killed(path: str, log: str, kills: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    modes = {"together": together, "killed": killed}
+    modes = {"together": together, "apart": apart, "killed": killed}
     mode, store, log, *numbers = sys.argv[1:]
     sys.exit(modes[mode](store, log, *map(int, numbers)))
