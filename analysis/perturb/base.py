@@ -40,6 +40,7 @@ class Perturbation:
     listed    parameters whose value is a list, so that a study's TOML does not take one list for
               several conditions
     points    the points (see `Condition`) that it can work at
+    anew      whether a decision is replaced, whatever it was, so that it undoes one before it
     """
 
     expects: ClassVar[str] = "selection"
@@ -47,6 +48,7 @@ class Perturbation:
     neutral: ClassVar[Any] = 0
     listed: ClassVar[frozenset[str]] = frozenset()
     points: ClassVar[tuple[str, ...]] = ("logits", "scores")
+    anew: ClassVar[bool] = False
 
     @property
     def strength(self) -> float:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from analysis.context import RouterContext
 from analysis.perturb.base import EXPECTS, Identity, Perturbation, flat, plain, set_number
-from analysis.perturb.decisions import TopK
 from cartmoe.config import check_choice
 from cartmoe.hooks import RouterSite
 
@@ -33,8 +32,8 @@ def import_name(text: str) -> Any:
 @dataclass(frozen=True)
 class Compose(Perturbation):
     """Several perturbations, one after the other; each takes the decision so far for the clean
-    one, and has draws of its own. Those after which the router decides anew (all that move logits,
-    and TopK) come before those that change the decision, which they would undo."""
+    one, and has draws of its own. Those after which there is another decision altogether (all that
+    move logits, TopK, Replay) come before those that change one, which they would undo."""
 
     listed: ClassVar[frozenset[str]] = frozenset({"parts"})
     parts: tuple[Perturbation, ...] = ()
@@ -51,11 +50,11 @@ class Compose(Perturbation):
         object.__setattr__(self, "parts", tuple(parts))
         decided = None
         for part in self._flat():
-            anew = not hasattr(part, "decide") or isinstance(part, TopK)
+            anew = part.anew or not hasattr(part, "decide")
             if anew and decided is not None and part != Identity():
                 raise ValueError(
-                    f"parts has {part.label} after {decided.label}, which it would undo, because "
-                    "the router decides anew after it; put it before"
+                    f"parts has {part.label} after {decided.label}, which it would undo: there "
+                    "is another decision after it; put it before"
                 )
             decided = part if hasattr(part, "decide") else decided
 

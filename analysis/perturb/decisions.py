@@ -34,6 +34,7 @@ class TopK(Perturbation):
     """
 
     strength_field: ClassVar[str] = "k"
+    anew: ClassVar[bool] = True
     k: int = 1
 
     def __post_init__(self) -> None:

@@ -35,6 +35,7 @@ class Replay(Perturbation):
     `compare`, but not in `perturbed`, where targets are not known.
     """
 
+    anew: ClassVar[bool] = True
     trace: Any = None
     sha256: str | None = None
 
