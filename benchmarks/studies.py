@@ -74,7 +74,9 @@ def _workers() -> Row:
                 lambda out=out, e=executor: run(study, out, progress=False, executor=e, threads=1)
             )
     detail = f"{times[1]:.1f} s, {times[2]:.1f} s, with the start of the processes"
-    return Row("two worker processes / one, one thread each", times[1] / times[2], ">= 1.80", detail)
+    return Row(
+        "two worker processes / one, one thread each", times[1] / times[2], ">= 1.80", detail
+    )
 
 
 def _restart() -> Row:

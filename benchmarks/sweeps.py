@@ -96,9 +96,7 @@ def _layerwise(name: str) -> Row:
 
         return run
 
-    apart = max(
-        (whole(c)() - reused(c)()).abs().max().item() for c in conditions
-    )
+    apart = max((whole(c)() - reused(c)()).abs().max().item() for c in conditions)
     runs = {f"whole {i}": whole(c) for i, c in enumerate(conditions)}
     runs |= {f"reused {i}": reused(c) for i, c in enumerate(conditions)}
     pairs = zip(clean.segments, clean.states, strict=False)
