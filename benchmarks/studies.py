@@ -59,9 +59,8 @@ def _seconds(function) -> float:
 
 
 def _workers() -> Row:
-    """Both through processes of one thread each, which are started and warm before the clock:
-    what they do in a long study."""
-    from analysis.execute import processes
+    """The same study through one process and through two."""
+    from analysis.executors import processes
     from analysis.run import run
 
     with tempfile.TemporaryDirectory() as name:

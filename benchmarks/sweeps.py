@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from analysis.context import RouterContext
 from analysis.intervene import Intervention, as_adapter
 from analysis.measure import measure
 from analysis.noise import Noise
-from analysis.perturb import DropTop, GaussianNoise
+from analysis.perturb import DropTop, GaussianNoise, Perturbation
 from analysis.store import Store
 from analysis.tabulate import Table
 from benchmarks.timing import Row, interleaved, milliseconds
@@ -42,7 +43,8 @@ def rows():
         for name in SHAPES:
             yield _layerwise(name)
         yield from _tabulated()
-        yield from _overhead()
+        for perturbation in (DropTop(1), GaussianNoise(1.0)):
+            yield _overhead(perturbation)
     yield _variance()
 
 
@@ -76,18 +78,7 @@ def _layerwise(name: str) -> Row:
     layers = sorted({site.layer for site in model.sites()})
     conditions = [Condition(DropTop(1), f"layer {layer}") for layer in layers]
 
-    def whole(condition: Condition) -> Callable[[], torch.Tensor]:
-        def run():
-            intervention = Intervention(condition)
-            state = intervention.begin_at(clean, 0)
-            state = run_segments(model, state, clean.segments, intervention)
-            return clean.losses.compare(model, state.hidden_BLD.flatten(0, 1))["nll"]
-
-        return run
-
-    def reused(condition: Condition) -> Callable[[], torch.Tensor]:
-        first = clean.first_segment(condition.where)
-
+    def sweep(condition: Condition, first: int) -> Callable[[], torch.Tensor]:
         def run():
             intervention = Intervention(condition)
             state = intervention.begin_at(clean, first)
@@ -96,16 +87,18 @@ def _layerwise(name: str) -> Row:
 
         return run
 
-    apart = max((whole(c)() - reused(c)()).abs().max().item() for c in conditions)
-    runs = {f"whole {i}": whole(c) for i, c in enumerate(conditions)}
-    runs |= {f"reused {i}": reused(c) for i, c in enumerate(conditions)}
+    firsts = [clean.first_segment(c.where) for c in conditions]
+    whole = [sweep(c, 0) for c in conditions]
+    reused = [sweep(c, first) for c, first in zip(conditions, firsts, strict=True)]
+    apart = max((a() - b()).abs().max().item() for a, b in zip(whole, reused, strict=True))
+    runs = {f"whole {i}": run for i, run in enumerate(whole)}
+    runs |= {f"reused {i}": run for i, run in enumerate(reused)}
     pairs = zip(clean.segments, clean.states, strict=False)
     runs |= {f"segment {i}": lambda g=g, s=s: g.run(s) for i, (g, s) in enumerate(pairs)}
     hidden_TD = clean.states[-1].hidden_BLD.flatten(0, 1)
     runs["head"] = lambda: clean.losses.compare(model, hidden_TD)
     times = interleaved(runs, repeats=9, warm_up=2)
     segments = np.array([times[f"segment {i}"] for i in range(len(clean.segments))])
-    firsts = [clean.first_segment(c.where) for c in conditions]
     rest = np.mean([segments[first:].sum() + times["head"] for first in firsts])
     formula = 1 - rest / (segments.sum() + times["head"])
     sums = {kind: sum(times[f"{kind} {i}"] for i in range(len(conditions))) for kind in
@@ -121,13 +114,13 @@ def _tabulated():
         model, shard = build(name, family)
         clean = CleanPass.of(model, shard)
         site = model.sites()[0]
-        count = 4 * site.num_experts // site.top_k
+        number = 4 * site.num_experts // site.top_k
         with model.watch_experts() as flows:
             model.model(shard.tokens_SL)
         x_TD, router = flows[site].x_TD, model.router(site)
         tokens = clean.tokens
         decisions = []
-        for seed in range(count):
+        for seed in range(number):
             noise = Noise(seed, (0, 0), tokens.sequence_T, tokens.position_T, {})
             ctx = RouterContext(site, clean.routings[site], x_TD, tokens, noise)
             decisions.append(Condition(GaussianNoise(1.0)).apply(ctx.clean, router, ctx))
@@ -143,49 +136,35 @@ def _tabulated():
         apart = max((a - b).abs().max().item() for a, b in zip(direct(), table(), strict=True))
         times = interleaved({"direct": direct, "table": table}, repeats=5, warm_up=1)
         detail = f"{milliseconds(times)}; outputs apart {apart:.1e}"
-        what = f"routed experts directly / from a table, {count} conditions, {name} {family}"
+        what = f"routed experts directly / from a table, {number} conditions, {name} {family}"
         yield Row(what, times["direct"] / times["table"], ">= 2", detail)
 
 
-def _overhead():
+def _overhead(perturbation: Perturbation) -> Row:
     """A cell on one batch, all routers perturbed, against a bare forward with losses. The segments
     before the first router, which a cell does not run, are added to its time."""
-    for perturbation in (DropTop(1), GaussianNoise(1.0)):
-        model, shard = build("nano")
-        clean = CleanPass.of(model, shard)
-        first = clean.first_segment(lambda site: True)
-        state = clean.states[0]
-        targets = shard.targets_SL
-        condition = Condition(perturbation)
-        more = [Condition(perturbation, eval_seed=seed) for seed in range(1, 4)]
-        with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "s.sqlite") as store:
-            number = iter(range(10**9))
+    model, shard = build("nano")
+    clean = CleanPass.of(model, shard)
+    before = clean.segments[: clean.first_segment(lambda site: True)]
+    conditions = [Condition(perturbation, eval_seed=seed) for seed in range(4)]
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "s.sqlite") as store:
+        number = count()
 
-            def cells(model=model, shard=shard, store=store, number=number):
-                """Four cells and the clean one, stored."""
-                measured = measure(model, [condition, *more], shard, batch_size=len(shard),
-                                   tabulate=())  # fmt: skip
-                for cell in measured[1:]:
-                    store.add({"number": next(number)}, cell)
+        def cells() -> None:
+            for cell in measure(model, conditions, shard, batch_size=len(shard), tabulate=())[1:]:
+                store.add({"number": next(number)}, cell)
 
-            def clean_only(model=model, shard=shard):
-                measure(model, [], shard, batch_size=len(shard))
-
-            runs = {
-                "cells": cells,
-                "clean": clean_only,
-                "skipped": lambda: run_segments(model, state, clean.segments[:first]),
-                "bare": lambda: model.model.losses(shard.tokens_SL, targets),
-            }
-            times = interleaved(runs, repeats=9, warm_up=2)
-        cell = (times["cells"] - times["clean"]) / 4 + times["skipped"]
-        detail = f"cell {1e3 * cell:.1f} ms, {milliseconds(times)}"
-        yield Row(
-            f"a cell / bare forward with losses, nano, {perturbation.label}",
-            cell / times["bare"],
-            "<= 1.10",
-            detail,
-        )
+        runs = {
+            "cells": cells,
+            "clean": lambda: measure(model, [], shard, batch_size=len(shard)),
+            "skipped": lambda: run_segments(model, clean.states[0], before),
+            "bare": lambda: model.model.losses(shard.tokens_SL, shard.targets_SL),
+        }
+        times = interleaved(runs, repeats=9, warm_up=2)
+    cell = (times["cells"] - times["clean"]) / len(conditions) + times["skipped"]
+    what = f"a cell / bare forward with losses, nano, {perturbation.label}"
+    detail = f"cell {1e3 * cell:.1f} ms, {milliseconds(times)}"
+    return Row(what, cell / times["bare"], "<= 1.10", detail)
 
 
 def _variance() -> Row:

@@ -161,10 +161,11 @@ def printed(directory):
 
 
 def test_commands(printed, directory):
-    assert len(printed) == 7
+    assert len(printed) == 10
     assert re.search(r"^step +2$", printed["info runs/mine"], re.MULTILINE)
     assert "cartesian" in printed["import AUTHORS_DIR --out DIR"]
-    run = next(text for words, text in printed.items() if words.startswith("run "))
+    dry, run = (text for words, text in printed.items() if words.startswith("run "))
+    assert "cells" in dry
     assert "Routing robustness" in run
     assert "Everything is in runs/quick" in run
     assert printed["summarize runs/quick"].strip() in run
@@ -179,14 +180,18 @@ def test_the_same_command_again_is_finished(printed):
 
 
 def test_python(printed, directory):
-    (snippet,) = [block for kind, block in BLOCKS if kind == "python"]
     scope = {}
     before = torch.get_rng_state()
-    exec(compile(snippet, "README.md", "exec"), scope)
+    snippets = [block for kind, block in BLOCKS if kind == "python"]
+    first, *_ = snippets
+    exec(compile(first, "README.md", "exec"), scope)
     assert torch.equal(torch.get_rng_state(), before)  # no global seed
     assert len(scope["results"].table()) > 0
     assert {"DropTop(1)", "DropTop(2)", "DropTop(3)"} <= set(scope["results"].damage().label)
     assert (directory / "damage.pdf").is_file()
+    for snippet in snippets[1:]:
+        exec(compile(snippet, "README.md", "exec"), scope)
+    assert len(scope["comparison"].damage_difference()) > 0
 
 
 def test_commands_are_found():
@@ -197,6 +202,9 @@ def test_commands_are_found():
         "cartmoe info",
         "cartmoe import",
         "analysis run",
+        "analysis run",
         "analysis summarize",
         "analysis plot",
+        "analysis export",
+        "analysis record",
     ]
