@@ -13,6 +13,7 @@ from analysis import stats
 from analysis.adapters.base import Adapter
 from analysis.doses import DenseRouting, change_of
 from analysis.results import Results
+from analysis.stats.pairs import pair
 from analysis.sums import DocumentSums
 from analysis.trace import clean_routing
 from cartmoe.data import Sequences
@@ -66,7 +67,7 @@ class Comparison:
         delta_bits_per_byte, bpb_low, bpb_high. Above 0: the other model is hurt more."""
         options = dict(confidence=confidence, resamples=resamples, seed=seed)
         # A name stands for one checkpoint, whatever seed it was trained with.
-        losses = self.results.losses.assign(train_seed=0)
+        losses = pair(self.results.losses.assign(train_seed=0))
         labels = dict.fromkeys(self.results.damage().label)
         tables = [
             stats.contrast_models(losses, model, self.models[0], label, **options)

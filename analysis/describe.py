@@ -172,7 +172,8 @@ def _taken_apart(made: Mapping[str, pd.DataFrame], whole: list[str]) -> list[str
     if len(top):
         shown = pd.DataFrame(
             {
-                **{c: top[c] for c in ("model", "label", "top_k", "renormalize", "routed_share")},
+                **{c: top[c] for c in ("model", "train_seed", "label", "top_k", "renormalize")},
+                **{c: top[c] for c in ("routed_share", "routed_ratio")},
                 "m / E": top.experts_off,
                 "nats per token": top.delta_nats,
                 "per flip": _interval(top, "per_flip"),
@@ -182,9 +183,8 @@ def _taken_apart(made: Mapping[str, pd.DataFrame], whole: list[str]) -> list[str
         out += ["Damage per dose: the slopes from 0 [95 % interval over documents]", _text(shown)]
     if "tails" in made:
         tails = made["tails"][made["tails"].condition.isin(whole)]
-        shown = tails[
-            ["model", "condition", "mean", "q0.5", "q0.99", "max", "worst_0.01", "worst_0.1"]
-        ]
+        columns = ["model", "train_seed", "condition", "mean", "q0.5", "q0.99", "max"]
+        shown = tails[[*columns, "worst_0.01", "worst_0.1"]]
         out += ["Rise of single tokens' losses, and what the worst ones carry", _text(shown)]
     return out
 

@@ -75,15 +75,18 @@ def generation_agreement(
             raise ValueError(f"where is '{c.where}'; here the phases say at which positions")
         if c.downstream != "reroute":
             raise ValueError(f"downstream is {c.downstream!r}; generated text can only 'reroute'")
+        c.perturbation.check(model.sites())
     arms = [(c, phase, _in_phase(c, phase, prompt)) for c in conditions for phase in phases]
     prompts = _prompts(docs, prompt)
     stats = calibrate(model, calibration or docs[:CALIBRATION])
+    needs_kinds = model.tokenizer and any(c.where.tokens for c in conditions)
+    kinds_V = token_kinds(model.tokenizer) if needs_kinds else None
     starts = range(0, len(prompts), batch_size)
     agreement: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in arms]
     with tqdm(total=len(starts) * len(arms), unit="text batch", disable=not progress) as bar:
         for first in starts:
             batch = prompts[first : first + batch_size].to(model.device)
-            decoder = Decoder(model, batch, prompt, new, stats)
+            decoder = Decoder(model, batch, prompt, new, stats, kinds_V)
             clean_BN = decoder.text(None, batch.targets_SL[:, prompt - 1 :])
             for (_, _, condition), parts in zip(arms, agreement, strict=True):
                 equal_BN = decoder.text(condition, clean_BN) == clean_BN
@@ -142,10 +145,17 @@ class Decoder:
     has the same shape, so that the clean and the perturbed texts are rounded alike.
     """
 
-    def __init__(self, model: Adapter, batch: Sequences, prompt: int, new: int, stats: Calibration):
-        self.model, self.stats, self.new = model, stats, new
+    def __init__(
+        self,
+        model: Adapter,
+        batch: Sequences,
+        prompt: int,
+        new: int,
+        stats: Calibration,
+        kinds_V: Tensor | None = None,
+    ):
+        self.model, self.stats, self.new, self.kinds_V = model, stats, new, kinds_V
         self.prompt_BP, self.ids_B = batch.tokens_SL[:, :prompt], batch.sequence_id_S
-        self.kinds_V = token_kinds(model.tokenizer) if model.tokenizer else None
         self.draws: dict = {}  # of positions and sequences that every text has
 
     def text(self, condition: Condition | None, guess_BN: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from cartmoe.corpora import CORPORA
 from cartmoe.data import Corpus, Sequences, prepare, sequences
 
 TASKS_A_WORKER = 3  # at least so many, so that none waits long for the last one
+MOST_CELLS = 32  # of a task: what is lost when it is stopped; its clean pass is then 3 % of it
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Plan:
 
     def tasks(self, work: Sequence[Work], keys: Collection[str], workers: int) -> list[Task]:
         """These cells in tasks: those of one model and shard together, since they share a clean
-        pass, but cut into more where that would leave workers without any."""
+        pass, but cut where they are many, or where workers would be left without any."""
         taken: set[str] = set()  # two names may stand for one model
         together: list[tuple[Work, list[PlannedCell]]] = []
         for w in work:
@@ -153,7 +154,7 @@ class Plan:
         return [
             Task(self._source(w.checkpoint), self.shards[part[0].shard], part, keep)
             for w, cells in together
-            for part in _cut(cells, pieces)
+            for part in _cut(cells, max(pieces, math.ceil(len(cells) / MOST_CELLS)))
         ]
 
     def _source(self, checkpoint: Checkpoint) -> Source:

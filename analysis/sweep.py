@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
@@ -11,6 +11,7 @@ from analysis.conditions import Condition
 from analysis.intervene import as_adapter, calibrate
 from analysis.measure import Cell, measure
 from analysis.perturb import (
+    Custom,
     DropChosen,
     DropUnchosen,
     Identity,
@@ -74,9 +75,15 @@ def conditions_of(
     seed: int = 0,
     controls: bool = False,
 ) -> list[Condition]:
-    """What was asked for as conditions, each once; `ValueError` for what tables cannot name."""
+    """What was asked for as conditions, each once; `ValueError` for what tables cannot name, or
+    cannot tell apart."""
     if isinstance(perturbations, Perturbation | Condition):
         perturbations = [perturbations]
+    if isinstance(perturbations, str | type) or not isinstance(perturbations, Iterable):
+        raise ValueError(
+            f"perturbations is {perturbations!r}; give an object such as analysis.DropTop(1), or a "
+            "list of them"
+        )
     asked = [
         p if isinstance(p, Condition) else Condition(p, where, point, eval_seed=seed)
         for p in (*perturbations, *(CONTROLS if controls else ()))
@@ -85,7 +92,14 @@ def conditions_of(
         if not isinstance(condition.perturbation, Perturbation):
             raise ValueError(
                 f"perturbations has {condition.perturbation!r}, which tables cannot name; make "
-                "it a frozen dataclass derived from analysis.Perturbation"
+                "it a frozen dataclass derived from analysis.Perturbation, or an analysis.Custom"
+            )
+    functions: dict[Custom, object] = {}
+    for p in (condition.perturbation for condition in asked):
+        if isinstance(p, Custom) and functions.setdefault(p, p.function) is not p.function:
+            raise ValueError(
+                f"perturbations has two functions of title {p.title!r} and version {p.version}; "
+                "give each a title of its own"
             )
     return list(dict.fromkeys(asked))
 

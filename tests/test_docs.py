@@ -102,6 +102,11 @@ def test_files_in_the_text_exist():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_pictures_exist():
+    pictures = re.findall(r'<img src="([^"]+)"', README)
+    assert sorted(pictures) == sorted(f"gallery/{p.name}" for p in (ROOT / "gallery").iterdir())
+
+
 def test_names_of_the_packages_exist():
     for span in SPANS:
         package, *names = span.split(".")

@@ -133,7 +133,7 @@ def difference(
 
 
 def contrast_models(
-    losses: pd.DataFrame,
+    losses: Losses,
     model_a: str,
     model_b: str,
     condition: str,

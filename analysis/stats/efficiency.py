@@ -32,8 +32,8 @@ def per_dose(
 
     both as ratios of sums over documents, BCa; NaN without such a dose, and bounds of NaN where
     so few documents have it that a resample may miss it. With `sites` (see `Results.sites`), since
-    a flip means something else in every family, also top_k, renormalize, routed_share, and of
-    DropTop experts_off, m / E.
+    a flip means something else in every family, also top_k, renormalize, routed_share,
+    routed_ratio, and of DropTop experts_off, m / E.
     """
     options = dict(confidence=confidence, resamples=resamples, seed=seed)
     tables = []

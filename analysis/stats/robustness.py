@@ -17,8 +17,8 @@ def robustness_table(damage: pd.DataFrame, sites: pd.DataFrame | None = None) ->
     """Table 4 of arXiv 2410.16077 with intervals, both mask points, each stage and controls.
 
     One row per checkpoint: model, family, train_seed; with `sites` also top_k (a number per
-    stage, "2+2"; with top-p the mean number), renormalize ("yes", "no", "mixed") and routed_share;
-    clean_perplexity;
+    stage, "2+2"; with top-p the mean number), renormalize ("yes", "no", "mixed"), routed_share and
+    routed_ratio; clean_perplexity;
     perplexity (top-1 disabled everywhere, on logits); and for each condition named below a
     column of its change in nats per token, with "<name> low" and "<name> high":
     "DropTop(1)", "DropTop(1), scores", "DropTop(1), stage 0", ... (where that was run), then
@@ -89,6 +89,7 @@ def router_columns(sites: pd.DataFrame, row: dict[str, object]) -> dict[str, obj
         "top_k": "+".join(f"{k:.3g}" for k in used) or None,
         "renormalize": {(True,): "yes", (False,): "no", (): None}.get(renormalized, "mixed"),
         "routed_share": metric("routed_share").value.mean(),
+        "routed_ratio": metric("routed_ratio").value.mean(),
     }
 
 

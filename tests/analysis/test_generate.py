@@ -9,6 +9,7 @@ from analysis.generate import Decoder, generation_agreement
 from analysis.intervene import as_adapter, calibrate, perturbed
 from analysis.perturb import (
     Custom,
+    DropExperts,
     DropTop,
     GaussianNoise,
     Identity,
@@ -148,6 +149,12 @@ def test_a_right_guess_needs_one_forward(model_of, shard):
 def test_wrong_arguments(model_of, shard, asked, options, message):
     with pytest.raises(ValueError, match=message):
         generation_agreement(model_of("cartesian"), shard, asked, **(OPTIONS | options))
+
+
+def test_what_does_not_fit_is_refused_at_once(model_of, shard):
+    model = model_of("cartesian")
+    with pytest.raises(ValueError, match=r"ids has 99; .* has only"):
+        generation_agreement(model, shard, DropExperts(ids=[99]), **OPTIONS | dict(prompt=99))
 
 
 def test_dense_and_empty(model_of, shard):

@@ -18,7 +18,7 @@ import analysis
 from analysis import report
 from analysis.conditions import Condition
 from analysis.describe import describe
-from analysis.perturb import DropTop, GaussianNoise, Identity, RandomRouting
+from analysis.perturb import Custom, DropTop, GaussianNoise, Identity, RandomRouting
 from analysis.run import read, run
 from analysis.saved import _paired
 from analysis.store import Store
@@ -511,6 +511,19 @@ def test_sweep_takes_one_perturbation_and_refuses_a_nameless_function(model_of, 
     assert results.damage().label.tolist() == ["DropTop(1)"]
     with pytest.raises(ValueError, match="which tables cannot name"):
         sweep(model, shard, [lambda logits_TE, ctx: logits_TE], progress=False)
+    for asked in (DropTop, "DropTop", lambda logits_TE, ctx: logits_TE, None):
+        with pytest.raises(ValueError, match=r"perturbations is .*; give an object"):
+            sweep(model, shard, asked, progress=False)
+
+
+def test_sweep_refuses_two_functions_of_one_name(model_of, shard):
+    model = model_of("smoe_share")
+    flip = Custom(lambda logits_TE, ctx: -logits_TE, "mine")
+    other = Custom(lambda logits_TE, ctx: logits_TE * 2, "mine")
+    with pytest.raises(ValueError, match="two functions of title 'mine' and version 0"):
+        sweep(model, shard, [flip, other], progress=False)
+    twice = sweep(model, shard, [flip, flip], controls=False, progress=False)
+    assert twice.damage().label.tolist() == ["mine"]
 
 
 # ---- verdicts

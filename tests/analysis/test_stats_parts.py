@@ -201,6 +201,7 @@ def test_damage_per_dose_is_a_ratio_of_sums():
     dose = routing(table)
     dose.loc[dose.perturbation == "Identity", ["flips", "mass_moved"]] = 0.0
     sites = [("top_k", 2.0), ("num_experts", 16), ("renormalize", 1.0), ("routed_share", 0.5)]
+    sites.append(("routed_ratio", 0.25))
     facts = pd.DataFrame(
         [("cartesian", 0, layer, 0, *pair) for layer in (0, 2) for pair in sites],
         columns=["model", "train_seed", "layer", "stage", "metric", "value"],
@@ -216,6 +217,7 @@ def test_damage_per_dose_is_a_ratio_of_sums():
     assert found.experts_off.tolist()[:2] == [1 / 16, 0.25]
     assert np.isnan(found.experts_off["Identity"])
     assert (row.top_k, row.renormalize, row.routed_share) == ("2", "yes", 0.5)
+    assert row.routed_ratio == 0.25
 
 
 def test_a_dose_that_only_one_document_has_gives_no_bounds():
