@@ -13,7 +13,7 @@ from analysis import stats
 from analysis.adapters.base import Adapter
 from analysis.conditions import Condition
 from analysis.measure import Cell
-from analysis.stats.pairs import Pairs, pair
+from analysis.stats.pairs import PLAIN, Pairs, label_of, pair
 
 FACTS = ["model", "train_seed", "layer", "stage", "metric", "value"]
 CLEAN = {
@@ -33,6 +33,17 @@ def key_columns(model: str, family: str, train_seed: int, condition: Condition |
     """The columns that name a cell in every table; condition None is the clean run."""
     named = {"model": model, "family": family, "train_seed": train_seed}
     return named | (condition.columns() if condition else CLEAN)
+
+
+def of_one_name(conditions: Iterable[Condition]) -> dict[str, list[Condition]]:
+    """By label, different ones that tables could not tell apart."""
+    found: dict[tuple[str, int], dict[Condition, None]] = {}
+    for condition in conditions:
+        p = condition.perturbation
+        options = {name: str(getattr(condition, name)) for name in PLAIN}
+        name = label_of(p.label, p.strength, **options)
+        found.setdefault((name, condition.eval_seed), {})[condition] = None
+    return {name: list(same) for (name, _), same in found.items() if len(same) > 1}
 
 
 @dataclass(frozen=True)

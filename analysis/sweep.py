@@ -19,7 +19,7 @@ from analysis.perturb import (
     Perturbation,
     RandomRouting,
 )
-from analysis.results import Results, from_cells
+from analysis.results import Results, from_cells, of_one_name
 from cartmoe.data import Sequences
 
 CONTROLS = (Identity(), DropChosen(1), DropUnchosen(1), RandomRouting(), NoRouted())
@@ -101,6 +101,8 @@ def conditions_of(
                 f"perturbations has two functions of title {p.title!r} and version {p.version}; "
                 "give each a title of its own"
             )
+    for name, same in of_one_name(asked).items():
+        raise ValueError(f"perturbations has {len(same)} that tables call {name!r}: {same}")
     return list(dict.fromkeys(asked))
 
 

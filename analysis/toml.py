@@ -19,6 +19,7 @@ from analysis.perturb import (
     perturbation_class,
     perturbation_from_dict,
 )
+from analysis.results import of_one_name
 from analysis.stats.pairs import CONDITION, label_of
 from analysis.study import Contrasts, Data, Measure, ModelSpec, Only, Study, check_text
 from cartmoe.config import FAMILIES, PRESETS, ModelConfig, check_choice, check_whole
@@ -53,6 +54,7 @@ def study_from_table(table: Mapping[str, Any], origin: str, default_name: str) -
     restricted = list(reader.conditions(table, models))
     conditions = tuple(dict.fromkeys(condition for condition, _ in restricted))
     only = reader.only(restricted)
+    reader.names(models, conditions, only)
     contrasts = reader.contrasts(table, models, conditions)
     if not models and not reader.mistakes:
         reader.mistakes.append("no models: give [train] with families, or [[models]] with path")
@@ -233,6 +235,22 @@ class _Reader:
                 self.mistakes.append(f"{where}.{name}: {getattr(p, name)!r} is no directory")
                 good = False
         return good
+
+    def names(
+        self,
+        models: list[ModelSpec],
+        conditions: tuple[Condition, ...],
+        only: Mapping[Condition, Only],
+    ) -> None:
+        """Conditions on one model need different names in tables."""
+        for model in models:
+            mine = [c for c in conditions if only.get(c, Only())(model)]
+            for name, same in of_one_name(mine).items():
+                listed = ", ".join(str(c.perturbation.to_dict()) for c in same)
+                self.mistakes.append(
+                    f"conditions: {len(same)} have one name in tables, {name!r}: {listed}; measure "
+                    "them in studies of their own"
+                )
 
     def contrasts(
         self, study: Mapping, models: list[ModelSpec], conditions: tuple[Condition, ...]

@@ -522,6 +522,8 @@ def test_sweep_refuses_two_functions_of_one_name(model_of, shard):
     other = Custom(lambda logits_TE, ctx: logits_TE * 2, "mine")
     with pytest.raises(ValueError, match="two functions of title 'mine' and version 0"):
         sweep(model, shard, [flip, other], progress=False)
+    with pytest.raises(ValueError, match="has 2 that tables call 'mine'"):
+        sweep(model, shard, [flip, Custom(flip.function, "mine", version=1)], progress=False)
     twice = sweep(model, shard, [flip, flip], controls=False, progress=False)
     assert twice.damage().label.tolist() == ["mine"]
 

@@ -389,3 +389,20 @@ def test_all_mistakes_at_once():
     lines = mistakes(table)
     assert len(lines) == len(starts)
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+
+
+def test_conditions_of_one_name_are_refused_before_they_are_measured(tmp_path):
+    """Tables could not tell them apart; where they are for different models they can."""
+    (tmp_path / "run").mkdir()
+    model = {"path": str(tmp_path / "run"), "name": "a"}
+    custom = {"perturbation": "Custom", "function": "torch:relu", "title": "mine"}
+    table = {"models": [model], "conditions": [custom | {"version": [1, 2]}]}
+    with pytest.raises(ValueError, match=r"conditions: 2 have one name in tables, 'mine'"):
+        Study.from_dict(table)
+    table["models"] = [model, model | {"name": "b"}]
+    table["conditions"] = [
+        custom | {"version": 1, "models": ["a"]},
+        custom | {"version": 2, "models": ["b"]},
+        {"perturbation": "GaussianNoise", "eval_seed": [0, 1]},
+    ]
+    assert len(Study.from_dict(table).conditions) == 4
