@@ -130,6 +130,11 @@ class Condition:
             raise ValueError(
                 f"point is {self.point!r}; {type(p).__name__} works at {' and '.join(p.points)}"
             )
+        if self.downstream == "replay" and getattr(p, "needs_input", False):
+            raise ValueError(
+                f"downstream is 'replay'; {p.label} needs what enters the router, and then nothing "
+                "does: later routers work from recorded logits"
+            )
         set_number(self, "eval_seed", int)
 
     def to_dict(self) -> dict[str, Any]:

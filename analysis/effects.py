@@ -38,10 +38,19 @@ def _dealt(weights_TK: Tensor, to_TK: Tensor) -> Tensor:
     return torch.where(to_TK != 0, dealt_TK, 0)
 
 
+def _made_by_scores(clean: Routing, changed: Routing, router: Router) -> bool:
+    """Whether R' has the weights that perturbed scores give: no part of a Compose moved them."""
+    if changed.scores_TE is clean.scores_TE:
+        return False
+    K = changed.ids_TK.shape[-1]
+    k = None if clean.ids_TK.shape[-1] == K else K
+    return torch.equal(router.weigh(changed.scores_TE, changed.ids_TK, k), changed.weights_TK)
+
+
 def _weights(clean: Routing, changed: Routing, router: Router) -> Routing:
     """The ids of R with the weights that the perturbed scores give them, or, where it was not the
     scores that were perturbed, the weights that they have in R'."""
-    by_scores = changed.scores_TE is not clean.scores_TE
+    by_scores = _made_by_scores(clean, changed, router)
     weights_TE = changed.scores_TE if by_scores else DenseRouting(changed).weights_TE
     # Those that R uses. (Not router.weigh: with top_p it would also choose how many.)
     weights_TK = weights_TE.gather(-1, clean.ids_TK) * (clean.weights_TK != 0)

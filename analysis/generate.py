@@ -51,7 +51,8 @@ def generation_agreement(
     prompt    tokens given: the first ones of each document (of the first of its sequences in
               `docs` that has as many); documents without such a sequence are left out
     new       tokens that are then generated, each the most probable one (of equals the lowest id)
-    phases    perturb the routers at the "prompt"'s positions, while "decoding", or at "both"
+    phases    perturb the routers at the "prompt"'s positions, while "decoding", or at "both"; while
+              decoding the first new token is still the clean one, so that `equal` is at least 1/new
     where, point, seed   for perturbations that are no `Condition` of their own
 
     A row a condition and phase: the columns that name it, phase, num_documents, prompt, new, and

@@ -157,9 +157,9 @@ def perturbed(
     condition = Condition(perturbation, where, point=point, effect=effect, eval_seed=seed)
     selector = selector or condition.where
     sites = model.sites()
-    if isinstance(perturbation, Perturbation):
-        perturbation.check(sites)
     fired = {site: 0 for site in sites if selector(site)}
+    if isinstance(perturbation, Perturbation):
+        perturbation.check(list(fired))
     if sites and not fired:
         have = ", ".join(f"layer {s.layer} stage {s.stage}" for s in sites)
         raise ValueError(f"where selects no router; the model has {have}")

@@ -61,15 +61,12 @@ class Noise:
         self.sequence_T, self.position_T = sequence_T, position_T
 
     def bits(self, width: int, purpose: str = "") -> Tensor:
-        """(T, width) int64, all 64 bits random; one column for each expert."""
-
-        def draw() -> Tensor:
-            key = hash_key(self.seed, self.site, purpose)
-            token_T = mix64(mix64(self.sequence_T + key) + self.position_T * GOLDEN)
-            column = torch.arange(1, width + 1, device=token_T.device) * GOLDEN
-            return mix64(token_T[:, None] + column)
-
-        return self._once("bits", width, purpose, draw)
+        """(T, width) int64, all 64 bits random; one column for each expert. They are what other
+        draws are made of, and quickly made, so that they are not kept."""
+        key = hash_key(self.seed, self.site, purpose)
+        token_T = mix64(mix64(self.sequence_T + key) + self.position_T * GOLDEN)
+        column = torch.arange(1, width + 1, device=token_T.device) * GOLDEN
+        return mix64(token_T[:, None] + column)
 
     def uniform(self, width: int, purpose: str = "") -> Tensor:
         """(T, width) fp32 in the open interval (0, 1)."""

@@ -70,7 +70,7 @@ class Plan:
     def _misfits(self, model: Adapter, conditions: Iterable[Condition | None]) -> Iterator[str]:
         for condition in filter(None, conditions):
             try:
-                condition.perturbation.check(model.sites())
+                condition.perturbation.check(list(filter(condition.where, model.sites())))
             except ValueError as error:
                 yield f"conditions: {condition.perturbation.label}, model {model.name!r}: {error}"
 

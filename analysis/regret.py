@@ -94,8 +94,10 @@ def regret(
     BCa bounds over documents (NAME_low, NAME_high)
     regret   nll of the own route - the lowest nll among the first n alternatives; below 0 where all
              are worse
-    null     the same with the targets of the batch's tokens shuffled among them. The best of n on
-             one realized target is better by chance alone, and this is by how much
+    null     the same with the targets of the batch's tokens shuffled among them: what it would be
+             if targets had nothing to do with routes. The best of n on one realized target is
+             better by chance alone; and the own route may be more sure of itself than others,
+             right or wrong, so that this is not 0 for n = 1
     excess   regret - null: what better routes for these very targets there were to be found
     cost     mean nll of the n alternatives - nll of the own route: whether routes matter here
 

@@ -13,16 +13,21 @@ from analysis.measure import Cell, measure
 from analysis.perturb import (
     Custom,
     DropChosen,
+    DropTop,
     DropUnchosen,
     Identity,
     NoRouted,
     Perturbation,
     RandomRouting,
+    ResidualNoise,
 )
 from analysis.results import Results, from_cells, of_one_name
 from cartmoe.data import Sequences
 
-CONTROLS = (Identity(), DropChosen(1), DropUnchosen(1), RandomRouting(), NoRouted())
+CONTROLS = (
+    *(Identity(), DropChosen(1), DropUnchosen(1), RandomRouting(), NoRouted()),
+    ResidualNoise(DropTop(1)),
+)
 CALIBRATION = 32  # sequences that a sweep calibrates on unless it is told others
 
 Asked = Perturbation | Condition | Sequence[Perturbation | Condition]
@@ -46,7 +51,8 @@ def sweep(
 
     docs          from `analysis.documents`
     where, point, seed   for perturbations that are no `Condition` of their own
-    controls      also measure identity, DropChosen, DropUnchosen, RandomRouting and NoRouted
+    controls      also measure identity, DropChosen, DropUnchosen, RandomRouting, NoRouted, and
+                  ResidualNoise as large as DropTop(1)
     calibration   documents that RandomRouting draws from; by default the first 32 of `docs`
     tokens        keep every token's loss, for quantiles and groups of tokens
     """

@@ -41,6 +41,7 @@ class Perturbation:
               several conditions
     points    the points (see `Condition`) that it can work at
     anew      whether a decision is replaced, whatever it was, so that it undoes one before it
+    needs_input   whether it needs what enters the router, which nothing does under "replay"
     """
 
     expects: ClassVar[str] = "selection"
@@ -49,6 +50,7 @@ class Perturbation:
     listed: ClassVar[frozenset[str]] = frozenset()
     points: ClassVar[tuple[str, ...]] = ("logits", "scores")
     anew: ClassVar[bool] = False
+    needs_input: ClassVar[bool] = False
 
     @property
     def strength(self) -> float:
@@ -79,13 +81,21 @@ class Perturbation:
         return named | {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
     def check(self, sites: Sequence[RouterSite]) -> None:
-        """Raise `ValueError` if it does not fit a model that has these routers."""
+        """Raise `ValueError` if it cannot act on these routers of a model."""
 
     def prepare(self, model: Adapter, clean: CleanPass, condition: Condition) -> Perturbation:
         """What takes this one's place on one batch, whose clean pass is over: for searches that
         need the whole model. `condition` is that of which it is a part."""
-        self.check(model.sites())
+        self.check([site for site in model.sites() if condition.where(site)])
         return self
+
+
+def check_experts(said: str, number: int, sites: Sequence[RouterSite]) -> None:
+    """Raise `ValueError` naming a router that has fewer experts. `said`: "m is", "ranks has"."""
+    for site in sites:
+        if number > site.num_experts:
+            have = site.num_experts
+            raise ValueError(f"{said} {number}; {site.name} has only {have} experts")
 
 
 def plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -73,6 +73,11 @@ class Compose(Perturbation):
         """Those that all parts can work at."""
         return tuple(p for p in Perturbation.points if all(p in part.points for part in self.parts))
 
+    @property
+    def needs_input(self) -> bool:
+        """If any part does."""
+        return any(part.needs_input for part in self.parts)
+
     def identity(self) -> Perturbation:
         """All parts changing nothing."""
         return Compose(tuple(part.identity() for part in self.parts))
@@ -121,6 +126,11 @@ class ResidualNoise(Perturbation):
         """Those of the perturbation whose size it has."""
         return self.of.points
 
+    @property
+    def needs_input(self) -> bool:
+        """If the perturbation whose size it has does."""
+        return self.of.needs_input
+
     def identity(self) -> Perturbation:
         """Noise of norm 0."""
         return ResidualNoise(self.of.identity())
@@ -145,7 +155,7 @@ class Custom(Perturbation):
     changes    what it must change to be a test: "none", "weights" or "selection"
     """
 
-    function: Callable[[Tensor, RouterContext], Tensor] | str = field(default="", compare=False)
+    function: Callable[[Tensor, RouterContext], Tensor] | str = ""
     title: str = ""
     version: int = 0
     changes: str = "weights"

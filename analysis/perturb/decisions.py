@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,8 +10,15 @@ import torch
 from torch import Tensor
 
 from analysis.context import RouterContext
-from analysis.perturb.base import Identity, Perturbation, set_flag, set_number
+from analysis.perturb.base import (
+    Identity,
+    Perturbation,
+    check_experts,
+    set_flag,
+    set_number,
+)
 from cartmoe.config import check_choice
+from cartmoe.hooks import RouterSite
 from cartmoe.routing import EPS, Router, Routing
 
 
@@ -40,16 +48,17 @@ class TopK(Perturbation):
     def __post_init__(self) -> None:
         set_number(self, "k", int, least=1)
 
+    def check(self, sites: Sequence[RouterSite]) -> None:
+        """`ValueError` for more experts than a router has."""
+        check_experts("k is", self.k, sites)
+
     def identity(self) -> Perturbation:
         """The router's own number."""
         return Identity()
 
     def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
         """(T, k) slots."""
-        if self.k > ctx.site.num_experts:
-            raise ValueError(
-                f"k is {self.k}; {ctx.site.name} has only {ctx.site.num_experts} experts"
-            )
+        self.check([ctx.site])
         return router.decide(routing.logits_TE, routing.scores_TE, k=self.k)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import ClassVar
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from analysis.context import RouterContext
-from analysis.perturb.base import Perturbation, chosen_mask, finite_std, set_number
+from analysis.perturb.base import Perturbation, check_experts, chosen_mask, finite_std, set_number
 from cartmoe.config import check_choice
+from cartmoe.hooks import RouterSite
 from cartmoe.routing import stable_topk
 
 SCALES = ("token", "site", "absolute")
@@ -106,14 +108,16 @@ class SwapRanks(Perturbation):
         for name in ("r", "s"):
             set_number(self, name, int, least=1)
 
+    def check(self, sites: Sequence[RouterSite]) -> None:
+        """`ValueError` for a rank that a router does not have."""
+        check_experts("ranks r, s have", max(self.r, self.s), sites)
+
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A copy with two entries of each row exchanged."""
         if self.r == self.s:
             return logits_TE
-        low, E = max(self.r, self.s), logits_TE.shape[-1]
-        if low > E:
-            raise ValueError(f"ranks r, s have {low}; {ctx.site.name} has only {E} experts")
-        order_TK = stable_topk(logits_TE, low)
+        self.check([ctx.site])
+        order_TK = stable_topk(logits_TE, max(self.r, self.s))
         pair_T2 = torch.stack([order_TK[:, self.r - 1], order_TK[:, self.s - 1]], -1)
         value_T2 = logits_TE.gather(-1, pair_T2)
         masked_T1 = (value_T2 == -torch.inf).any(-1, keepdim=True)  # who is out stays out

@@ -13,6 +13,7 @@ from torch import Tensor
 from analysis.context import RouterContext
 from analysis.perturb.base import (
     Perturbation,
+    check_experts,
     chosen_mask,
     mask_experts,
     set_number,
@@ -56,14 +57,17 @@ class DropTop(Perturbation):
         """m = 0."""
         return DropTop(0)
 
+    def check(self, sites: Sequence[RouterSite]) -> None:
+        """`ValueError` for more experts than a router has."""
+        if self.ratio is None:
+            check_experts("m is", self.m, sites)
+
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A masked copy."""
-        E = logits_TE.shape[-1]
-        m = self.m if self.ratio is None else round(self.ratio * E)
+        m = self.m if self.ratio is None else round(self.ratio * logits_TE.shape[-1])
         if m == 0:
             return logits_TE
-        if m > E:
-            raise ValueError(f"m is {m}; {ctx.site.name} has only {E} experts")
+        self.check([ctx.site])
         return mask_experts(logits_TE, stable_topk(logits_TE, m))
 
 
@@ -78,12 +82,14 @@ class KeepRanks(Perturbation):
     def __post_init__(self) -> None:
         set_numbers(self, "ranks", 1)
 
+    def check(self, sites: Sequence[RouterSite]) -> None:
+        """`ValueError` for a rank that a router does not have."""
+        check_experts("ranks has", self.ranks[-1], sites)
+
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A masked copy."""
-        E = logits_TE.shape[-1]
-        if self.ranks[-1] > E:
-            raise ValueError(f"ranks has {self.ranks[-1]}; {ctx.site.name} has only {E} experts")
-        order_TE = stable_topk(logits_TE, E)
+        self.check([ctx.site])
+        order_TE = stable_topk(logits_TE, logits_TE.shape[-1])
         kept_TM = order_TE[:, torch.tensor(self.ranks, device=order_TE.device) - 1]
         masked_TE = torch.full_like(logits_TE, -torch.inf)
         return masked_TE.scatter(-1, kept_TM, logits_TE.gather(-1, kept_TM))

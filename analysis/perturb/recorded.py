@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +15,7 @@ from analysis.context import RouterContext, Tokens
 from analysis.perturb.base import Identity, Perturbation
 from analysis.perturb.decisions import where_tokens
 from cartmoe.data import IGNORE
+from cartmoe.hooks import RouterSite
 from cartmoe.routing import Router, Routing
 
 if TYPE_CHECKING:
@@ -73,8 +74,19 @@ class Replay(Perturbation):
         """The trace; opened, and checked byte by byte, once a process."""
         return _opened(self.trace, self._known())
 
+    def check(self, sites: Sequence[RouterSite]) -> None:
+        """`ValueError` for a router that was not recorded, or has other experts."""
+        for site in sites:
+            recorded = self.opened().place(site).num_experts
+            if recorded not in (None, site.num_experts):
+                raise ValueError(
+                    f"trace {self.trace} has {recorded} experts at {site.name}; this model has "
+                    f"{site.num_experts}"
+                )
+
     def prepare(self, model, clean, condition) -> Perturbation:
         """Itself. Raises `ValueError` if a token with a target has no recorded decision."""
+        super().prepare(model, clean, condition)
         tokens: Tokens = clean.tokens
         known_T = self.opened().known(tokens.sequence_T, tokens.position_T, tokens.token_ids_T)
         wanted_T = clean.losses.targets_T != IGNORE
@@ -91,11 +103,12 @@ class Replay(Perturbation):
         trace, tokens = self.opened(), ctx.tokens
         known_T = trace.known(tokens.sequence_T, tokens.position_T, tokens.token_ids_T)
         ids_TK, weights_TK = trace.lookup(ctx.site, tokens.sequence_T, tokens.position_T)
-        have, recorded = ctx.site.num_experts, trace.place(ctx.site).num_experts
-        if recorded not in (None, have) or ids_TK.max() >= have:
-            number = recorded or int(ids_TK.max()) + 1
+        self.check([ctx.site])
+        have = ctx.site.num_experts
+        if ids_TK.max() >= have:  # a trace that does not say how many there were
             raise ValueError(
-                f"trace {self.trace} has {number} experts at {ctx.site.name}; this model has {have}"
+                f"trace {self.trace} has {int(ids_TK.max()) + 1} experts at {ctx.site.name}; this "
+                f"model has {have}"
             )
         ids_TK = ids_TK.clamp(min=0)  # of padding, which keeps the router's own below
         if weights_TK is None:
@@ -116,6 +129,7 @@ class GateSwap(Perturbation):
     """
 
     points: ClassVar[tuple[str, ...]] = ("logits",)
+    needs_input: ClassVar[bool] = True
     checkpoint: Any = None
     sha256: str | None = None
 
@@ -167,27 +181,35 @@ class GateSwap(Perturbation):
             )
         return self.sha256
 
+    def check(self, sites: Sequence[RouterSite]) -> None:
+        """`ValueError` for a router that the other model does not have, or not with as many
+        experts."""
+        if isinstance(self.checkpoint, str):
+            have = _sites_of(self.checkpoint, self._known())
+        else:
+            have = tuple(self.checkpoint.sites())
+        experts = {(site.layer, site.stage): site.num_experts for site in have}
+        for site in sites:
+            number = experts.get((site.layer, site.stage))
+            if number is None:
+                raise ValueError(f"the model of {self.label} has no router at {site.name}")
+            if number != site.num_experts:
+                raise ValueError(
+                    f"the model of {self.label} has {number} experts at {site.name}; this one has "
+                    f"{site.num_experts}"
+                )
+
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """The other gate's logits of the same input."""
-        if ctx.x_TD is None:
-            raise ValueError(
-                "GateSwap needs what enters the router; under downstream 'replay' nothing does"
-            )
+        self.check([ctx.site])
         device = ctx.x_TD.device
         if isinstance(self.checkpoint, str):
             gates = _loaded_gates(self.checkpoint, self._known(), device)
         else:
             gates = _gates(self.checkpoint)
-        gate = gates.get((ctx.site.layer, ctx.site.stage))
-        if gate is None:
-            raise ValueError(f"the model of {self.label} has no router at {ctx.site.name}")
+        gate = gates[ctx.site.layer, ctx.site.stage]
         with torch.no_grad():
             other_TE = gate(ctx.x_TD, ctx.tokens.token_ids_T).to(logits_TE)
-        if other_TE.shape != logits_TE.shape:
-            raise ValueError(
-                f"the model of {self.label} has {other_TE.shape[-1]} experts at {ctx.site.name}; "
-                f"this one has {logits_TE.shape[-1]}"
-            )
         return other_TE.where(logits_TE != -torch.inf, -torch.inf)  # after a mask, in a Compose
 
 
@@ -226,6 +248,16 @@ def _opened(path: str, sha256: str) -> Trace:
     if trace.sha256 != sha256:
         raise ValueError(f"the trace at {path} is another one than it was")
     return trace
+
+
+@functools.lru_cache(maxsize=16)
+def _sites_of(path: str, sha256: str) -> tuple[RouterSite, ...]:
+    """The routers of a checkpoint, told from its configuration alone."""
+    from cartmoe.checkpoint import read_config
+    from cartmoe.hooks import router_sites
+    from cartmoe.skeleton import skeleton
+
+    return tuple(router_sites(skeleton(read_config(path))))
 
 
 Gates = dict[tuple[int, int], Callable[[Tensor, Tensor], Tensor]]

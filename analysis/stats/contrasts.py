@@ -40,7 +40,8 @@ def family_contrasts(
     verdict                   "differs": p_holm is at most 1 - confidence. With a margin (in nats
                               per token) also "equivalent within margin": two one-sided tests at
                               1 - confidence, that is, the (2 confidence - 1) interval lies
-                              inside of +- margin; it stands also where p_holm is small. Else
+                              inside of +- margin, row by row (not adjusted for their number);
+                              it stands also where p_holm is small. Else
                               "undecided": nothing here says that there is no difference.
 
     Models that lack a condition have no row. Raises `ValueError` for an unknown reference or

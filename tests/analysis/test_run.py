@@ -483,6 +483,7 @@ def test_sweep(model_of, shard):
     results = sweep(model, shard, [DropTop(1), DropTop(1), GaussianNoise(1.0)], progress=False)
     damage = results.damage()
     controls = ["Identity", "DropChosen(1)", "DropUnchosen(1)", "RandomRouting(1)", "NoRouted"]
+    controls.append("ResidualNoise(1, of=DropTop)")
     assert damage.label.tolist() == ["DropTop(1)", "GaussianNoise(1)", *controls]
     assert (damage.set_index("label").loc["Identity", ["delta_nats", "low", "high"]] == 0).all()
     assert len(results.table()) == 1
