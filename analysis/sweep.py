@@ -11,7 +11,6 @@ from analysis.conditions import Condition
 from analysis.intervene import as_adapter, calibrate
 from analysis.measure import Cell, measure
 from analysis.perturb import (
-    Custom,
     DropChosen,
     DropTop,
     DropUnchosen,
@@ -99,13 +98,6 @@ def conditions_of(
             raise ValueError(
                 f"perturbations has {condition.perturbation!r}, which tables cannot name; make "
                 "it a frozen dataclass derived from analysis.Perturbation, or an analysis.Custom"
-            )
-    functions: dict[Custom, object] = {}
-    for p in (condition.perturbation for condition in asked):
-        if isinstance(p, Custom) and functions.setdefault(p, p.function) is not p.function:
-            raise ValueError(
-                f"perturbations has two functions of title {p.title!r} and version {p.version}; "
-                "give each a title of its own"
             )
     for name, same in of_one_name(asked).items():
         raise ValueError(f"perturbations has {len(same)} that tables call {name!r}: {same}")

@@ -185,9 +185,10 @@ def test_custom_by_name(tmp_path, monkeypatch, context_of):
     assert got.logits_TE.equal(-decide(router_of(), Identity(), -got.logits_TE, context_of)[1][0])
 
 
-def test_custom_is_known_by_title_and_version():
-    a, b = Custom(flatten, title="mine"), Custom(lambda z, ctx: z, title="mine")
+def test_custom_is_known_by_function_title_and_version():
+    a, b = Custom(flatten, title="mine"), Custom(flatten, title="mine")
     assert a == b
+    assert a != Custom(lambda z, ctx: z, title="mine")  # a study refuses both beside each other
     assert a != Custom(flatten, title="mine", version=1)
     assert a != Custom(flatten, title="other")
 

@@ -18,7 +18,15 @@ import analysis
 from analysis import report
 from analysis.conditions import Condition
 from analysis.describe import describe
-from analysis.perturb import Custom, DropTop, GaussianNoise, Identity, RandomRouting
+from analysis.perturb import (
+    Compose,
+    Custom,
+    DropTop,
+    GaussianNoise,
+    Identity,
+    RandomRouting,
+    UniformWeights,
+)
 from analysis.run import read, run
 from analysis.saved import _paired
 from analysis.store import Store
@@ -521,7 +529,7 @@ def test_sweep_refuses_two_functions_of_one_name(model_of, shard):
     model = model_of("smoe_share")
     flip = Custom(lambda logits_TE, ctx: -logits_TE, "mine")
     other = Custom(lambda logits_TE, ctx: logits_TE * 2, "mine")
-    with pytest.raises(ValueError, match="two functions of title 'mine' and version 0"):
+    with pytest.raises(ValueError, match="has 2 that tables call 'mine'"):
         sweep(model, shard, [flip, other], progress=False)
     with pytest.raises(ValueError, match="has 2 that tables call 'mine'"):
         sweep(model, shard, [flip, Custom(flip.function, "mine", version=1)], progress=False)
@@ -547,3 +555,31 @@ def test_verdicts(model_of, shard, label, column, verdict):
     if label:
         damage.loc[damage.label == label, column] = 0.0 if column == "changed" else 1e-9
     assert verdict in describe(results)
+
+
+def test_strengths_that_do_not_fit_are_found_before_training(study_dict_of, tmp_path):
+    """All of them, each with the model that it does not fit."""
+    study = study_dict_of(
+        conditions=[
+            {"perturbation": "DropTop", "m": 99},
+            {"perturbation": "TopK", "k": [2, 64]},
+            {"perturbation": "Compose", "parts": [{"name": "SwapRanks", "r": 1, "s": 77}]},
+        ]
+    )
+    with pytest.raises(ValueError, match="m is 99") as caught:
+        run(Study.from_dict(study), tmp_path, progress=False)
+    text = str(caught.value)
+    assert "k is 64" in text
+    assert "ranks r, s have 77" in text
+    assert "model 'smoe_share'" in text
+    assert "model 'cartesian'" in text
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_part_of_a_compose_is_let_through(model_of, shard):
+    """Weights that a later part has moved are no less weights than those that logits have moved."""
+    p = Compose((GaussianNoise(1e-4), UniformWeights(1.0)))
+    conditions = [Condition(p, effect=e) for e in ("full", "weights", "part weights")]
+    result = sweep(model_of("cartesian"), shard, conditions, controls=False, progress=False)
+    moved = result.damage().mass_moved
+    assert moved.min() > 0.9 * moved.max() > 0
