@@ -90,7 +90,12 @@ def measure(
             clean = CleanPass.of(model, batch, kinds_V)
             _collect_clean(model, clean, batch, collectors[0])
         tables: dict[RouterSite, Table] = {}
-        for collector in collectors[1:]:
+        seed = None
+        # Seed by seed: draws are kept for the conditions that share them, and no longer.
+        for collector in sorted(collectors[1:], key=lambda c: c.condition.eval_seed):
+            if collector.condition.eval_seed != seed:
+                seed = collector.condition.eval_seed
+                clean.draws.clear()
             with collector.timed():
                 tabulated = collector.condition in tabulate
                 _run_condition(
