@@ -160,6 +160,7 @@ def numerics(planned: dict[str, Any]) -> Iterator[None]:
 
 
 def autocast(precision: str):
+    """The context in which a study of this precision measures."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(torch.device(default_device()).type, torch.bfloat16)

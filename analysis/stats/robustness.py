@@ -74,6 +74,7 @@ def _cell(rows: pd.DataFrame, name: str) -> tuple[float, float, float]:
 
 
 def router_columns(sites: pd.DataFrame, row: dict[str, object]) -> dict[str, object]:
+    """What tables print of a checkpoint's router beside its damage, by column."""
     check_columns("sites", sites, ["model", "train_seed", "layer", "stage", "metric", "value"])
     mine = sites[(sites.model == row["model"]) & (sites.train_seed == row["train_seed"])]
 
