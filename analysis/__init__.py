@@ -18,7 +18,9 @@ from analysis.export import export
 from analysis.generate import generation_agreement
 from analysis.intervene import calibrate, perturbed
 from analysis.margins import flip_prediction
+from analysis.measure_overlap import measure_overlap
 from analysis.models import adapt, documents, load
+from analysis.overlap import METRICS, Overlap
 from analysis.perturb import (
     PERTURBATIONS,
     Compose,
@@ -54,6 +56,7 @@ from analysis.sweep import sweep
 from analysis.trace import Trace
 
 __all__ = [
+    "METRICS",
     "PERTURBATIONS",
     "Comparison",
     "Compose",
@@ -71,6 +74,7 @@ __all__ = [
     "KeepRanks",
     "Lag",
     "NoRouted",
+    "Overlap",
     "Perturbation",
     "Quantize",
     "RandomRouting",
@@ -95,6 +99,7 @@ __all__ = [
     "flip_prediction",
     "generation_agreement",
     "load",
+    "measure_overlap",
     "perturbed",
     "plots",
     "processes",

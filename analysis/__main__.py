@@ -1,4 +1,4 @@
-"""python -m analysis run STUDY.toml --out DIR | summarize | plot | export DIR | record MODEL"""
+"""python -m analysis run STUDY.toml | summarize | plot | export DIR | record | overlap MODEL"""
 
 from __future__ import annotations
 
@@ -113,6 +113,48 @@ def record(
         typer.echo(
             Trace.record(load(checkpoint), docs, out, batch_size=batch_size, progress=progress)
         )
+
+
+@app.command()
+def overlap(
+    models: list[Path] = typer.Argument(metavar="MODEL...", help="Checkpoints or runs."),
+    out: Path = typer.Option(help="Directory for tables and figures."),
+    corpus: str = typer.Option("stdlib", help="A built-in corpus, or a path to text."),
+    documents: int = typer.Option(60, help="Documents to measure on.", min=1),
+    length: int = typer.Option(256, help="Tokens of a sequence.", min=1),
+    metric: list[str] = typer.Option(None, help="Of these alone; may be given several times."),
+    sites: str = typer.Option(None, help='Routers, such as "layer 2"; all by default.'),
+    probe: str = typer.Option("all", help="Tokens for outputs: all, routed or either."),
+    progress: bool = typer.Option(True, help="Show progress bars."),
+) -> None:
+    """Measure what the experts of models have in common; tables and figures."""
+    with _one_line_errors():
+        from analysis import overlap_report
+        from analysis.measure_overlap import measure_overlap
+        from analysis.models import documents as read_documents
+        from analysis.models import load
+        from analysis.overlap.tables import join
+
+        loaded = [load(path) for path in models]
+        found = []
+        for model in loaded:
+            docs = read_documents(
+                corpus,
+                model,
+                length=length,
+                limit=documents,
+                max_tokens_per_document=length,
+            )
+            found.append(
+                measure_overlap(model, docs, metric or None, sites, probe, progress=progress)
+            )
+        asked = dict(
+            models={str(path): m.identity for path, m in zip(models, loaded, strict=True)},
+            **dict(corpus=corpus, documents=documents, length=length),
+            **dict(metrics=metric, sites=sites, probe=probe),
+        )
+        for path in overlap_report.write(join(found), out, asked):
+            typer.echo(path)
 
 
 @app.command()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from analysis.adapters.base import as_adapter
 from analysis.conditions import DOWNSTREAM, Condition
 from analysis.effects import COALITIONS
-from analysis.intervene import as_adapter
 from analysis.perturb import Perturbation
 
 

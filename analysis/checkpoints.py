@@ -24,7 +24,7 @@ from cartmoe.checkpoint import (
     run_checkpoints,
 )
 from cartmoe.config import ModelConfig
-from cartmoe.corpora import CORPORA
+from cartmoe.corpora import CORPORA, is_built_in
 from cartmoe.data import Corpus
 from cartmoe.run import RUN, read_run
 from cartmoe.skeleton import skeleton as model_skeleton
@@ -60,7 +60,7 @@ def check_sources(study: Study) -> None:
     """Raise `ValueError`, a line a mistake, for a corpus or a tokenizer that is not there."""
     mistakes = []
     corpus = study.data.corpus
-    if corpus not in CORPORA and not Path(corpus).expanduser().exists():
+    if not is_built_in(corpus) and not Path(corpus).expanduser().exists():
         mistakes.append(
             f"data.corpus: corpus is {corpus!r}, which is no file, folder or built-in corpus "
             f"({', '.join(CORPORA)})"

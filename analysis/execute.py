@@ -26,6 +26,7 @@ from analysis.measure import Cell
 from analysis.task import Task, compute, compute_pickled, forget
 
 MAX_DEATHS = 3
+PATIENCE = 60  # seconds without a result before an executor is asked whether it has workers
 
 
 class Failure(NamedTuple):
@@ -97,7 +98,7 @@ class Pool:
                 flying[self._submit(task)] = task
             if not flying:
                 break
-            done, _ = wait(flying, return_when=FIRST_COMPLETED)
+            done = self._wait(flying)
             broken = False
             for future in done:
                 task, error = flying.pop(future), _error(future)
@@ -120,7 +121,7 @@ class Pool:
         died = 0
         while died < MAX_DEATHS:
             future = self._submit(task)
-            wait([future])
+            self._wait([future])
             error = _error(future)
             if error is None:
                 return future.result()
@@ -130,6 +131,14 @@ class Pool:
             if isinstance(error, BrokenExecutor):
                 self._restart()
         return Failure("the worker process died: killed, crashed, or out of memory", died)
+
+    def _wait(self, futures: Iterable[Future]) -> set[Future]:
+        """Those that are done, once one is; asks now and then whether there still are workers."""
+        while not (done := wait(futures, PATIENCE, FIRST_COMPLETED).done):
+            check = getattr(self.executor, "check", None)
+            if check:
+                check()
+        return done
 
     def _submit(self, task: Task) -> Future:
         try:

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from cartmoe.config import check_whole
 
 WAIT = 30  # seconds for the first worker of a cluster
+LOST = 300  # seconds without any after which it is given up
 HINT = "a script needs `if __name__ == '__main__':` around what starts processes"
 
 
@@ -119,11 +120,23 @@ class _Dask(Executor):
         except (OSError, ValueError, TimeoutError) as error:
             raise ConnectionError(f"no Dask workers at {address!r}: {error}") from error
         self.workers = len(self._client.ncores())
+        self._address = address
         self._executor = self._client.get_executor(pure=False)  # the same again is a new try
 
     def submit(self, fn, /, *args, **kwargs) -> Future:
         """As any executor's."""
         return self._executor.submit(fn, *args, **kwargs)
+
+    def check(self) -> None:
+        """Raise `ConnectionError` where the cluster stays without any worker: Dask itself would
+        wait for ever."""
+        try:
+            self._client.wait_for_workers(1, timeout=LOST)
+        except (OSError, TimeoutError) as error:
+            raise ConnectionError(
+                f"no Dask workers at {self._address!r} any more for {LOST} s ({error}); finished "
+                "cells are kept, and the same command goes on from them"
+            ) from error
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Also closes the client. What runs already goes on, and is dropped."""

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from analysis.adapters.base import Adapter, State
+from analysis.adapters.base import Adapter, State, as_adapter
 from analysis.clean import CleanPass
 from analysis.conditions import Condition, Where
 from analysis.context import Calibration, RouterContext, SiteStats, Tokens
@@ -181,21 +181,6 @@ def perturbed(
     # All routers, also those that stay as they are: a perturbation may look back at them.
     with model.on_forward(begin), intervention.attached(model):
         yield fired
-
-
-def as_adapter(model: object) -> Adapter:
-    """The model as a model under study; what already is one is returned as it is."""
-    from analysis.adapters.cartmoe import CartMoEAdapter
-    from cartmoe.model import LanguageModel
-
-    if isinstance(model, LanguageModel):
-        return CartMoEAdapter(model)
-    if isinstance(model, torch.nn.Module):
-        raise ValueError(
-            f"model is a {type(model).__name__}; wrap it with analysis.adapt(model, tokenizer), or "
-            "pass a cartmoe.LanguageModel"
-        )
-    return model
 
 
 @torch.no_grad()

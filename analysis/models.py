@@ -9,7 +9,7 @@ from analysis.adapters.base import Adapter
 from analysis.adapters.cartmoe import CartMoEAdapter
 from cartmoe.checkpoint import checkpoint_sha256, newest, read_meta, read_tokenizer
 from cartmoe.checkpoint import load as load_checkpoint
-from cartmoe.corpora import CORPORA, read_corpus
+from cartmoe.corpora import is_built_in, read_corpus
 from cartmoe.data import Sequences, prepare, sequences, sequences_from
 from cartmoe.model import LanguageModel
 from cartmoe.tokenizers import ByteTokenizer, Tokenizer
@@ -56,7 +56,7 @@ def documents(
     """
     tokenizer: Any = (model and model.tokenizer) or ByteTokenizer()
     limits = dict(length=length, limit=limit, max_tokens_per_document=max_tokens_per_document)
-    if str(corpus) not in CORPORA:
+    if not is_built_in(corpus):
         return sequences_from(read_corpus(corpus), tokenizer, **limits)
     prepared = prepare(corpus, tokenizer.name)
     if prepared.tokenizer.identity != tokenizer.identity:

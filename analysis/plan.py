@@ -18,7 +18,7 @@ from analysis.study import ModelSpec, Study
 from analysis.tabulate import worth_tabulating
 from analysis.task import PlannedCell, Source, Task
 from cartmoe.config import ModelConfig
-from cartmoe.corpora import CORPORA
+from cartmoe.corpora import is_built_in
 from cartmoe.data import Corpus, Sequences, prepare, sequences
 
 TASKS_A_WORKER = 3  # at least so many, so that none waits long for the last one
@@ -178,7 +178,7 @@ def documents_of(study: Study) -> tuple[Corpus, Sequences]:
     data = study.data
     corpus = prepare(data.corpus, data.tokenizer)
     docs = sequences(corpus, split=data.split, limit=data.documents, **_limits(study))
-    return corpus, docs.by_group(corpus) if data.corpus in CORPORA else docs
+    return corpus, docs.by_group(corpus) if is_built_in(data.corpus) else docs
 
 
 def _limits(study: Study) -> dict[str, int | None]:

@@ -36,6 +36,7 @@ from typing import Any
 
 from analysis.conditions import Condition
 from cartmoe.config import ModelConfig, check_choice, check_least, check_whole
+from cartmoe.corpora import check_options
 from cartmoe.train import TrainConfig
 
 PRECISIONS = ("fp32", "bf16")
@@ -67,6 +68,7 @@ class Data:
     def __post_init__(self) -> None:
         for name in ("corpus", "tokenizer"):
             check_text(name, getattr(self, name))
+        check_options(self.corpus)
         check_choice("split", self.split, ("train", "validation"))
         check_whole("length", self.length, 2)
         check_whole("shard", self.shard, 1)

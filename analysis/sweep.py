@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
-from analysis.adapters.base import Adapter
+from analysis.adapters.base import Adapter, as_adapter
 from analysis.conditions import Condition
-from analysis.intervene import as_adapter, calibrate
+from analysis.intervene import calibrate
 from analysis.measure import Cell, measure
 from analysis.perturb import (
     DropChosen,

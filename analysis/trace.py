@@ -190,7 +190,7 @@ class Trace:
         Raises `FileExistsError` if there is something at the path, `ValueError` for a dense model,
         no documents, and sequences of equal id.
         """
-        from analysis.intervene import as_adapter
+        from analysis.adapters.base import as_adapter
 
         model = as_adapter(model)
         if not model.sites():

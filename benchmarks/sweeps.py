@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from analysis.adapters.base import as_adapter
 from analysis.clean import CleanPass
 from analysis.conditions import Condition
 from analysis.context import RouterContext
-from analysis.intervene import Intervention, as_adapter
+from analysis.intervene import Intervention
 from analysis.measure import measure
 from analysis.noise import Noise
 from analysis.perturb import DropTop, GaussianNoise, Perturbation

@@ -88,7 +88,7 @@ def train_command(
     out: Annotated[Path, typer.Option(help="Directory of the run; the same command resumes it.")],
     family: Family = "cartesian",
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "nano",
-    corpus: Annotated[str | None, typer.Option(help="'stdlib', or a file or folder.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="'stdlib', 'factorial', or a path.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="'bytes', 'bpe:SIZE' or a tokenizer.json (default: preset).")
     ] = None,

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
+from cartmoe.factorial import Factorial
+
 
 class Document(NamedTuple):
     """One text. Documents of one group are never split between training and validation."""
@@ -41,12 +43,32 @@ class Source(NamedTuple):
 def open_source(corpus: str | Path) -> Source:
     """The source of a built-in corpus (a key of `CORPORA`), or of a file or folder.
 
-    Raises `FileNotFoundError` for what is neither, `ValueError` for a folder without files that
-    can be read or a file of an unknown kind. Iterating over the documents raises `ValueError`
-    for a file that is not UTF-8, a malformed line, and a corpus without any text.
+    Options of a built-in corpus stand behind a colon: "factorial:topic=0.4,pair=0.1", of which
+    `cartmoe.factorial.Factorial` tells all.
+
+    Raises `FileNotFoundError` for what is neither, `ValueError` for options that a corpus does not
+    have, a folder without files that can be read or a file of an unknown kind. Iterating over the
+    documents raises `ValueError` for a file that is not UTF-8, a malformed line, and a corpus
+    without any text.
     """
-    source = CORPORA[corpus]() if corpus in CORPORA else _user_files(Path(corpus).expanduser())
+    if is_built_in(corpus):
+        name, *options = corpus.split(":", 1)
+        source = CORPORA[name](*options)
+    else:
+        source = _user_files(Path(corpus).expanduser())
     return source._replace(documents=_with_text(source))
+
+
+def is_built_in(corpus: str | Path) -> bool:
+    """Whether it is the name of a built-in corpus, with options or without; a path never is."""
+    return isinstance(corpus, str) and corpus.partition(":")[0] in CORPORA
+
+
+def check_options(corpus: str) -> None:
+    """Raise `ValueError` for a built-in corpus with options that it does not have. Reads nothing,
+    and knows nothing of paths."""
+    if ":" in corpus and is_built_in(corpus):
+        open_source(corpus)
 
 
 def read_corpus(corpus: str | Path) -> Iterator[Document]:
@@ -82,11 +104,13 @@ def _fingerprint(files: dict[str, Path], *more: str) -> str:
 # The running Python's own standard library ---------------------------------------------------
 
 
-def _stdlib() -> Source:
+def _stdlib(options: str = "") -> Source:
     """Four domains: "code" (without docstrings), "docstrings", "tests", "reference" (pydoc topics).
 
     The group is the top-level module, which its tests share; a topic is a group of its own.
     """
+    if options:
+        raise ValueError(f"corpus is {'stdlib:' + options!r}; 'stdlib' has no options")
     root = Path(sysconfig.get_path("stdlib"))
     own = [p for p in root.iterdir() if p.name not in ("site-packages", "dist-packages")]
     paths = sorted(p for top in own for p in ([top, *top.rglob("*.py")]) if p.suffix == ".py")
@@ -159,6 +183,20 @@ def _reference() -> Iterator[Document]:
 
     for name, text in sorted(topics.items()):
         yield Document(f"reference/{name}", f"reference.{name}", "reference", text)
+
+
+# Text of a known law -------------------------------------------------------------------------
+
+
+def _factorial(options: str = "") -> Source:
+    """Domains "topic0 style0", ...; every document is a group of its own."""
+    corpus = Factorial.parse(options)
+    return Source("factorial", corpus.fingerprint, _factorial_documents(corpus))
+
+
+def _factorial_documents(corpus: Factorial) -> Iterator[Document]:
+    for number, (domain, text) in enumerate(corpus.texts()):
+        yield Document(f"{domain}/{number}", f"{domain}/{number}", domain, text)
 
 
 # The user's files ----------------------------------------------------------------------------
@@ -238,7 +276,8 @@ def _parse_lines(name: str, path: Path, lines: Iterable[bytes]) -> Iterator[tupl
         yield f"{name}:{number}", domain or "unknown", text
 
 
-CORPORA: dict[str, Callable[[], Source]] = {"stdlib": _stdlib}
+# Each is called with the options behind its name, a text, or without any.
+CORPORA: dict[str, Callable[..., Source]] = {"stdlib": _stdlib, "factorial": _factorial}
 
 READERS: dict[str, Callable[[str, Path], Iterator[tuple[str, str, str]]]] = {
     ".txt": _text_file,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -109,6 +109,14 @@ class Sequences:
 
     def __getitem__(self, rows: slice) -> Sequences:
         return Sequences(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def take(self, rows: Sequence[int]) -> Sequences:
+        """Those of these numbers, in this order."""
+        values = (getattr(self, field.name) for field in fields(self))
+        index = torch.tensor(rows, dtype=torch.int64)
+        return Sequences(
+            *(v[index] if isinstance(v, Tensor) else [v[i] for i in rows] for v in values)
+        )
 
     def to(self, device: str | torch.device) -> Sequences:
         """The same with its tensors on a device."""

@@ -60,7 +60,7 @@ def prepare(
 ) -> Corpus:
     """The tokenized corpus, from the cache or made now.
 
-    corpus     "stdlib" or the path of files; `cartmoe.corpora.read_corpus` tells which
+    corpus     "stdlib", "factorial" or the path of files; `cartmoe.corpora` tells which
     tokenizer  "bytes", "bpe:8192" or the path of a JSON file, as `load_tokenizer` takes it
     cache_dir  default: $CARTMOE_CACHE, or cartmoe in $XDG_CACHE_HOME or ~/.cache
 

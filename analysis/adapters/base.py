@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import singledispatch
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -134,6 +135,37 @@ class Adapter(Protocol):
         """(E, T, D) outputs of all experts (or of those ids) on the same tokens, unweighted."""
         ...
 
+    def shared_weights(self, site: RouterSite) -> tuple[Tensor, Tensor, Tensor] | None:
+        """gate (F, D), up (F, D) and down (D, F) of the site's shared expert, as it stands in the
+        stage's output before the mix; None where there is none. F may differ from the experts'."""
+        ...
+
+    def router_rows(self, site: RouterSite) -> Tensor | None:
+        """(E, D): what logits are inner products with; None where the gate is no linear map."""
+        ...
+
+    def stage_input(self, site: RouterSite, stream_TD: Tensor) -> Tensor:
+        """(T, D): what enters the site's router and experts when this is the residual stream."""
+        ...
+
+    def combine(self, site: RouterSite, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
+        """(T, D) that the stage adds to the residual stream when its routed part gives this."""
+        ...
+
     def site_facts(self, site: RouterSite) -> dict[str, float]:
         """What tables print beside a site: top_k, renormalize, num_experts."""
         ...
+
+
+@singledispatch
+def as_adapter(model: object) -> Adapter:
+    """The model as a model under study; what already is one is returned as it is.
+
+    Adapters register the classes of models that they are for. Raises `ValueError` for others.
+    """
+    if isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}; wrap it with analysis.adapt(model, tokenizer), or "
+            "pass a cartmoe.LanguageModel"
+        )
+    return model

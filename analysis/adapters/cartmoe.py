@@ -18,12 +18,13 @@ from analysis.adapters.base import (
     RoutedFlow,
     Segment,
     State,
+    as_adapter,
 )
 from cartmoe.ffn import RoutedStage
 from cartmoe.hooks import RouterSite, hook_routers, router_sites, select_sites
 from cartmoe.interrupt import restoring
 from cartmoe.model import LanguageModel, Step
-from cartmoe.routing import Router, Routing
+from cartmoe.routing import LinearGate, Router, Routing
 
 
 class CartMoEAdapter:
@@ -219,6 +220,28 @@ class CartMoEAdapter:
             outputs.append(F.linear(F.silu(gate) * up, experts.down_EDF[e]))
         return torch.stack(outputs)
 
+    def shared_weights(self, site: RouterSite) -> tuple[Tensor, Tensor, Tensor] | None:
+        """gate (F, D), up (F, D), down (D, F); the mean over `grain` is in the down projection."""
+        stage = self._stage(site)
+        if stage.shared is None:
+            return None
+        gate_FD, up_FD = stage.shared.gate_up.weight.chunk(2, dim=0)
+        return gate_FD, up_FD, stage.shared.down.weight / stage.grain
+
+    def router_rows(self, site: RouterSite) -> Tensor | None:
+        """(E, D); None for a table."""
+        gate = self._stage(site).router.gate
+        return gate.weight if isinstance(gate, LinearGate) else None
+
+    def stage_input(self, site: RouterSite, stream_TD: Tensor) -> Tensor:
+        """(T, D): the stage's norm."""
+        layer = self.model.trunk.blocks[site.layer].ffn
+        return layer.norms[0 if layer.parallel else site.stage](stream_TD)
+
+    def combine(self, site: RouterSite, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
+        """(T, D): mixed with the shared expert."""
+        return self._stage(site).combine(x_TD, routed_TD)
+
     def site_facts(self, site: RouterSite) -> dict[str, float]:
         """top_k (NaN with a top-p router, whose number varies), renormalize (0/1), num_experts."""
         router = router_sites(self.model)[site]
@@ -228,6 +251,11 @@ class CartMoEAdapter:
             "renormalize": float(router.renormalize),
             "num_experts": router.num_experts,
         }
+
+
+@as_adapter.register
+def _(model: LanguageModel) -> CartMoEAdapter:
+    return CartMoEAdapter(model)
 
 
 class _StandIn:

@@ -134,7 +134,7 @@ class GateSwap(Perturbation):
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        from analysis.intervene import as_adapter
+        from analysis.adapters.base import as_adapter
 
         given = self.checkpoint
         if isinstance(given, str | Path) and given != "":

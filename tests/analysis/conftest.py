@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 
 from analysis.context import RouterContext, Tokens
-from analysis.intervene import as_adapter, calibrate
+from analysis.adapters.base import as_adapter
+from analysis.intervene import calibrate
 from analysis.noise import Noise
 from cartmoe import LanguageModel, ModelConfig
 from cartmoe.checkpoint import save

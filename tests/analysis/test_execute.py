@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from analysis import report
+from analysis import execute, executors, report
 from analysis.checkpoints import find
 from analysis.execute import MAX_DEATHS
 from analysis.executors import dask, deaths, processes
@@ -103,8 +103,11 @@ def test_any_executor(study_of, tmp_path):
 def cluster(environment):
     """The address of a Dask scheduler with two workers, each a process of one thread."""
     import distributed  # with it come threads: only where it is needed
+    from dask import config as dask_config
 
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+    # A local cluster (no other) gives up a worker that it finds restarting so long after a death.
+    patient = dask_config.set({"distributed.deploy.lost-worker-timeout": "1 hour"})
+    with patient, pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.syspath_prepend(str(Path(__file__).parent))
         # What its event loop leaves to be collected when it ends.
         warnings.simplefilter("ignore", ResourceWarning)
@@ -136,6 +139,28 @@ def test_dask_worker_killed(study_of, tmp_path, cluster):
     assert set(results.failed.perturbation) == {"Kills"}
     assert results.finished == results.planned - len(results.failed)
     assert deaths(distributed.KilledWorker("task", None, 3)) == 4
+
+
+def test_a_cluster_that_lost_its_workers(environment, monkeypatch):
+    """Dask would wait for others for ever."""
+    import distributed
+
+    monkeypatch.setattr(execute, "PATIENCE", 0.2)
+    monkeypatch.setattr(executors, "LOST", 0.2)
+    with (
+        warnings.catch_warnings(),
+        distributed.LocalCluster(
+            n_workers=1, processes=False, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        execute.Pool(dask(cluster.scheduler_address)) as pool,
+    ):
+        warnings.simplefilter("ignore", ResourceWarning)
+        cluster.scale(0)
+        with distributed.Client(cluster, set_as_default=False) as client:
+            client.retire_workers(close_workers=True)
+        never = Future()
+        with pytest.raises(ConnectionError, match=r"no Dask workers at .* any more"):
+            pool._wait([never])
 
 
 def test_no_dask_cluster(environment):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from analysis.adapters.base import State
+from analysis.adapters.base import State, as_adapter
 from analysis.conditions import Condition
 from analysis.context import Tokens
-from analysis.intervene import Intervention, as_adapter, calibrate, perturbed
+from analysis.intervene import Intervention, calibrate, perturbed
 from analysis.models import adapt
 from analysis.perturb import DropTop, GaussianNoise, RandomRouting, ResidualNoise
 from cartmoe.data import IGNORE

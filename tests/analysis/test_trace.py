@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.adapters.base import as_adapter
 from analysis.conditions import Condition
 from analysis.doses import DenseRouting, flip_share
-from analysis.intervene import as_adapter, perturbed
+from analysis.intervene import perturbed
 from analysis.measure import measure
 from analysis.perturb import Compose, DropTop, GateSwap, Identity, Replay, perturbation_from_dict
 from analysis.study import Study

@@ -1,0 +1,255 @@
+"""Composed experts of a Cartesian layer: what (a_i, then b_j) adds to the residual stream.
+
+With u the stream, h = norm(u), mix and shared expert as in the layer, and gates of 1,
+
+    a_i = combine(h, f_i(h)),  v_i = u + a_i,  o_ij = v_i + combine(norm(v_i), F_j(norm(v_i))) - u.
+
+In a parallel layer B reads h too, and o_ij = a_i + combine(h, F_j(h)) is additive. How far o_ij is
+from additive is the interaction of a two-way analysis of variance over (i, j); of B fed the mean
+of v over i it is 0, and what A and B then are is their null.
+
+Shapes: U units, T tokens, D model, F expert width, A and B experts of the two stages, P pairs of
+them (i, j), N sets of tokens that enter B, R rows (N * T) or relations, C = A * T * D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from analysis.adapters.base import Adapter
+from analysis.overlap.base import Metric, Probe, Sums, UnitSums
+from analysis.overlap.cka import MIN_TOKENS, hsic
+from cartmoe.hooks import RouterSite
+
+TOKENS = 1024  # of a batch that are used, drawn at random: P outputs of each are dear
+BLOCK_ROWS = 1024  # that an expert of B runs at once, so that temporaries stay in cache
+PAIR_TOKENS = 64  # of a batch (to whole blocks) that pairs are compared and the null is taken on
+PAIR_EXPERTS = 16  # of each stage, at most, that are compared: P x P numbers are kept a unit
+PARTS = ("a", "b", "interaction")
+RELATIONS = ("row", "column", "unrelated")
+
+
+@torch.no_grad()
+def composed_outputs(model: Adapter, first: RouterSite, second: RouterSite, u_TD: Tensor) -> Tensor:
+    """(A, B, T, D) that each composed expert adds to the stream u."""
+    layer = _Layer(model, first, second)
+    block = layer.block(u_TD, layer.first_outputs(u_TD))
+    return torch.stack([block.rows_ATD + block.routed(j) for j in range(second.num_experts)], 1)
+
+
+def two_way(outputs_ABTD: Tensor) -> Tensor:
+    """(3,) fp64 sums of squares of A (over i), B (over j) and interaction, about each token's grand
+    mean; they add up to the total."""
+    y_ABTD = outputs_ABTD.double() - outputs_ABTD.double().mean((0, 1))
+    A, B = y_ABTD.shape[:2]
+    a_ATD, b_BTD = y_ABTD.mean(1), y_ABTD.mean(0)
+    rest_ABTD = y_ABTD - a_ATD[:, None] - b_BTD
+    return torch.stack([B * _square(a_ATD), A * _square(b_BTD), _square(rest_ABTD)])
+
+
+def mean_cosines(outputs_ABTD: Tensor) -> Tensor:
+    """(R, T) mean cosine of two composed experts' outputs about the token's grand mean over all of
+    them: of those that share a row (the same a_i), a column (the same b_j), nothing."""
+    A, B = outputs_ABTD.shape[:2]
+    n_ABTD = F.normalize(outputs_ABTD - outputs_ABTD.mean((0, 1)), dim=-1)
+    n_ATD, n_BTD = n_ABTD.sum(1), n_ABTD.sum(0)
+    own_T, row_T = n_ABTD.square().sum((0, 1, 3)), n_ATD.square().sum((0, 2))
+    column_T, all_T = n_BTD.square().sum((0, 2)), n_ATD.sum(0).square().sum(-1)
+    sums_RT = torch.stack([row_T - own_T, column_T - own_T, all_T - row_T - column_T + own_T])
+    counts_R1 = A * B * sums_RT.new_tensor([[B - 1], [A - 1], [(A - 1) * (B - 1)]])
+    return sums_RT / counts_R1
+
+
+class _Layer:
+    """Two stages; `parallel` if both read the same stream."""
+
+    def __init__(self, model: Adapter, first: RouterSite, second: RouterSite):
+        self.model, self.first, self.second = model, first, second
+        self.parallel = any({first, second} <= set(segment.sites) for segment in model.segments())
+
+    def first_outputs(self, u_TD: Tensor) -> Tensor:
+        """(A, T, D) a_i."""
+        h_TD = self.model.stage_input(self.first, u_TD)
+        share_TD, rest_TD = branches(self.model, self.first, h_TD)
+        return rest_TD + share_TD * self.model.expert_outputs(self.first, h_TD)
+
+    def block(self, u_TD: Tensor, a_ATD: Tensor, with_mean: bool = False) -> _Block:
+        """These tokens as B sees them. with_mean: B is fed the mean of v too, behind all v_i."""
+        if self.parallel:
+            x_NTD = self.model.stage_input(self.first, u_TD)[None]
+        else:
+            v_NTD = u_TD + a_ATD
+            if with_mean:
+                v_NTD = torch.cat([v_NTD, v_NTD.mean(0, keepdim=True)])
+            x_NTD = self.model.stage_input(self.second, v_NTD)
+        share_RD, rest_RD = branches(self.model, self.second, x_NTD.flatten(0, 1))
+        rows_ATD = a_ATD + rest_RD.view_as(x_NTD)[: len(a_ATD)]
+        experts = self.model.expert_weights(self.second)
+        return _Block(rows_ATD, x_NTD, share_RD.view_as(x_NTD), experts)
+
+
+class _Block(NamedTuple):
+    """Some tokens: o_ij = rows_i + share_i F_j(x_i), F_j without the layer's mix.
+
+    rows_ATD   a_i and, of B, the shared expert's part
+    x_NTD, share_NTD   for each i, and behind them for the mean of v; or one for all i
+    experts    of B: gate (B, F, D), up (B, F, D), down (B, D, F)
+    """
+
+    rows_ATD: Tensor
+    x_NTD: Tensor
+    share_NTD: Tensor
+    experts: tuple[Tensor, Tensor, Tensor]
+
+    def routed(self, j: int) -> Tensor:
+        """(N, T, D) share_i F_j(x_i); one expert on the rows of all i at once, in place."""
+        gate_FD, up_FD, down_DF = (weight[j] for weight in self.experts)
+        x_RD = self.x_NTD.flatten(0, 1)
+        h_RF = F.silu(x_RD @ gate_FD.T, inplace=True).mul_(x_RD @ up_FD.T)
+        return (h_RF @ down_DF.T).view_as(self.x_NTD).mul_(self.share_NTD)
+
+
+def branches(model: Adapter, site: RouterSite, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """(share, rest), (T, D) each: `combine` is the map routed -> share * routed + rest.
+
+    So rest is its value at 0 and share its derivative; a shared expert runs once.
+    """
+    routed_TD = torch.zeros_like(x_TD).requires_grad_()
+    with torch.enable_grad():
+        rest_TD = model.combine(site, x_TD, routed_TD)
+        (share_TD,) = torch.autograd.grad(rest_TD.sum(), routed_TD)
+    return share_TD, rest_TD.detach()
+
+
+class CompositeStream:
+    """Sums for the metrics below over the tokens of one two-stage layer; of fixed size."""
+
+    def __init__(self, model: Adapter, first: RouterSite, second: RouterSite, units: int):
+        self._layer, self._sums = _Layer(model, first, second), UnitSums(units)
+
+    @torch.no_grad()
+    def add(self, probe: Probe) -> None:
+        """Add a batch; the probe is that of the first stage."""
+        u_TD = probe.stream_TD[:TOKENS]
+        a_ATD = self._layer.first_outputs(u_TD)
+        step = max(1, BLOCK_ROWS // len(a_ATD))
+        kept: list[Tensor] = []
+        for start in range(0, len(u_TD), step):
+            some, few = slice(start, start + step), start < PAIR_TOKENS
+            block = self._layer.block(u_TD[some], a_ATD[:, some], with_mean=few)
+            outputs: list[Tensor] | None = [] if few else None
+            last_BTD, squares_3 = _squares(block, outputs)
+            self._sums.add(probe.unit, squares=squares_3)
+            if few:
+                null_2 = _effects(a_ATD[:, some], last_BTD)
+                self._sums.add(probe.unit, null=F.pad(null_2, (0, 1)))
+                kept.append(torch.stack(outputs, 1))
+        self._compare(probe.unit, torch.cat(kept, 2))
+
+    def _compare(self, unit: int, outputs_ABTD: Tensor) -> None:
+        """Pairs of composed experts."""
+        cosine_R = mean_cosines(outputs_ABTD).double().sum(1)
+        outputs_PTD = outputs_ABTD.flatten(0, 1)
+        P, T, _ = outputs_PTD.shape
+        hsic_PP = hsic(outputs_PTD) if T >= MIN_TOKENS else outputs_PTD.new_zeros(P, P)
+        self._sums.add(unit, cosine=cosine_R, tokens=torch.tensor(T), hsic=hsic_PP)
+
+    def sums(self) -> Sums:
+        """squares (U, 3) and null (U, 3) of `PARTS`; cosine (U, R), tokens (U,); hsic (U, P, P)."""
+        return self._sums.sums()
+
+
+def _squares(block: _Block, outputs: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """(B, T, D) routed parts of the last row (of the mean, where it is fed), and (3,) `two_way` of
+    all composed outputs, some of which are appended to `outputs`, (A, T, D) each.
+
+    One expert j at a time; with q_j that routed part, o_ij = rows_i + q_j + e_ij, and the
+    interaction is that of the small e, so that no digits are lost.
+    """
+    row_ATD, square, q, column = torch.zeros_like(block.rows_ATD), 0.0, [], []
+    A, B = len(row_ATD), len(block.experts[0])
+    for j in range(B):
+        routed_NTD = block.routed(j)
+        if outputs is not None and j < PAIR_EXPERTS:
+            outputs.append((block.rows_ATD + routed_NTD[:A])[:PAIR_EXPERTS])
+        q.append(routed_NTD[-1].clone())
+        e_ATD = routed_NTD[:A].sub_(q[-1])
+        row_ATD[: len(e_ATD)].add_(e_ATD)  # one row of 0 in a parallel layer
+        column.append(e_ATD.sum(0))
+        e_C = e_ATD.flatten()
+        square += torch.dot(e_C, e_C).double()
+    q_BTD, row_ATD, column_BTD = torch.stack(q), row_ATD / B, torch.stack(column) / A
+    main_2 = _effects(block.rows_ATD + row_ATD, q_BTD + column_BTD)
+    additive = B * _square(row_ATD) + A * _square(column_BTD) - A * B * _square(row_ATD.mean(0))
+    return q_BTD, torch.stack([*main_2, square - additive])
+
+
+def _effects(a_ATD: Tensor, b_BTD: Tensor) -> Tensor:
+    """(2,) sums of squares of A and B over all i and j."""
+    a_ATD, b_BTD = (x.double() - x.double().mean(0) for x in (a_ATD, b_BTD))
+    return torch.stack([len(b_BTD) * _square(a_ATD), len(a_ATD) * _square(b_BTD)])
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.double().square().sum()
+
+
+def related(num_experts: int) -> Tensor:
+    """(R, P, P) which pairs of composed experts share a row, a column, nothing."""
+    same = torch.eye(num_experts, dtype=torch.bool)
+    row_PP = same.repeat_interleave(num_experts, 0).repeat_interleave(num_experts, 1)
+    column_PP = same.repeat(num_experts, num_experts)
+    return torch.stack([row_PP & ~column_PP, column_PP & ~row_PP, ~row_PP & ~column_PP])
+
+
+def _share(part: int, of: str = "squares") -> Callable[[Sums], Tensor]:
+    return lambda sums: sums[of][:, part] / sums[of].sum(-1)
+
+
+def _cosine(relation: int) -> Callable[[Sums], Tensor]:
+    return lambda sums: sums["cosine"][:, relation] / sums["tokens"]
+
+
+def _cka(relation: int) -> Callable[[Sums], Tensor]:
+    def of(sums: Sums) -> Tensor:
+        hsic_UPP = sums["hsic"]
+        norm_UP = hsic_UPP.diagonal(dim1=1, dim2=2).sqrt()
+        cka_UPP = hsic_UPP / (norm_UP[:, :, None] * norm_UP[:, None])
+        return cka_UPP[:, related(round(hsic_UPP.shape[-1] ** 0.5))[relation]].mean(-1)
+
+    return of
+
+
+def _metrics() -> Iterator[tuple[str, Metric]]:
+    what = {
+        "a": "share of A's main effect in the squares of composed outputs about their mean",
+        "b": "the same of B's",
+        "interaction": "the same of what is not additive",
+    }
+    for part, name in enumerate(PARTS):
+        about = f"{what[name]}; null: of B fed the mean over A's experts"
+        of, null = _share(part), _share(part, "null")
+        yield f"composite_{name}", Metric("composite", "sites", of, null, about)
+    pairs = dict(
+        zip(RELATIONS, ("have the same a_i", "have the same b_j", "share neither"), strict=True)
+    )
+    for name, make, measure in (
+        ("cka", _cka, "mean debiased CKA"),
+        ("cosine", _cosine, "mean cosine, about the mean of all composed outputs of the token,"),
+    ):
+        unrelated = make(RELATIONS.index("unrelated"))
+        for relation, which in enumerate(RELATIONS):
+            about = f"{measure} of composed experts that {pairs[which]}"
+            null = None if which == "unrelated" else unrelated
+            if null:
+                about += "; null: of those that share neither"
+            metric = Metric("composite", "sites", make(relation), null, about)
+            yield f"composite_{name}_{which}", metric
+
+
+METRICS: dict[str, Metric] = dict(_metrics())

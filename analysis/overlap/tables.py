@@ -1,0 +1,101 @@
+"""Overlap as tidy tables: a row an expert, a site or a pair of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.adapters.base import Adapter
+from analysis.overlap.base import TABLES, Estimate
+from analysis.stats.pairs import check_choice
+from cartmoe.hooks import RouterSite
+
+SHARED = -1  # the number of a shared expert, where it has a row
+INDEX = {"experts": ["expert"], "sites": [], "pairs": ["expert_i", "expert_j"]}
+KEYS = ["model", "family", "train_seed", "layer", "stage", "metric"]
+VALUES = ["value", "low", "high", "null", "unit", "num_units"]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What `analysis.measure_overlap` found; design.md, "Tables".
+
+    experts, sites, pairs   model, family, train_seed, layer, stage, metric, then expert (`SHARED`
+        for the shared one), or expert_i and expert_j; value, low and high (the jackknife over units
+        of documents, NaN where nothing is resampled), null (the value under chance, NaN where there
+        is none), unit (what is resampled) and num_units
+
+    Pairs are ordered, without an expert and itself; for "transition" expert_i belongs to the site
+    before. A row of the experts' metric "domain_specialization" has a domain too.
+    """
+
+    experts: pd.DataFrame
+    sites: pd.DataFrame
+    pairs: pd.DataFrame
+
+    def table(self, metric: str) -> pd.DataFrame:
+        """The rows of one metric; `ValueError` with those that were measured for another."""
+        tables = [getattr(self, name) for name in TABLES]
+        measured = [m for table in tables for m in table.metric.unique()]
+        check_choice("metric", metric, measured)
+        rows = next(table for table in tables if (table.metric == metric).any())
+        return rows[rows.metric == metric].reset_index(drop=True)
+
+    def matrix(self, metric: str, layer: int, stage: int = 0, column: str = "value") -> np.ndarray:
+        """(E, E) of a metric of pairs at one site, NaN on the diagonal; with a shared expert its
+        row and column come last. `ValueError` naming the sites that there are."""
+        rows = self.table(metric)
+        sites = sorted(set(zip(rows.layer, rows.stage, strict=True)))
+        check_choice("(layer, stage)", (layer, stage), sites)
+        rows = rows[(rows.layer == layer) & (rows.stage == stage)]
+        if rows.model.nunique() > 1 or rows.train_seed.nunique() > 1:
+            raise ValueError("several models were measured; take the rows of one")
+        if "expert_i" not in rows:
+            raise ValueError(f"metric is {metric!r}, which is not of pairs")
+        square = rows.pivot(index="expert_i", columns="expert_j", values=column)
+        order = sorted(square.index, key=lambda e: (e == SHARED, e))
+        return square.loc[order, [e for e in order if e in square.columns]].to_numpy()
+
+
+def join(overlaps: Sequence[Overlap]) -> Overlap:
+    """Of several models as one."""
+    return Overlap(
+        *(pd.concat([getattr(o, t) for o in overlaps], ignore_index=True) for t in TABLES)
+    )
+
+
+def rows_of(
+    model: Adapter,
+    site: RouterSite,
+    metric: str,
+    table: str,
+    found: Estimate,
+    unit: str,
+    num_units: int,
+    shared: bool = False,
+    domains: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Rows of one metric at one site.
+
+    shared    the last expert of the estimate is the shared one
+    domains   the estimate has one more dimension, of these
+    """
+    keys = (model.name, model.family, model.train_seed, site.layer, site.stage, metric)
+    frame = pd.DataFrame({name: np.ravel(getattr(found, name)) for name in VALUES[:4]})
+    for at, (name, key) in enumerate(zip(KEYS, keys, strict=True)):
+        frame.insert(at, name, key)
+    indices = np.indices(found.value.shape).reshape(found.value.ndim, found.value.size)
+    names = [*INDEX[table], *(["domain"] if domains else [])]
+    for at, (name, index) in enumerate(zip(names, indices, strict=True), len(KEYS)):
+        if name == "domain":
+            index = np.array(domains, dtype=object)[index]
+        elif shared:
+            index = np.where(index == found.value.shape[0] - 1, SHARED, index)
+        frame.insert(at, name, index)
+    frame = frame.assign(unit=unit, num_units=num_units)
+    if table == "pairs" and metric != "transition":
+        frame = frame[frame.expert_i != frame.expert_j]
+    return frame

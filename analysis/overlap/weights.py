@@ -1,0 +1,191 @@
+"""What experts have in common in their parameters alone, up to the symmetries of SwiGLU.
+
+An expert computes sum_n d_n silu(g_n . x) (u_n . x) over its neurons n. It stays the same function
+when its neurons change places, one permutation for gate, up and down, and when a neuron's (u, d)
+becomes (a u, d / a) for any a but 0. Nothing else is free: the gate's scale and sign matter.
+
+Shapes: E experts, F neurons, D model.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as nn
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from analysis.adapters.base import Adapter
+from analysis.overlap.base import Metric
+from cartmoe.hooks import RouterSite
+
+BLOCK = 8  # experts that one is compared with at a time: their similarities stay in the cache
+NULL_EXPERTS = 4  # re-initialised ones; all of their 6 pairs make the null of the matched cosine
+
+
+class ExpertWeights(NamedTuple):
+    """Projections of the experts of one site; router_ED where logits are inner products with it.
+
+    A shared expert may stand last; the router has no row for it.
+    """
+
+    gate_EFD: Tensor
+    up_EFD: Tensor
+    down_EDF: Tensor
+    router_ED: Tensor | None = None
+
+    @classmethod
+    def of(cls, model: Adapter, site: RouterSite) -> ExpertWeights:
+        """Those of a site, the shared expert last if it is as wide as the others."""
+        matrices = [matrix.detach() for matrix in model.expert_weights(site)]
+        shared = model.shared_weights(site)
+        if shared is not None and shared[0].shape == matrices[0].shape[1:]:
+            pairs = zip(matrices, shared, strict=True)
+            matrices = [torch.cat([own, other.detach()[None]]) for own, other in pairs]
+        router_ED = model.router_rows(site)
+        return cls(*matrices, None if router_ED is None else router_ED.detach())
+
+    def reinitialized(self, *seed: int) -> ExpertWeights:
+        """Experts of independent normal entries, each matrix with the standard deviation that it
+        has here; no router. The same seed gives the same ones on every device."""
+        rng = np.random.default_rng(seed)
+
+        def drawn(matrix_EXY: Tensor) -> Tensor:
+            normal_EXY = torch.from_numpy(rng.standard_normal(matrix_EXY.shape, np.float32))
+            return normal_EXY.to(matrix_EXY) * matrix_EXY.std((1, 2), keepdim=True)
+
+        return ExpertWeights(*map(drawn, self[:3]))
+
+
+@torch.no_grad()
+def flat_cosine(w: ExpertWeights) -> Tensor:
+    """(E, E) cosines of all weights of an expert as one vector: blind to symmetries."""
+    flat = [matrix.float().flatten(1) for matrix in w[:3]]
+    return _normalized(sum(matrix @ matrix.T for matrix in flat))
+
+
+@torch.no_grad()
+def router_cosine(w: ExpertWeights) -> Tensor:
+    """(E, E) cosines of the router's rows. Raises `ValueError` where there are none."""
+    if w.router_ED is None:
+        raise ValueError("router_ED is None: this router has no rows to compare")
+    rows_ED = w.router_ED.float()
+    return _normalized(rows_ED @ rows_ED.T)
+
+
+def _normalized(inner_EE: Tensor) -> Tensor:
+    """Cosines from inner products; 0 with a vector of zeros, but 1 of any with itself."""
+    norm_E = inner_EE.diagonal().sqrt()
+    norm_E = norm_E.where(norm_E > 0, 1)
+    return (inner_EE / torch.outer(norm_E, norm_E)).fill_diagonal_(1)
+
+
+@torch.no_grad()
+def matched_cosine(w: ExpertWeights) -> Tensor:
+    """(E, E) cosines of experts whose neurons are matched as well as they can be: 1 for experts
+    that are the same function by the symmetries above.
+
+    Neurons are balanced, ||u|| = ||d||. Then n of one expert and m of another have similarity
+    g_n . g_m + |u_n . u_m + d_n . d_m|; the one matching that makes the sum over neurons largest
+    (Hungarian method) is divided by the root of both experts' own sums.
+    """
+    gate_EFD, rest_EFC = _balanced(w)
+    square_E = sum(part.square().sum((1, 2)) for part in (gate_EFD, rest_EFC))
+    E = len(square_E)
+
+    def matched(i: int, first: int) -> tuple[int, int, list[float]]:
+        """Expert i with a few from `first` on."""
+        others = slice(first, first + BLOCK)
+        similarity = (rest_EFC[others].flatten(0, 1) @ rest_EFC[i].T).abs_()
+        similarity.addmm_(gate_EFD[others].flatten(0, 1), gate_EFD[i].T)
+        blocks_JFF = similarity.unflatten(0, (-1, gate_EFD.shape[1])).cpu()
+        return i, first, [_assigned(block_FF) for block_FF in blocks_JFF]
+
+    blocks = [(i, first) for i in range(E) for first in range(i + 1, E, BLOCK)]
+    sum_EE = torch.zeros(E, E, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    # A worker's products run on its own thread: the assignments keep every core busy.
+    with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+        for i, first, sums in pool.map(matched, *zip(*blocks, strict=True)) if blocks else ():
+            sum_EE[i, first : first + BLOCK] = torch.tensor(sums, dtype=torch.float64)
+    torch.set_num_threads(threads)  # of threads to come, which start with the last number set
+    sum_EE = sum_EE + sum_EE.T + torch.diag(square_E.cpu().double())
+    return _normalized(sum_EE)
+
+
+def _balanced(w: ExpertWeights) -> tuple[Tensor, Tensor]:
+    """gate (E, F, D), and up and down (E, F, 2 D) with equal norms; a neuron of which one is 0
+    computes nothing, and has zeros for both."""
+    up_EFD, down_EFD = w.up_EFD.float(), w.down_EDF.float().mT
+    norm_EF1 = (up_EFD.norm(dim=-1, keepdim=True) * down_EFD.norm(dim=-1, keepdim=True)).sqrt()
+    sides = [nn.normalize(side, dim=-1) * norm_EF1 for side in (up_EFD, down_EFD)]
+    return w.gate_EFD.float(), torch.cat(sides, -1)
+
+
+def _assigned(similarity_FF: Tensor) -> float:
+    """The largest sum of similarities under a permutation.
+
+    What is taken from a whole row or column changes no choice; with zeros in every one of them the
+    search is a third shorter.
+    """
+    cost_FF = similarity_FF.amax(1, keepdim=True) - similarity_FF
+    cost_FF -= cost_FF.amin(0)
+    rows, columns = linear_sum_assignment(cost_FF.double().numpy())
+    return similarity_FF[rows, columns].double().sum().item()
+
+
+@torch.no_grad()
+def effective_rank(matrix_EXY: Tensor) -> Tensor:
+    """(E,) exp of the entropy, in nats, of singular values divided by their sum (Roy and Vetterli,
+    EUSIPCO 2007): 1 to min(X, Y), NaN of a matrix of zeros."""
+    values_ES = torch.linalg.svdvals(matrix_EXY.float()).double()
+    return torch.special.entr(values_ES / values_ES.sum(-1, keepdim=True)).sum(-1).exp()
+
+
+def _matched_null(w: ExpertWeights) -> Tensor:
+    few = ExpertWeights(*(matrix[:NULL_EXPERTS] for matrix in w[:3]))
+    matched_EE = matched_cosine(few.reinitialized(0))
+    return matched_EE[~torch.eye(len(matched_EE), dtype=torch.bool)].mean()
+
+
+def _rank(w: ExpertWeights, name: str) -> Tensor:
+    return effective_rank(getattr(w, name))
+
+
+def _rank_null(w: ExpertWeights, name: str) -> Tensor:
+    first = ExpertWeights(*(matrix[:1] for matrix in w[:3]))
+    return effective_rank(getattr(first.reinitialized(0), name))
+
+
+def _zero(w: ExpertWeights) -> Tensor:
+    return torch.zeros(())
+
+
+METRICS = {
+    "flat_cosine": Metric(
+        "weights", "pairs", flat_cosine, _zero, "cosine of all weights as one vector; null 0"
+    ),
+    "matched_cosine": Metric(
+        "weights",
+        "pairs",
+        matched_cosine,
+        _matched_null,
+        "cosine of the best matched neurons; null: experts of random weights of the same spread",
+    ),
+    "router_cosine": Metric(
+        "weights", "pairs", router_cosine, _zero, "cosine of the router's rows; null 0"
+    ),
+} | {
+    f"effective_rank_{name.split('_')[0]}": Metric(
+        "weights",
+        "experts",
+        partial(_rank, name=name),
+        partial(_rank_null, name=name),
+        f"effective rank of the {name.split('_')[0]} projection; null: of random entries",
+    )
+    for name in ("gate_EFD", "up_EFD", "down_EDF")
+}

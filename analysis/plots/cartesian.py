@@ -1,0 +1,86 @@
+"""How the two stages of a Cartesian layer are used together, and what composed experts share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.plots.dots import GREY
+from analysis.plots.matrices import (
+    PAGE_WIDTH,
+    SEQUENTIAL,
+    color_bar,
+    draw_matrix,
+    linear_scale,
+    name_experts,
+    sheet,
+)
+from analysis.plots.sites import metric_rows, one_site, square
+from analysis.plots.style import model_styles
+
+SHARES = {"composite_a": "A", "composite_b": "B", "composite_interaction": "interaction"}
+SIMILAR = {
+    "composite_cka_row": "same row ($a_i$)",
+    "composite_cka_column": "same column ($b_j$)",
+    "composite_cka_unrelated": "neither",
+}
+
+
+def cartesian_usage(
+    overlap: Any, *, layer: int, model: str | None = None, train_seed: int | None = None
+) -> Figure:
+    """One Cartesian layer, two columns wide: P(B_j | A_i) beside its null; below, what the outputs
+    of composed experts are made of, and how alike they are where they share a row or a column.
+
+    overlap  an object with the tables pairs (metric "transition") and sites (the metrics
+             "composite_..." of the layer's first stage), such as an Overlap; model and train_seed:
+             of one of several
+
+    Shares are of the squares about the mean, with intervals over documents; similarity is mean
+    debiased CKA. Diamonds are the nulls: for shares B fed the mean over A's experts, for similarity
+    the pairs that share neither. Raises `ValueError` with the choices for a layer without two
+    stages or composites, metrics that were not measured, and several checkpoints.
+    """
+    checkpoint = dict(model=model, train_seed=train_seed)
+    rows, _ = one_site(metric_rows(overlap, "transition", "pairs"), layer, 1, **checkpoint)
+    checkpoint = dict(model=rows.model.iloc[0], train_seed=int(rows.train_seed.iloc[0]))
+    found = {}
+    for metric in (*SHARES, *SIMILAR):
+        own, title = one_site(metric_rows(overlap, metric, "sites"), layer, 0, **checkpoint)
+        found[metric] = own.iloc[0]
+    look = model_styles(rows)[checkpoint["model"]]
+    panels = {"usage": square(rows), "null": square(rows, "null")}
+    scale = linear_scale(*panels.values())
+    with sheet(PAGE_WIDTH, 4.6, layout="constrained") as figure:
+        upper, lower = figure.subfigures(2, 1, height_ratios=(3.0, 1.6))
+        axes = upper.subplots(1, 2)
+        for ax, (name, table) in zip(axes, panels.items(), strict=True):
+            image = draw_matrix(ax, table, scale, SEQUENTIAL)
+            name_experts(ax, "x", table.columns, "second stage, $B_j$")
+            name_experts(ax, "y", table.index, "first stage, $A_i$" if ax is axes[0] else "")
+            ax.set_title("measured" if name == "usage" else "null")
+        color_bar(image, axes, "$P(B_j\\,|\\,A_i)$")
+        left, right = lower.subplots(1, 2)
+        _dots(left, {name: found[m] for m, name in SHARES.items()}, look)
+        left.set_xlabel("share of the squares of composed outputs")
+        left.set_xlim(min(0.0, left.get_xlim()[0]), max(1.0, left.get_xlim()[1]))
+        _dots(right, {name: found[m] for m, name in SIMILAR.items()}, look)
+        right.set_xlabel("mean CKA of pairs of composed experts")
+        figure.suptitle(title.rpartition(",")[0], fontsize=8)
+    return figure
+
+
+def _dots(ax: Axes, rows: dict[str, pd.Series], look: dict[str, str]) -> None:
+    """Values with intervals, from top to bottom, and hollow their nulls."""
+    for i, row in enumerate(rows.values()):
+        ax.plot([row.low, row.high], [i, i], color=look["color"], lw=1.2)
+        ax.plot(row.value, i, look["marker"], color=look["color"], label="_" if i else "measured")
+        ax.plot(row.null, i, "d", color=GREY, mfc="white", label="_" if i else "null")
+    ax.axvline(0, color=GREY, lw=0.6, zorder=0.5)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)

@@ -1,0 +1,93 @@
+"""A metric of pairs of experts at one site, beside what chance would give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy.cluster.hierarchy import leaves_list, linkage
+
+from analysis.plots.matrices import (
+    DIVERGING,
+    PAGE_WIDTH,
+    SEQUENTIAL,
+    color_bar,
+    draw_matrix,
+    linear_scale,
+    name_experts,
+    ratio_scale,
+    sheet,
+)
+from analysis.plots.sites import APART, SHARED, label_of, metric_rows, one_site, square
+from analysis.plots.style import COLUMN_WIDTH
+
+RATIOS = ("lift",)  # metrics on a log scale around their null
+
+
+def overlap_heatmap(
+    overlap: Any,
+    metric: str,
+    *,
+    layer: int | None = None,
+    stage: int | None = None,
+    model: str | None = None,
+    train_seed: int | None = None,
+    null: bool = True,
+    clustered: bool = False,
+) -> Figure:
+    """A metric of pairs of experts, row i and column j, beside its null on the same scale of color.
+
+    overlap    an object with a table `pairs`, such as an Overlap, or that table
+    layer, stage   by default the first site measured; model, train_seed: of one of several
+    null       draw the null too, where there is one; two panels are two columns wide
+    clustered  experts in the order of average linkage of (m_ij + m_ji) / 2, that of the values
+               also in the null
+
+    The diagonal, and whatever is NaN, is grey; a shared expert comes last. A lift has a log scale
+    around the median of its null. Raises
+    `ValueError` with the choices for a metric that is not of pairs, an unknown site, and several
+    checkpoints of which none is named; and for clustering experts of two different sites.
+    """
+    rows = metric_rows(overlap, metric, "pairs")
+    rows, title = one_site(rows, layer, stage, model, train_seed)
+    panels = {"measured": square(rows)}
+    if null and rows.null.notna().any():
+        panels["null"] = square(rows, "null")
+    if clustered:
+        if metric == "transition":
+            raise ValueError(
+                "clustered is True, but pairs of 'transition' are of two sites' experts"
+            )
+        order = _order(panels["measured"], metric in APART)
+        panels = {name: table.loc[order, order] for name, table in panels.items()}
+    scale, colors = linear_scale(*panels.values()), SEQUENTIAL
+    if metric in RATIOS:
+        center = rows.null[rows.null > 0].median() if (rows.null > 0).any() else 1.0
+        scale, colors = ratio_scale(center, *panels.values()), DIVERGING
+    where = " at the site before" if metric == "transition" else ""
+    size = (PAGE_WIDTH, 3.1) if len(panels) == 2 else (COLUMN_WIDTH, 2.8)
+    with sheet(*size) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (name, table) in zip(axes, panels.items(), strict=True):
+            image = draw_matrix(ax, table, scale, colors)
+            name_experts(ax, "x", table.columns, "expert j")
+            name_experts(ax, "y", table.index, f"expert i{where}" if ax is axes[0] else "")
+            if len(panels) == 2:
+                ax.set_title(name)
+        color_bar(image, axes, label_of(metric))
+        figure.suptitle(title, fontsize=8)
+    return figure
+
+
+def _order(table: pd.DataFrame, distance: bool) -> list[int]:
+    """Numbers of experts, those next to each other that are alike; a shared one stays last."""
+    routed = [expert for expert in table.index if expert != SHARED]
+    own = table.loc[routed, routed].to_numpy(dtype=float)
+    far = ((own + own.T) / 2 * (1 if distance else -1))[np.triu_indices(len(routed), 1)]
+    if np.isnan(far).all():
+        return list(table.index)
+    far = np.where(np.isnan(far), np.nanmax(far), far) - np.nanmin(far)
+    leaves = leaves_list(linkage(far, "average", optimal_ordering=True))
+    return [routed[leaf] for leaf in leaves] + list(table.index[len(routed) :])

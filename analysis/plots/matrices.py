@@ -1,0 +1,126 @@
+"""Experts by experts as an image: scales of color, and numbers of experts that can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from analysis.plots.sites import SHARED
+from analysis.plots.style import paper_style
+
+PAGE_WIDTH = 6.8  # inches, both columns of a paper
+
+NOTHING = "#D0D0D0"  # the color of NaN, which neither map has
+SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
+FACTORS = (1.1, 1.25, 1.5, 2, 4, 8, 16, 32, 64)  # where a scale of ratios may end
+MOST = 17  # numbers along an axis of a panel
+
+
+@contextmanager
+def sheet(width: float, height: float, layout: str = "compressed") -> Iterator[Figure]:
+    """A new figure in paper_style, closed if drawing it fails; "compressed" suits square panels."""
+    with paper_style():
+        figure = plt.figure(figsize=(width, height), layout=layout)
+        try:
+            yield figure
+        except BaseException:
+            plt.close(figure)
+            raise
+
+
+def linear_scale(*tables: Any) -> Normalize:
+    """From the least to the greatest finite value of all tables."""
+    values = _finite(*tables)
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
+    margin = 0.0 if high - low > 1e-12 * max(abs(low), abs(high)) else 0.5 * (abs(high) or 1.0)
+    return Normalize(low - margin, high + margin)
+
+
+def centered_scale(*tables: Any) -> Normalize:
+    """As far below 0 as above it."""
+    values = np.abs(_finite(*tables))
+    reach = values.max(initial=0.0) or 1.0
+    return Normalize(-reach, reach)
+
+
+def ratio_scale(center: float, *tables: Any) -> LogNorm:
+    """Log, to the greatest value above the center (at most 64 times) and as far below it.
+
+    Ratios have no least value above 0, so those beyond the end have its color; but half of them
+    are always within.
+    """
+    values = _finite(*tables)
+    below = center / np.median(values[values > 0]) if (values > 0).any() else 1.0
+    reach = max(values.max(initial=0.0) / center, below)
+    factor = next((f for f in FACTORS if reach <= f), FACTORS[-1])
+    return LogNorm(center / factor, center * factor, clip=True)
+
+
+def draw_matrix(
+    ax: Axes, table: pd.DataFrame, scale: Normalize, map_name: str, aspect: str = "equal"
+) -> AxesImage:
+    """A cell a value, row by row from the top; NaN is grey."""
+    colors = mpl.colormaps[map_name].with_extremes(bad=NOTHING)
+    cells = np.ma.masked_invalid(table.to_numpy(dtype=float))
+    image = ax.imshow(cells, norm=scale, cmap=colors, interpolation="nearest", aspect=aspect)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=1.5, pad=2, labelsize=6)
+    return image
+
+
+def name_experts(ax: Axes, axis: str, experts: Sequence[int], text: str) -> None:
+    """Numbers of experts along "x" or "y", as many as can be read, and always "shared"."""
+    routed = [expert for expert in experts if expert != SHARED]
+    step = next(2**n for n in range(10) if len(routed) <= MOST * 2**n)
+    shared = len(routed) < len(experts)
+    places = list(range(0, len(routed) - (step - 1) * shared, step))
+    names = [str(routed[place]) for place in places]
+    if shared:
+        places, names = [*places, len(routed)], [*names, "shared"]
+    getattr(ax, f"set_{axis}ticks")(places, names)
+    if shared and axis == "x":
+        ax.get_xticklabels()[-1].set_rotation(90)
+    getattr(ax, f"set_{axis}label")(text)
+
+
+def color_bar(image: AxesImage, axes: Sequence[Axes] | Axes, text: str, **place: Any) -> Colorbar:
+    """Beside the axes; arrows where values lie beyond the scale, readable numbers on ratios."""
+    scale, values = image.norm, image.get_array().compressed()
+    below, above = (values < scale.vmin).any(), (values > scale.vmax).any()
+    extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
+    figure = image.figure
+    bar = figure.colorbar(image, ax=axes, extend=extend, **place)
+    if isinstance(scale, LogNorm):
+        center, factor = np.sqrt(scale.vmin * scale.vmax), np.sqrt(scale.vmax / scale.vmin)
+        powers = round(np.log2(factor)) if factor > 1.9 else 1
+        base = factor ** (1 / powers)
+        every = 1 if powers <= 3 else 2
+        most = powers // every * every
+        ticks = center * base ** np.arange(-most, most + 1, every, dtype=float)
+        bar.set_ticks(ticks, labels=[_ratio(tick) for tick in ticks])
+        bar.minorticks_off()
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=6, length=1.5, pad=2)
+    bar.set_label(text, fontsize=7)
+    return bar
+
+
+def _ratio(value: float) -> str:
+    part = round(1 / value)
+    return f"1/{part}" if part > 1 and np.isclose(value * part, 1) else f"{value:.2g}"
+
+
+def _finite(*tables: Any) -> np.ndarray:
+    values = np.concatenate([np.ravel(np.asarray(table, dtype=float)) for table in tables])
+    return values[np.isfinite(values)]

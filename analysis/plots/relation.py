@@ -1,0 +1,86 @@
+"""How damage goes with each metric of overlap, beside chance and the noise of the damage itself."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from analysis.plots.dots import GREY
+from analysis.plots.sites import APART, label_of
+from analysis.plots.style import canvas, model_styles
+from analysis.stats.pairs import check_columns
+
+ALL, ALL_LOOK = "all", ("black", "d")
+BAND = "#D9D9D9"
+LINE, GAP = 0.08, 0.1  # inches of a family's line, and between metrics
+WRAP = 18  # characters of a metric's name in one line
+COLUMNS = ["r", "low", "high", "null_low", "null_high", "ceiling"]
+
+
+def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Rank correlations of damage and overlap, a row a metric and in it a line a family.
+
+    table  of `stats.relation`, or several of them concatenated. Dots are r with its interval,
+           "all" first and largest; grey bands the null by permutation; ticks at both sides the
+           noise ceiling, beyond which no predictor comes
+
+    Where r is NaN nothing is drawn but the band and the ceiling. Raises `ValueError` for missing
+    columns and a table without rows.
+    """
+    check_columns("relation", table, ["metric", "damage", "family", *COLUMNS])
+    if table.empty:
+        raise ValueError("table relation has no rows: nothing of it was measured")
+    families = sorted(table.family.unique(), key=lambda family: family != ALL)  # stable
+    styles = model_styles(table.assign(model=table.family))
+    looks = {f: (styles[f]["color"], styles[f]["marker"]) for f in families}
+    if ALL in looks:
+        looks[ALL] = ALL_LOOK
+    several = table.damage.nunique() > 1
+    keys = list(dict.fromkeys(zip(table.metric, table.damage, strict=True)))
+    names = [
+        textwrap.fill("\N{MINUS SIGN}" * (metric in APART) + label_of(metric), WRAP)
+        + f"\n({damage})" * several
+        for metric, damage in keys
+    ]
+    lines = max(name.count("\n") for name in names) + 1
+    row = max(GAP + LINE * len(families), 0.14 * lines)
+    height = 0.9 + 0.13 * (-(-(len(families) + 2) // 3)) + row * len(keys)
+    with canvas(ax, height) as ax:
+        for _, found in table.iterrows():
+            i, j = keys.index((found.metric, found.damage)), families.index(found.family)
+            y = i + LINE / row * (j - (len(families) - 1) / 2)
+            color, marker = looks[found.family]
+            main = found.family == ALL
+            width = found.null_high - found.null_low
+            ax.barh(y, width, LINE / row, found.null_low, color=BAND, lw=0, zorder=0.6)
+            if found.ceiling > 0:
+                ends = [-found.ceiling, found.ceiling]
+                ax.plot(ends, [y, y], "|", color=color, ms=4, mew=0.8, zorder=1.5)
+            ax.plot([found.low, found.high], [y, y], color=color, lw=1.6 if main else 0.8)
+            ax.plot(found.r, y, marker, color=color, ms=5 if main else 3, mec="white", mew=0.3)
+        ax.axvline(0, color=GREY, lw=0.6, zorder=0.8)
+        for i in range(1, len(keys)):
+            ax.axhline(i - 0.5, color="#E5E5E5", lw=0.5, zorder=0.4)
+        ax.set_yticks(range(len(keys)), names)
+        ax.tick_params(axis="y", length=0)
+        ax.set_ylim(len(keys) - 0.5, -0.5)
+        ax.set_xlim(-1.03, 1.03)
+        ax.set_xlabel("rank correlation with damage,\nwithin sites" + _given(table))
+        handles = [
+            Line2D([], [], color=color, marker=marker, ms=5 if f == ALL else 3, label=f)
+            for f, (color, marker) in looks.items()
+        ]
+        handles += [
+            Patch(fc=BAND, label="null"),
+            Line2D([], [], color=GREY, marker="|", ls="", label="noise ceiling"),
+        ]
+        ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
+    return ax
+
+
+def _given(table: pd.DataFrame) -> str:
+    return ", given load" if (table.metric != "load").any() else ""

@@ -1,0 +1,104 @@
+"""Which rows of an overlap a picture shows: of one metric, and of one site of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import pandas as pd
+
+from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns
+
+SHARED = -1  # the number of a shared expert in the tables (`analysis.overlap.tables`)
+INDEX = {"experts": ["expert"], "sites": [], "pairs": ["expert_i", "expert_j"]}
+SITE = [*CHECKPOINT, "layer", "stage"]
+NUMBERS = ["value", "low", "high", "null"]
+APART = ("token_js", "relative_distance")  # the more of these, the less in common
+LABELS = {
+    "cka": "debiased CKA of outputs",
+    "cka_permuted": "debiased CKA, tokens permuted",
+    "co_activation": "co-activation P(j | i)",
+    "lift": "lift of joint choice",
+    "token_jaccard": "Jaccard of token sets",
+    "token_js": "Jensen-Shannon div. of tokens",
+    "flat_cosine": "cosine of weights",
+    "matched_cosine": "matched cosine of weights",
+    "router_cosine": "cosine of router rows",
+    "output_cosine": "cosine of outputs",
+    "relative_distance": "relative distance of outputs",
+    "substitution": "rise of loss (nats per routed token)",
+    "transition": "P(j | i)",
+}
+
+
+def metric_rows(source: Any, metric: str, *tables: str) -> pd.DataFrame:
+    """The rows of one metric, in the order in which sites were measured.
+
+    source  an object with these tables as attributes, such as an Overlap, or one of its tables
+
+    Raises `ValueError` for other things, missing columns, tables without rows, and a metric that
+    none of the tables has, naming those that they have.
+    """
+    kinds = " or ".join(tables)
+    if isinstance(source, pd.DataFrame):
+        fitting = [table for table in tables if set(INDEX[table]) <= set(source.columns)]
+        frames = {(fitting or tables)[0]: source}
+    else:
+        frames = {table: getattr(source, table, None) for table in tables}
+    if not all(isinstance(frame, pd.DataFrame) for frame in frames.values()):
+        raise ValueError(
+            f"overlap is a {type(source).__name__}; give an Overlap or its table {kinds}"
+        )
+    for table, frame in frames.items():
+        check_columns(table, frame, [*SITE, "metric", *INDEX[table], *NUMBERS])
+    if all(frame.empty for frame in frames.values()):
+        raise ValueError(f"table {' or '.join(frames)} has no rows: nothing of it was measured")
+    measured = {name: frame for frame in frames.values() for name in frame.metric.unique()}
+    check_choice(f"metric of {kinds}", metric, measured)
+    return measured[metric][measured[metric].metric == metric]
+
+
+def one_site(
+    rows: pd.DataFrame,
+    layer: int | None = None,
+    stage: int | None = None,
+    model: str | None = None,
+    train_seed: int | None = None,
+) -> tuple[pd.DataFrame, str]:
+    """Those of one site of one checkpoint, and "model, layer 2, stage 0".
+
+    A layer or stage that is not given is the first one measured; a model or train_seed must be
+    given where there are several. Raises `ValueError` with the choices.
+    """
+    seeds = rows.groupby("model").train_seed.nunique().max() > 1
+    wanted = {"model": model, "train_seed": train_seed, "layer": layer, "stage": stage}
+    for name in sorted(wanted, key=lambda name: wanted[name] is None):  # what is given comes first
+        value, choices = wanted[name], rows[name].unique().tolist()
+        if value is None and (name in ("layer", "stage") or len(choices) == 1):
+            value = choices[0]
+        check_choice(name, value, choices)
+        rows = rows[rows[name] == value]
+    first = rows.iloc[0]
+    checkpoint = f"{first.model} #{first.train_seed}" if seeds else first.model
+    return rows, f"{checkpoint}, layer {first.layer}, stage {first.stage}"
+
+
+def square(rows: pd.DataFrame, column: str = "value") -> pd.DataFrame:
+    """Experts i by experts j of one site's pairs, a shared expert last; NaN where there is none."""
+    table = rows.pivot(index="expert_i", columns="expert_j", values=column)
+    return table.reindex(index=shared_last(table.index), columns=shared_last(table.columns))
+
+
+def shared_last(experts: Iterable[int]) -> list[Hashable]:
+    """Numbers of experts in order, that of a shared one at the end."""
+    return sorted(experts, key=lambda expert: (expert == SHARED, expert))
+
+
+def label_of(metric: str) -> str:
+    """What stands at an axis or a color bar."""
+    return LABELS.get(metric, metric.replace("_", " "))
+
+
+def depth(rows: pd.DataFrame) -> pd.Series:
+    """Where sites stand on an axis of layers: a second stage half a layer behind its first."""
+    return rows.layer + rows.stage / (rows.stage.max() + 1)

@@ -1,0 +1,200 @@
+"""Damage of single experts against what they have in common with those that take over.
+
+Shapes: N experts of C clusters, a cluster being one site of one checkpoint; R resamples; X rows of
+moments: the sample, or resamples of it; M = 2 + P columns: damage, overlap and P of the control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from analysis.stats.bootstrap import check_resampling
+from analysis.stats.contrasts import holm
+from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns
+
+SITE = [*CHECKPOINT, "layer", "stage"]
+DAMAGES = ("per_mass", "damage")
+LOAD, ALL = "load", "all"
+ROUNDING = 1e-9  # a share of the variance below which there is none
+LEAST = 2  # clusters that say something about their spread
+
+
+def relation(
+    experts: pd.DataFrame,
+    metrics: str | Sequence[str],
+    damage: str = "per_mass",
+    *,
+    resamples: int = 9999,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How the damage done by dropping an expert goes with its overlap, given load, within sites.
+
+    experts  a row an expert: model, family, train_seed, layer, stage, load, mass, damage (nats per
+             token), per_mass (nats per dropped weight), each of these two with _a and _b from
+             two halves of the documents, and a column a metric (see `analysis.relate`)
+    metrics  names of such columns; more of it must mean more in common
+    damage   "per_mass" or "damage"
+
+    A row a family ("all", then each) and metric, the last one being the load alone:
+
+    metric, damage, family
+    r            partial Spearman correlation: ranks within each site, centered and as shares of its
+                 experts, pooled over sites, less what goes with a cubic polynomial of the ranks of
+                 load and with log load (where load drives both, its rank alone leaves an r of up to
+                 0.1; this leaves a third of that). Of the load itself: without that
+    low, high    tanh(atanh r +- t s): s is the spread of atanh r in a bootstrap that draws C - 1 of
+                 C clusters (Rao and Wu, JASA 83, 1988), t the quantile of Student's distribution
+                 with C - 1 degrees of freedom. NaN with fewer than two clusters
+    null_low, null_high   where r lies if overlap is as good as drawn by lot: quantiles over
+                 permutations within sites of the damage that is left when load is taken away
+                 (Freedman and Lane, Journal of Business and Economic Statistics 1, 1983)
+    p, p_holm    of |r| among them, and adjusted by Holm's method over the metrics of a family
+    reliability, ceiling  the correlation of the damage in two halves of the documents, treated
+                 like r, stepped up to all documents by Spearman and Brown (2 r / (1 + r)), and its
+                 root: the r of a perfect predictor
+    num_sites (clusters), num_experts, num_models (checkpoints), min_seeds (the fewest training
+    seeds of a model)
+
+    Experts without weight are left out, and for a metric those for which it is NaN. What says the
+    same as load (or nothing) has an r of NaN. Clusters of one checkpoint share its training, so an
+    interval from few checkpoints speaks for them: read num_models and min_seeds beside it. Raises
+    `ValueError` for missing columns, an unknown damage, and a metric that is damage itself.
+    """
+    check_resampling(confidence, resamples)
+    check_choice("damage", damage, DAMAGES)
+    metrics = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
+    halves = [f"{damage}_a", f"{damage}_b"]
+    check_columns("experts", experts, [*SITE, LOAD, "mass", damage, *halves, *metrics])
+    itself = [name for name in metrics if name.removesuffix("_a").removesuffix("_b") in DAMAGES]
+    if itself:
+        raise ValueError(f"metrics has {', '.join(itself)}, which is damage: it predicts itself")
+    used = experts[(experts.mass > 0) & experts[damage].notna()]
+    tables = []
+    for family in (ALL, *experts.family.unique()):
+        own = used if family == ALL else used[used.family == family]
+        rows = []
+        for metric in (*(name for name in metrics if name != LOAD), LOAD):
+            known = own[own[metric].notna()]
+            found = _relate(known, metric, damage, halves, resamples, confidence, seed)
+            rows.append({"metric": metric, "damage": damage, "family": family} | found)
+        table = pd.DataFrame(rows)
+        defined = table.p.notna()
+        table.loc[defined, "p_holm"] = holm(table.p[defined].to_numpy())
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _relate(
+    rows: pd.DataFrame,
+    metric: str,
+    damage: str,
+    halves: list[str],
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, float]:
+    control = None if metric == LOAD else LOAD
+    ranks_NM, cluster_N = _ranks(rows, [damage, metric], control)
+    moments_CMM = _moments(ranks_NM, cluster_N)
+    r = _partial(moments_CMM.sum(0))
+    low, high = _interval(moments_CMM, r, resamples, confidence, seed)
+    null_R = _null(ranks_NM, cluster_N, r, resamples, seed)
+    # Equal but for rounding is as extreme; the observed order is one of the permutations.
+    p = (1 + (np.abs(null_R) >= abs(r) - ROUNDING).sum()) / (1 + len(null_R))
+    tails = (1 - confidence) / 2, (1 + confidence) / 2
+    null_low, null_high = np.quantile(null_R, tails)
+    split = rows.dropna(subset=halves)
+    half = _partial(_moments(*_ranks(split, halves, control)).sum(0))
+    reliability = 2 * half / (1 + half) if half > -1 else np.nan
+    checkpoints = rows.groupby(CHECKPOINT[:2]).train_seed
+    return {
+        **{"r": r, "low": low, "high": high, "null_low": null_low, "null_high": null_high},
+        **{"p": np.nan if np.isnan(r) else p, "p_holm": np.nan},
+        **{"reliability": reliability, "ceiling": np.sqrt(max(reliability, 0.0))},
+        **{"num_sites": len(moments_CMM), "num_experts": len(rows)},
+        "num_models": int(checkpoints.nunique().sum()),
+        "min_seeds": int(checkpoints.nunique().min()) if len(rows) else 0,
+    }
+
+
+def _ranks(
+    rows: pd.DataFrame, columns: list[str], control: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Within each cluster centered ranks of two columns, as shares of its experts, three powers of
+    those of the control, and its logarithm (N, M); the number of the cluster (N,)."""
+    by_site = rows.groupby(SITE, sort=False)
+    size_N = by_site[columns[0]].transform("size")
+
+    def ranks(name: str) -> pd.Series:
+        return (by_site[name].rank() - (size_N + 1) / 2) / size_N
+
+    known = [ranks(name) for name in columns]
+    if control:
+        known += [*(ranks(control) ** power for power in (1, 2, 3)), np.log(rows[control])]
+    cluster_N = by_site.ngroup()
+    table = pd.concat(known, axis=1)
+    return (table - table.groupby(cluster_N).transform("mean")).to_numpy(), cluster_N.to_numpy()
+
+
+def _moments(ranks_NM: np.ndarray, cluster_N: np.ndarray) -> np.ndarray:
+    """(C, M, M) sums of products within each cluster."""
+    clusters, columns = cluster_N.max(initial=-1) + 1, ranks_NM.shape[1]
+    moments_CMM = np.zeros((clusters, columns, columns))
+    np.add.at(moments_CMM, cluster_N, ranks_NM[:, :, None] * ranks_NM[:, None, :])
+    return moments_CMM
+
+
+def _partial(moments_XMM: np.ndarray) -> np.ndarray:
+    """(X,) correlation of the first two given the others; NaN where they leave no variance."""
+    both_X22, cross_X2P = moments_XMM[..., :2, :2], moments_XMM[..., :2, 2:]
+    slope_X2P = cross_X2P @ np.linalg.pinv(moments_XMM[..., 2:, 2:], hermitian=True)
+    left_X22 = both_X22 - slope_X2P @ cross_X2P.swapaxes(-1, -2)
+    own_X2 = np.diagonal(left_X22, axis1=-2, axis2=-1)
+    whole_X2 = np.diagonal(both_X22, axis1=-2, axis2=-1)
+    defined_X = (own_X2 > ROUNDING * whole_X2).all(-1)
+    scale_X = np.sqrt(np.where(defined_X[..., None], own_X2, 1.0).prod(-1))
+    return np.where(defined_X, (left_X22[..., 0, 1] / scale_X).clip(-1, 1), np.nan)[()]
+
+
+def _interval(
+    moments_CMM: np.ndarray, r: float, resamples: int, confidence: float, seed: int
+) -> tuple[float, float]:
+    clusters = len(moments_CMM)
+    if clusters < LEAST or np.isnan(r):
+        return np.nan, np.nan
+    rng = np.random.default_rng([seed, 1])
+    counts_RC = rng.multinomial(clusters - 1, np.full(clusters, 1 / clusters), size=resamples)
+    # A resample of clusters in which nothing varies says nothing.
+    spread = np.nanstd(_fisher(_partial(np.tensordot(counts_RC, moments_CMM, 1))))
+    half = spread * stdtrit(clusters - 1, (1 + confidence) / 2)
+    return float(np.tanh(_fisher(r) - half)), float(np.tanh(_fisher(r) + half))
+
+
+def _fisher(r: np.ndarray) -> np.ndarray:
+    """atanh, of perfect correlations that of one as good as perfect."""
+    return np.arctanh(np.clip(r, -1 + ROUNDING, 1 - ROUNDING))
+
+
+def _null(
+    ranks_NM: np.ndarray, cluster_N: np.ndarray, r: float, resamples: int, seed: int
+) -> np.ndarray:
+    """(R,) r when, within clusters, what the control leaves of the damage is permuted."""
+    if np.isnan(r):
+        return np.full(resamples, np.nan)
+    both_N2, control_NP = ranks_NM[:, :2], ranks_NM[:, 2:]
+    inverse_PP = np.linalg.pinv(control_NP.T @ control_NP, hermitian=True)
+    left_N2 = both_N2 - control_NP @ (inverse_PP @ (control_NP.T @ both_N2))
+    damage_N, overlap_N = left_N2.T
+    others_NP1 = np.column_stack([overlap_N, control_NP])
+    rng = np.random.default_rng([seed, 2])
+    dots_RP1 = np.zeros((resamples, others_NP1.shape[1]))
+    for cluster in range(cluster_N.max() + 1):
+        own = np.flatnonzero(cluster_N == cluster)
+        dots_RP1 += rng.permuted(np.tile(damage_N[own], (resamples, 1)), axis=1) @ others_NP1[own]
+    taken_R = np.einsum("rp,pq,rq->r", dots_RP1[:, 1:], inverse_PP, dots_RP1[:, 1:])
+    return dots_RP1[:, 0] / np.sqrt((damage_N @ damage_N - taken_R) * (overlap_N @ overlap_N))

@@ -1,0 +1,613 @@
+"""Pictures of overlap draw their tables' own numbers, say what they show, and clip nothing."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import LogNorm, to_hex
+from matplotlib.lines import AxLine
+
+from analysis import plots
+from analysis.plots.matrices import NOTHING, PAGE_WIDTH
+from analysis.plots.style import COLUMN_WIDTH, FAMILY_STYLE
+
+from .test_plots import is_clipped
+
+FAMILIES = ["smoe", "smoe_share", "cartesian"]
+E = 16
+DOMAINS = ["code", "docs", "manual pages", "tests"]
+SHARES = {"a": 0.55, "b": 0.3, "interaction": 0.15}
+SIMILAR = {"cka_row": 0.6, "cka_column": 0.4, "cka_unrelated": 0.2}
+
+
+def site(model="smoe", layer=0, stage=0, train_seed=0) -> dict:
+    """The columns that say where."""
+    return dict(model=model, family=model, train_seed=train_seed, layer=layer, stage=stage)
+
+
+def pairs(
+    values_EE, metric="cka", null=0.05, shared=False, diagonal=False, **where
+) -> pd.DataFrame:
+    """A table of pairs; with shared the last expert has the number -1."""
+    i, j = np.indices(values_EE.shape).reshape(2, -1)
+    number = np.arange(max(values_EE.shape))
+    if shared:
+        number[-1] = -1
+    value = values_EE.ravel()
+    nulls = np.broadcast_to(null, values_EE.shape).ravel()
+    table = pd.DataFrame(site(**where) | dict(metric=metric, expert_i=number[i]))
+    table = table.assign(expert_j=number[j], value=value, low=value - 0.02, high=value + 0.02)
+    table = table.assign(null=nulls, unit="documents", num_units=8)
+    return table if diagonal else table[i != j]
+
+
+def draws(seed, n=E):
+    return np.random.default_rng(seed).uniform(0.1, 0.9, (n, n))
+
+
+def stages_of(family):
+    return (0, 1) if family == "cartesian" else (0,)
+
+
+@pytest.fixture(scope="module")
+def overlap():
+    """Three models of two layers: "cka", "lift", "transition", composites and domains."""
+    tables = []
+    for k, family in enumerate(FAMILIES):
+        n = E + (family == "smoe_share")
+        for layer in (1, 3):
+            for stage in stages_of(family):
+                where = site(family, layer, stage)
+                del where["family"]
+                cka = draws((k, layer, stage), n)
+                tables.append(pairs(cka, shared=n > E, **where))
+                lift = np.exp(4 * draws((9, k, layer, stage)) - 2)
+                lift[2, 5] = 0
+                tables.append(pairs(lift, "lift", null=1.0, **where))
+                if (layer, stage) != (1, 0):
+                    usage = draws((8, k, layer, stage))
+                    tables.append(pairs(usage, "transition", 1 / E, diagonal=True, **where))
+    sites = [
+        site("cartesian", layer)
+        | dict(metric=f"composite_{name}", value=value, low=value - 0.05, high=value + 0.05)
+        | dict(null=np.nan if name == "cka_unrelated" else value / 2)
+        for layer in (1, 3)
+        for name, value in (SHARES | SIMILAR).items()
+    ]
+    load_E = np.random.default_rng(5).dirichlet(np.full(E, 3.0))
+    experts = [
+        site(family, 1) | dict(metric="domain_specialization", expert=e, domain=domain)
+        | dict(value=load_E[e] * 2.0 ** ((e + d) % 4 - 1), low=0.0, high=1.0, null=load_E[e])
+        for family in FAMILIES for e in range(E) for d, domain in enumerate(DOMAINS)
+    ]  # fmt: skip
+    return SimpleNamespace(
+        pairs=pd.concat(tables, ignore_index=True),
+        sites=pd.DataFrame(sites),
+        experts=pd.DataFrame(experts),
+    )
+
+
+@pytest.fixture(scope="module")
+def experts():
+    """The experts' table of a relation."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for family in FAMILIES:
+        for layer in (1, 3):
+            own = pd.DataFrame(site(family, layer) | dict(expert=range(E)))
+            cka = rng.uniform(0, 0.8, E)
+            own = own.assign(load=rng.dirichlet(np.full(E, 3.0)), mass=0.1, cka=cka)
+            rows.append(own.assign(token_js=-cka, per_mass=0.6 - cka, damage=0.1 - cka / 10))
+    return pd.concat(rows, ignore_index=True).assign(per_mass_a=0.0, damage_low=0.0)
+
+
+@pytest.fixture(scope="module")
+def correlations():
+    """The table of a relation."""
+    rng = np.random.default_rng(4)
+    rows = [
+        dict(metric=metric, damage="per_mass", family=family, r=r, low=r - 0.1, high=r + 0.1)
+        | dict(null_low=-0.2, null_high=0.25, ceiling=0.85)
+        for family in ("smoe", "all", "cartesian")
+        for metric, r in zip(("cka", "token_js", "load"), rng.uniform(-0.6, 0.6, 3), strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def substitution():
+    """As `analysis.substitute.substitution` gives it, of two sites."""
+    tables = []
+    for layer in (1, 3):
+        rows = pairs(draws((7, layer)) - 0.3, "substitution", layer=layer)
+        rows = rows.rename(columns={"value": "linear"}).drop(columns=["null", "metric"])
+        chosen = np.array(["", "lowest", "random"])[np.arange(len(rows)) % 3]
+        measured = np.where(chosen == "", np.nan, 1.1 * rows.linear)
+        rows = rows.assign(chosen=chosen, measured=measured, probability=0.5, downstream="reroute")
+        tables.append(rows.assign(low=rows.measured - 0.1, high=rows.measured + 0.1))
+    return pd.concat(tables, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def saturation():
+    steps = np.array([100, 200, 300])
+    tables = []
+    for family in ("smoe", "cartesian"):
+        for layer in (1, 3):
+            for stage in stages_of(family):
+                value = 0.4 + 0.05 * layer + 0.0005 * steps + 0.02 * stage
+                frame = pd.DataFrame(site(family, layer, stage) | dict(step=steps, value=value))
+                tables.append(frame.assign(low=value - 0.03, high=value + 0.03, null=0.15))
+    return pd.concat(tables, ignore_index=True)
+
+
+@pytest.fixture
+def pictures(overlap, experts, correlations, substitution, saturation):
+    """name -> what draws it."""
+    place = dict(layer=1, stage=0)
+    return {
+        "heatmap": lambda: plots.overlap_heatmap(overlap, "cka", model="smoe_share"),
+        "clustered": lambda: plots.overlap_heatmap(overlap, "lift", model="smoe", clustered=True),
+        "single": lambda: plots.overlap_heatmap(overlap, "cka", model="smoe", null=False),
+        "damage": lambda: plots.damage_against_overlap(experts, "cka"),
+        "turned": lambda: plots.damage_against_overlap(experts, "token_js", "damage"),
+        "relation": lambda: plots.relation_dots(correlations),
+        "substitution": lambda: plots.substitution_matrix(substitution, **place),
+        "usage": lambda: plots.cartesian_usage(overlap, layer=3, model="cartesian"),
+        "domains": lambda: plots.specialization(overlap, **place, model="smoe"),
+        "saturation": lambda: plots.saturation_curve(saturation),
+        "profile": lambda: plots.overlap_profile(overlap, "cka"),
+        "profile of sites": lambda: plots.overlap_profile(overlap, "composite_a"),
+    }
+
+
+NAMES = ["heatmap", "clustered", "single", "damage", "turned", "relation", "substitution", "usage",
+         "domains", "saturation", "profile", "profile of sites"]  # fmt: skip
+
+
+def images(figure):
+    """Of the panels from left to right; color bars have none of their own."""
+    return [ax.get_images()[0] for ax in figure.get_axes() if ax.get_images()]
+
+
+def cells(image):
+    """What is drawn, NaN where it is grey."""
+    return image.get_array().filled(np.nan)
+
+
+def names(labels):
+    return [label.get_text() for label in labels]
+
+
+def marked(ax):
+    """The points of all lines with markers, by the line's label."""
+    return {line.get_label(): line.get_xydata() for line in ax.get_lines() if line.get_marker()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fits_its_columns_and_changes_no_setting(name, pictures):
+    before = dict(mpl.rcParams)
+    figure = pictures[name]().figure
+    assert dict(mpl.rcParams) == before
+    assert len(plt.get_fignums()) == 1
+    wide = name in ("heatmap", "clustered", "substitution", "usage")
+    assert figure.get_size_inches()[0] == (PAGE_WIDTH if wide else COLUMN_WIDTH)
+    assert not is_clipped(figure)
+    for ax in figure.get_axes():
+        for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+            boxes = [t.get_window_extent() for t in labels if t.get_text() and t.get_visible()]
+            assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+            assert all(t.get_fontsize() >= 6 for t in labels)
+
+
+def test_given_axes_are_drawn_on(overlap, experts, correlations, saturation):
+    for draw, *source in (
+        (plots.damage_against_overlap, experts, "cka"),
+        (plots.relation_dots, correlations),
+        (plots.saturation_curve, saturation),
+        (plots.overlap_profile, overlap, "cka"),
+    ):
+        _, ax = plt.subplots()
+        assert draw(*source, ax=ax) is ax
+
+
+def test_heatmap_has_the_tables_values_beside_their_null(overlap):
+    figure = plots.overlap_heatmap(overlap, "cka", model="smoe_share", layer=3)
+    value, null = images(figure)
+    expected = draws((1, 3, 0), E + 1)
+    np.fill_diagonal(expected, np.nan)
+    np.testing.assert_array_equal(cells(value), expected)
+    assert np.nanmax(cells(null)) == np.nanmin(cells(null)) == 0.05
+    assert value.norm is null.norm
+    assert (value.norm.vmin, value.norm.vmax) == (0.05, np.nanmax(expected))
+    assert to_hex(value.get_cmap().get_bad()).upper() == NOTHING
+    assert figure.get_suptitle() == "smoe_share, layer 3, stage 0"
+    first = value.axes
+    assert (first.get_xlabel(), first.get_ylabel()) == ("expert j", "expert i")
+    assert names(first.get_xticklabels()) == [*map(str, range(E)), "shared"]
+    assert names(first.get_yticklabels()) == [*map(str, range(E)), "shared"]
+    assert len(figure.get_axes()) == 3  # one color bar for both
+
+
+def test_first_site_is_the_default_and_a_table_serves_as_well(overlap):
+    whole = images(plots.overlap_heatmap(overlap, "cka", model="cartesian"))[0]
+    named = images(plots.overlap_heatmap(overlap, "cka", model="cartesian", layer=1, stage=0))[0]
+    table = images(plots.overlap_heatmap(overlap.pairs, "cka", model="cartesian"))[0]
+    second = images(plots.overlap_heatmap(overlap, "cka", model="cartesian", stage=1))[0]
+    np.testing.assert_array_equal(cells(whole), cells(named))
+    np.testing.assert_array_equal(cells(whole), cells(table))
+    assert cells(second)[0, 1] == draws((2, 1, 1))[0, 1]
+
+
+def test_lift_is_log_around_its_null_and_no_joint_choice_has_the_end_color(overlap):
+    figure = plots.overlap_heatmap(overlap, "lift", model="smoe", layer=1)
+    value, _ = images(figure)
+    assert isinstance(value.norm, LogNorm)
+    assert value.norm.vmin * value.norm.vmax == pytest.approx(1.0)
+    np.testing.assert_allclose(value.cmap(value.norm(1.0)), value.cmap(0.5), atol=0.01)
+    assert cells(value)[2, 5] == 0
+    np.testing.assert_array_equal(value.to_rgba(value.get_array())[2, 5], value.cmap(0.0))
+    bar = figure.get_axes()[-1]
+    assert names(bar.get_yticklabels()) == ["1/8", "1/4", "1/2", "1", "2", "4", "8"]
+
+
+def test_clustering_puts_like_experts_together_in_both_panels():
+    group = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2])
+    rng = np.random.default_rng(0)
+    values = np.where(group[:, None] == group, 0.8, 0.1) + 0.05 * rng.random((12, 12))
+    null = rng.random((12, 12))
+    for sign, metric in ((1, "cka"), (-1, "relative_distance")):
+        table = pairs(sign * values, metric, null=null, shared=False)
+        shown, beside = images(plots.overlap_heatmap(table, metric, clustered=True))
+        order = [int(text) for text in names(shown.axes.get_xticklabels())]
+        assert sorted(order) == list(range(12))
+        assert len([1 for a, b in pairwise(group[order]) if a != b]) == 2
+        off = ~np.eye(12, dtype=bool)
+        ordered = np.ix_(order, order)
+        np.testing.assert_array_equal(cells(shown)[off], (sign * values)[ordered][off])
+        np.testing.assert_array_equal(cells(beside)[off], null[ordered][off])
+
+
+def test_clustering_leaves_a_shared_expert_last_and_bears_nan():
+    values = draws(0, 6)
+    values[1, 2] = values[2, 1] = np.nan
+    figure = plots.overlap_heatmap(pairs(values, shared=True), "cka", clustered=True)
+    assert names(images(figure)[0].axes.get_yticklabels())[-1] == "shared"
+    nowhere = pairs(np.full((4, 4), np.nan), null=np.nan)
+    image = images(plots.overlap_heatmap(nowhere, "cka", clustered=True))
+    assert len(image) == 1  # there is no null
+    assert np.isnan(cells(image[0])).all()
+    image[0].figure.canvas.draw()
+
+
+@pytest.mark.parametrize(("experts", "shared", "null"), [(2, True, True), (18, False, True),
+                         (33, True, False), (64, False, False), (64, True, True)])  # fmt: skip
+def test_any_number_of_experts_can_be_read(experts, shared, null):
+    figure = plots.overlap_heatmap(
+        pairs(draws(1, experts + shared), shared=shared), "cka", null=null
+    )
+    assert not is_clipped(figure)
+    ax = figure.get_axes()[0]
+    assert cells(images(figure)[0]).shape == (experts + shared, experts + shared)
+    for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+        assert ("shared" in names(labels)) == shared
+        boxes = [t.get_window_extent() for t in labels]
+        assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+
+
+def test_one_expert_constant_values_and_nothing_at_all():
+    one = pairs(np.array([[1.0]]), "transition", 1.0, diagonal=True)
+    for table in (one, pairs(np.ones((3, 3)), "transition", null=1.0)):
+        plots.overlap_heatmap(table, "transition").canvas.draw()
+    nothing = pairs(np.full((3, 3), np.nan), "lift", null=np.nan)
+    plots.overlap_heatmap(nothing, "lift").canvas.draw()
+    plots.overlap_profile(nothing, "lift").figure.canvas.draw()
+
+
+def test_heatmap_errors_name_the_choices(overlap):
+    heatmap = plots.overlap_heatmap
+    for options, message in [
+        (dict(metric="cosine"), "metric of pairs is 'cosine'; choose one of 'cka', 'lift', 'tr"),
+        (dict(metric="composite_a"), "metric of pairs is 'composite_a'; choose one of 'cka'"),
+        (dict(metric="cka"), "model is None; choose one of 'smoe', 'smoe_share', 'cartesian'"),
+        (dict(metric="cka", model="dense"), "model is 'dense'; choose one of 'smoe'"),
+        (dict(metric="cka", model="smoe", layer=2), "layer is 2; choose one of 1, 3"),
+        (dict(metric="cka", model="smoe", stage=1), "stage is 1; choose one of 0"),
+        (dict(metric="cka", model="smoe", train_seed=7), "train_seed is 7; choose one of 0"),
+        (dict(metric="transition", model="smoe", clustered=True), "clustered is True, but pairs"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            heatmap(overlap, **options)
+    with pytest.raises(ValueError, match="overlap is a list; give an Overlap or its table pairs"):
+        heatmap([1], "cka")
+    with pytest.raises(ValueError, match="table pairs has no rows"):
+        heatmap(overlap.pairs[:0], "cka")
+    with pytest.raises(ValueError, match="table pairs lacks the columns expert_i, expert_j"):
+        heatmap(overlap.sites, "composite_a")
+    two = pd.concat([overlap.pairs, overlap.pairs.assign(train_seed=1)])
+    with pytest.raises(ValueError, match="train_seed is None; choose one of 0, 1"):
+        heatmap(two, "cka", model="smoe")
+    assert not plt.get_fignums()
+    figure = heatmap(two, "cka", model="smoe", train_seed=1)
+    assert figure.get_suptitle() == "smoe #1, layer 1, stage 0"
+
+
+def test_scatter_has_an_experts_numbers_look_and_load(experts):
+    ax = plots.damage_against_overlap(experts, "cka")
+    drawn = {points.get_label(): points for points in ax.collections}
+    assert list(drawn) == FAMILIES
+    for family, points in drawn.items():
+        own = experts[experts.family == family]
+        np.testing.assert_array_equal(points.get_offsets(), own[["cka", "per_mass"]])
+        np.testing.assert_allclose(points.get_sizes() / points.get_sizes().max(),
+                                   own.load / own.load.max())  # fmt: skip
+        assert to_hex(points.get_facecolor()[0]).upper() == FAMILY_STYLE[family][0]
+    assert "nats per unit of routed weight" in ax.get_ylabel()
+    assert len({len(points.get_paths()[0].vertices) for points in ax.collections}) > 1
+    raw = plots.damage_against_overlap(experts, "token_js", "damage")
+    assert raw.get_xlabel().startswith("\N{MINUS SIGN}Jensen-Shannon")
+    assert raw.get_ylabel() == "change of loss (nats per token)"
+    assert plots.damage_against_overlap(experts, "load").get_xlabel() == "load"
+
+
+def test_scatter_leaves_out_what_is_not_known(experts):
+    unknown = experts.assign(cka=experts.cka.where(experts.expert > 3))
+    ax = plots.damage_against_overlap(unknown, "cka")
+    assert {len(points.get_offsets()) for points in ax.collections} == {2 * (E - 4)}
+    plots.damage_against_overlap(experts.assign(cka=np.nan), "cka").figure.canvas.draw()
+
+
+def test_scatter_errors(experts):
+    draw = plots.damage_against_overlap
+    with pytest.raises(ValueError, match="metric is 'lift'; choose one of 'load', 'cka', 'token_"):
+        draw(experts, "lift")
+    with pytest.raises(ValueError, match=r"metric is 'per_mass_a'; choose one of .*'token_js'$"):
+        draw(experts, "per_mass_a")
+    with pytest.raises(ValueError, match="damage is 'raw'; choose one of 'per_mass', 'damage'"):
+        draw(experts, "cka", "raw")
+    with pytest.raises(ValueError, match="table experts has no rows"):
+        draw(experts[:0], "cka")
+    with pytest.raises(ValueError, match="table experts lacks the columns load"):
+        draw(experts.drop(columns="load"), "cka")
+    assert not plt.get_fignums()
+
+
+def test_relation_has_all_first_the_null_behind_and_the_ceiling(correlations):
+    ax = plots.relation_dots(correlations)
+    assert [t.replace("\n", " ") for t in names(ax.get_yticklabels())] == [
+        "debiased CKA of outputs", "\N{MINUS SIGN}Jensen-Shannon div. of tokens", "load",
+    ]  # fmt: skip
+    bands = {(round(bar.get_x(), 9), round(bar.get_x() + bar.get_width(), 9)) for bar in ax.patches}
+    assert bands == {(-0.2, 0.25)}
+    assert len(ax.patches) == len(correlations)
+    dots = [line for line in ax.get_lines() if line.get_marker() not in ("None", "|")]
+    assert {line.get_xdata()[0] for line in dots} == set(correlations.r)
+    ticks = [line for line in ax.get_lines() if line.get_marker() == "|"]
+    assert {tuple(line.get_xdata()) for line in ticks} == {(-0.85, 0.85)}
+    bars = {tuple(line.get_xdata()) for line in ax.get_lines() if line.get_marker() == "None"}
+    assert set(zip(correlations.low, correlations.high, strict=True)) <= bars
+    largest = max(dots, key=lambda line: line.get_markersize())
+    first = [line for line in dots if line.get_markersize() == largest.get_markersize()]
+    every = correlations[correlations.family == "all"]
+    assert [line.get_xdata()[0] for line in first] == every.r.tolist()
+    for i, line in enumerate(first):  # above its row's others
+        others = [d.get_ydata()[0] for d in dots if i - 0.5 < d.get_ydata()[0] < i + 0.5]
+        assert line.get_ydata()[0] == min(others)
+    assert names(ax.get_legend().get_texts()) == ["all", "smoe", "cartesian", "null",
+                                                  "noise ceiling"]  # fmt: skip
+
+
+def test_relation_bears_nan_and_several_damages(correlations):
+    ax = plots.relation_dots(correlations.assign(r=np.nan, low=np.nan, ceiling=np.nan))
+    assert not [line for line in ax.get_lines() if line.get_marker() == "|"]
+    both = pd.concat([correlations, correlations.assign(damage="damage")])
+    rows = names(plots.relation_dots(both).get_yticklabels())
+    assert [rows[2], rows[5]] == ["load\n(per_mass)", "load\n(damage)"]
+    with pytest.raises(ValueError, match="table relation has no rows"):
+        plots.relation_dots(correlations[:0])
+    with pytest.raises(ValueError, match="table relation lacks the columns null_low"):
+        plots.relation_dots(correlations.drop(columns="null_low"))
+
+
+def test_substitution_has_estimates_and_what_was_measured(substitution):
+    figure = plots.substitution_matrix(substitution, layer=3, stage=0)
+    (image,) = images(figure)
+    expected = draws((7, 3)) - 0.3
+    np.fill_diagonal(expected, np.nan)
+    np.testing.assert_array_equal(cells(image), expected)
+    assert image.norm.vmin == -image.norm.vmax
+    panel = figure.get_axes()[1]
+    shown = marked(panel)
+    rows = substitution[substitution.layer == 3]
+    for chosen, name in {"lowest": "lowest estimates", "random": "at random"}.items():
+        own = rows[rows.chosen == chosen]
+        np.testing.assert_array_equal(shown[name], own[["linear", "measured"]])
+    faces = {line.get_label(): to_hex(line.get_mfc()).upper() for line in panel.get_lines()}
+    assert faces["lowest estimates"] == FAMILY_STYLE["smoe"][0]
+    assert faces["at random"] == "#FFFFFF"
+    ends = np.concatenate([c.get_segments() for c in panel.collections])[:, :, 1]
+    measured = rows.dropna(subset="measured").sort_values("chosen")
+    np.testing.assert_allclose(np.sort(ends[:, 0]), np.sort(measured.low))
+    np.testing.assert_allclose(np.sort(ends[:, 1]), np.sort(measured.high))
+    (identity,) = (line for line in panel.get_lines() if isinstance(line, AxLine))
+    assert (identity.get_xy1(), identity.get_slope()) == ((0, 0), 1)
+    assert "nats per routed token" in panel.get_xlabel()
+
+
+def test_substitution_of_an_overlap_is_the_matrix_alone():
+    table = pairs(draws(3) - 0.2, "substitution", null=np.nan)
+    for source in (table, SimpleNamespace(pairs=table)):
+        figure = plots.substitution_matrix(source, layer=0, stage=0)
+        assert len(figure.get_axes()) == 2  # and its color bar
+        assert figure.get_size_inches()[0] == COLUMN_WIDTH
+        assert not is_clipped(figure)
+    nowhere = table.assign(value=np.nan)
+    plots.substitution_matrix(nowhere, layer=0, stage=0).canvas.draw()
+
+
+def test_substitution_errors(substitution, overlap):
+    place = dict(layer=1, stage=0)
+    draw = plots.substitution_matrix
+    with pytest.raises(ValueError, match="metric of pairs is 'substitution'; choose one of 'cka'"):
+        draw(overlap, **place)
+    with pytest.raises(ValueError, match="layer is 2; choose one of 1, 3"):
+        draw(substitution, layer=2, stage=0)
+    with pytest.raises(ValueError, match="table substitution has no rows"):
+        draw(substitution[:0], **place)
+    with pytest.raises(ValueError, match="table substitution lacks the columns measured"):
+        draw(substitution.drop(columns="measured"), **place)
+    both = pd.concat([substitution, substitution.assign(downstream="replay")])
+    with pytest.raises(ValueError, match="downstream is 'reroute', 'replay' in one frame"):
+        draw(both, **place)
+    assert not plt.get_fignums()
+
+
+def test_usage_of_a_cartesian_layer(overlap):
+    figure = plots.cartesian_usage(overlap, layer=3, model="cartesian")
+    usage, null = images(figure)
+    np.testing.assert_array_equal(cells(usage), draws((8, 2, 3, 1)))
+    np.testing.assert_array_equal(cells(null), np.full((E, E), 1 / E))
+    assert usage.norm is null.norm
+    assert "A_i" in usage.axes.get_ylabel()
+    assert "B_j" in usage.axes.get_xlabel()
+    assert figure.get_suptitle() == "cartesian, layer 3"
+    shares, similar = [ax for ax in figure.get_axes() if ax.get_legend()]
+    for ax, expected in ((shares, SHARES), (similar, SIMILAR)):
+        lines = ax.get_lines()
+        points = [x.get_xdata()[0] for x in lines if x.get_marker() == FAMILY_STYLE["cartesian"][1]]
+        assert points == list(expected.values())
+        nulls = [line.get_xdata()[0] for line in lines if line.get_marker() == "d"]
+        known = [v / 2 for name, v in expected.items() if name != "cka_unrelated"]
+        assert [v for v in nulls if v == v] == known
+        bars = [tuple(x.get_xdata()) for x in lines if len(x.get_xdata()) == 2][: len(expected)]
+        np.testing.assert_allclose(bars, [(v - 0.05, v + 0.05) for v in expected.values()])
+    assert names(shares.get_yticklabels()) == ["A", "B", "interaction"]
+
+
+def test_usage_of_unequal_stages_and_errors(overlap):
+    table = pairs(draws(2)[:3, :5], "transition", 0.2, diagonal=True, model="cartesian",
+                  layer=3, stage=1)  # fmt: skip
+    figure = plots.cartesian_usage(SimpleNamespace(pairs=table, sites=overlap.sites), layer=3)
+    assert cells(images(figure)[0]).shape == (3, 5)
+    plt.close(figure)
+    draw = plots.cartesian_usage
+    plain = overlap.pairs[overlap.pairs.model == "smoe"]
+    with pytest.raises(ValueError, match="stage is 1; choose one of 0"):
+        draw(SimpleNamespace(pairs=plain, sites=overlap.sites), layer=3)
+    with pytest.raises(ValueError, match="layer is 2; choose one of 1, 3"):
+        draw(overlap, layer=2, model="cartesian")
+    few = overlap.sites[overlap.sites.metric != "composite_b"]
+    with pytest.raises(ValueError, match="metric of sites is 'composite_b'; choose one of"):
+        draw(SimpleNamespace(pairs=overlap.pairs, sites=few), layer=3, model="cartesian")
+    with pytest.raises(ValueError, match="overlap is a SimpleNamespace; give an Overlap or its"):
+        draw(SimpleNamespace(pairs=overlap.pairs), layer=3, model="cartesian")
+    assert not plt.get_fignums()
+
+
+def test_domains_are_over_their_null_and_experts_ordered_by_the_strongest(overlap):
+    figure = plots.specialization(overlap, layer=1, stage=0, model="smoe")
+    (image,) = images(figure)
+    order = [int(text) for text in names(image.axes.get_xticklabels())]
+    ratio = np.array([[2.0 ** ((e + d) % 4 - 1) for e in order] for d in range(len(DOMAINS))])
+    np.testing.assert_allclose(cells(image), ratio)
+    assert names(image.axes.get_yticklabels()) == DOMAINS
+    strongest = cells(image).argmax(0)
+    assert (np.diff(strongest) >= 0).all()
+    assert sorted(order) == list(range(E))
+    assert isinstance(image.norm, LogNorm)
+    assert (image.norm.vmin, image.norm.vmax) == (1 / 4, 4)
+
+
+def test_domains_within_one_are_ordered_by_how_much_and_the_unused_come_last():
+    value = np.array([[0.2, 0.5, 0.0, 0.3], [0.1, 0.1, 0.0, 0.4]])
+    null = np.array([0.2, 0.25, 0.0, 0.2])
+    table = pd.DataFrame([
+        site() | dict(metric="domain_specialization", expert=e, domain=domain, value=value[d, e],
+                      low=0.0, high=1.0, null=null[e])
+        for e in range(4) for d, domain in enumerate(("b", "a"))
+    ])  # fmt: skip
+    figure = plots.specialization(table, layer=0, stage=0)
+    (image,) = images(figure)
+    assert names(image.axes.get_xticklabels()) == ["1", "0", "3", "2"]
+    assert names(image.axes.get_yticklabels()) == ["b", "a"]  # as they come
+    assert np.isnan(cells(image)[:, -1]).all()
+    figure.canvas.draw()
+    plots.specialization(table.assign(value=np.nan), layer=0, stage=0).canvas.draw()
+    with pytest.raises(ValueError, match="layer is 1; choose one of 0"):
+        plots.specialization(table, layer=1, stage=0)
+    with pytest.raises(ValueError, match="metric of experts is 'domain_specialization'; choose"):
+        plots.specialization(table.assign(metric="load"), layer=0, stage=0)
+    with pytest.raises(ValueError, match="table experts lacks the columns domain"):
+        plots.specialization(table.drop(columns="domain"), layer=0, stage=0)
+
+
+def test_saturation_has_a_line_a_site_with_interval_and_null(saturation):
+    ax = plots.saturation_curve(saturation)
+    curves = [line for line in ax.get_lines() if line.get_marker() not in ("None", "")]
+    sites = list(saturation.groupby(["model", "layer", "stage"], sort=False))
+    assert len(curves) == len(sites) == 6
+    nulls = [line for line in ax.get_lines() if line.get_linestyle() == ":"]
+    assert all((line.get_ydata() == 0.15).all() for line in nulls)
+    assert len(nulls) == 6
+    for ((model, layer, stage), rows), line, band in zip(
+        sites, curves, ax.collections, strict=True
+    ):
+        np.testing.assert_array_equal(line.get_xydata(), rows[["step", "value"]])
+        assert line.get_marker() == FAMILY_STYLE[model][1]
+        assert line.get_linestyle() == ("--" if stage else "-")
+        assert band.get_paths()[0].vertices[:, 1].min() == rows.low.min()
+        last = layer == 3
+        assert (to_hex(line.get_color()).upper() == FAMILY_STYLE[model][0]) == last
+    assert names(ax.get_legend().get_texts()) == [
+        *("smoe", "cartesian", "layer 1", "layer 3", "stage 0", "stage 1", "null")
+    ]
+    with pytest.raises(ValueError, match="table saturation has no rows"):
+        plots.saturation_curve(saturation[:0])
+    with pytest.raises(ValueError, match="table saturation lacks the columns step"):
+        plots.saturation_curve(saturation.drop(columns="step"))
+
+
+def test_profile_has_means_and_quartiles_of_the_routed_experts_pairs(overlap):
+    ax = plots.overlap_profile(overlap, "cka")
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert [name for name in lines if not name.startswith("_")] == FAMILIES
+    off = ~np.eye(E, dtype=bool)
+    for k, family in enumerate(FAMILIES):
+        places = [(layer, stage) for layer in (1, 3) for stage in stages_of(family)]
+        n = E + (family == "smoe_share")
+        values = [draws((k, *place), n)[:E, :E][off] for place in places]
+        np.testing.assert_allclose(lines[family].get_ydata(), [v.mean() for v in values])
+        spread = np.array(ax.collections[k].get_segments())[:, :, 1]
+        np.testing.assert_allclose(spread, [np.quantile(v, (0.25, 0.75)) for v in values])
+        color = to_hex(lines[family].get_color()).upper()
+        assert (color, lines[family].get_marker()) == FAMILY_STYLE[family]
+    np.testing.assert_allclose(np.diff(lines["cartesian"].get_xdata()), [0.5, 1.5, 0.5])
+    dotted = [line for line in ax.get_lines() if line.get_linestyle() == ":"]
+    assert len(dotted) == len(FAMILIES)
+    assert all(np.allclose(line.get_ydata(), 0.05) for line in dotted)
+    assert names(ax.get_legend().get_texts()) == [*FAMILIES, "null"]
+
+
+def test_profile_of_a_sites_own_number_has_its_interval(overlap):
+    ax = plots.overlap_profile(overlap, "composite_a")
+    np.testing.assert_allclose(
+        np.array(ax.collections[0].get_segments())[:, :, 1], [[0.5, 0.6], [0.5, 0.6]]
+    )
+    table = plots.overlap_profile(overlap.sites, "composite_a")
+    assert len(table.get_lines()) == len(ax.get_lines())
+    of_experts = plots.overlap_profile(overlap.experts, "domain_specialization")
+    assert len(of_experts.collections) == len(FAMILIES)
+    two = pd.concat([overlap.pairs, overlap.pairs.assign(train_seed=1)])
+    seeds = plots.overlap_profile(two, "cka")
+    assert names(seeds.get_legend().get_texts()) == [*FAMILIES, "null"]
+    assert len(seeds.collections) == 2 * len(FAMILIES)
+    with pytest.raises(ValueError, match=r"is 'cosine'; choose one of 'cka', .*'domain_sp.*_a'"):
+        plots.overlap_profile(overlap, "cosine")
+    with pytest.raises(ValueError, match="table pairs has no rows"):
+        plots.overlap_profile(overlap.pairs[:0], "cka")

@@ -1,0 +1,71 @@
+"""studies/sharing.py: its sums by hand, and as a whole with models of one step."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+PATH = Path(__file__).parents[1] / "studies" / "sharing.py"
+
+
+@pytest.fixture(scope="module")
+def sharing():
+    spec = importlib.util.spec_from_file_location("sharing", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_levels_are_corpora_of_the_same_tables(sharing):
+    for level in sharing.LEVELS:
+        corpus = sharing.Run(level, "cartesian", 2).corpus
+        assert (corpus.common, corpus.seed) == (level, 2)
+        assert corpus.topic == corpus.style == corpus.pair
+    assert len({sharing.Run(*key).folder for key in sharing._keys(3)}) == 3 * 4 * 3
+
+
+def test_means_over_pairs_then_over_seeds(sharing):
+    key = dict(level=0.3, model="m", family="cartesian")
+    rows = [
+        key | dict(train_seed=seed, quantity="cka", value=value)
+        for seed, value in enumerate([1.0, 2.0, 6.0])
+    ]
+    (found,) = sharing.curves(pd.DataFrame(rows)).to_dict("records")
+    assert found["mean"] == 3
+    half = 4.302653 * np.sqrt(7 / 3)  # Student's t with two degrees of freedom
+    assert (found["low"], found["high"]) == pytest.approx((3 - half, 3 + half))
+    key |= dict(train_seed=0)
+    tables = dict(
+        damage=pd.DataFrame(
+            [
+                key | dict(label=label, delta_nats=nats, clean_nats=2.5)
+                for label, nats in (("DropTop(1)", 0.5), ("RandomRouting(1)", 0.75))
+            ]
+        ),
+        pairs=pd.DataFrame([key | dict(metric="cka", value=v) for v in (0.1, 0.3)]),
+        truth=pd.DataFrame([key | dict(metric="cka", score=v) for v in (0.4, 0.8)]),
+        factors=pd.DataFrame([key | dict(mi_topic=0.1, mi_style=0.2, mi_pair=v) for v in (1, 2)]),
+    )
+    found = sharing.summary(tables).set_index("quantity").value.to_dict()
+    assert found == pytest.approx(
+        {"clean loss": 2.5, "DropTop(1)": 0.5, "RandomRouting": 0.75, "cka": 0.2, "cka~truth": 0.6}
+        | {"mi_topic": 0.1, "mi_style": 0.2, "mi_pair": 1.5}
+    )
+
+
+@pytest.mark.slow
+def test_as_a_whole_and_once_more(sharing, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CARTMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sharing, "LEVELS", (0.9, 0.0))
+    sharing.main(tmp_path / "out", steps=1, seeds=1)
+    assert (tmp_path / "out" / "sharing.pdf").is_file()
+    first = pd.read_csv(tmp_path / "out" / "curves.csv")
+    assert set(sharing.PANELS) <= set(first.quantity)
+    assert set(first.level) == {0.9, 0.0}
+    monkeypatch.setattr(sharing, "measure", None)  # nothing is measured again
+    sharing.main(tmp_path / "out", steps=1, seeds=1)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "curves.csv"), first)
+    with pytest.raises(ValueError, match=r"steps is 1 there, 2 asked for"):
+        sharing.main(tmp_path / "out", steps=2, seeds=1)
