@@ -49,11 +49,16 @@ from analysis.perturb import (
     Worst,
 )
 from analysis.regret import regret
+from analysis.relation import Relation, relate
+from analysis.removal import expert_damage, takeover
 from analysis.results import Results
 from analysis.run import read, run
 from analysis.study import Study
+from analysis.substitute import calibration, substitution
 from analysis.sweep import sweep
 from analysis.trace import Trace
+from analysis.training import Training, over_training, saturation
+from analysis.truth import routers_and_factors, truth_scores
 
 __all__ = [
     "METRICS",
@@ -78,6 +83,7 @@ __all__ = [
     "Perturbation",
     "Quantize",
     "RandomRouting",
+    "Relation",
     "Replay",
     "ResidualNoise",
     "Results",
@@ -86,28 +92,38 @@ __all__ = [
     "Temperature",
     "TopK",
     "Trace",
+    "Training",
     "UniformWeights",
     "Where",
     "Worst",
     "adapt",
     "calibrate",
+    "calibration",
     "cascade_arms",
     "compare",
     "dask",
     "documents",
+    "expert_damage",
     "export",
     "flip_prediction",
     "generation_agreement",
     "load",
     "measure_overlap",
+    "over_training",
     "perturbed",
     "plots",
     "processes",
     "read",
     "regret",
+    "relate",
+    "routers_and_factors",
     "run",
+    "saturation",
     "site_arms",
     "split_arms",
     "stats",
+    "substitution",
     "sweep",
+    "takeover",
+    "truth_scores",
 ]

@@ -73,7 +73,7 @@ def measure_overlap(
     model, no documents, and numbers out of range.
     """
     model = routed_adapter(model)
-    chosen = _sites(model, sites)
+    chosen = sites_of(model, sites)
     wanted = _wanted(model, chosen, metrics)
     check_choice("probe", probe, PROBES)
     check_resampling(confidence, 1)
@@ -246,7 +246,8 @@ def _run(
     return flows, entered, dict(zip(flows, found, strict=True))
 
 
-def _sites(model: Adapter, sites: Any) -> list[RouterSite]:
+def sites_of(model: Adapter, sites: Any) -> list[RouterSite]:
+    """The routers that were asked for, as `measure_overlap` takes them; `ValueError` for none."""
     if sites is None:
         return model.sites()
     asked = sites if isinstance(sites, list | tuple) else [sites]
@@ -260,19 +261,20 @@ def _sites(model: Adapter, sites: Any) -> list[RouterSite]:
 
 def _wanted(model: Adapter, sites: list[RouterSite], metrics: str | Sequence[str] | None):
     """Names of the metrics to measure, each once."""
-    fits = {name: m for name, m in METRICS.items() if _fits(model, sites, name, m)}
+    fitting = {name: m for name, m in METRICS.items() if fits(model, sites, name, m)}
     if metrics is None:
-        return [name for name, metric in fits.items() if metric.kind != DAMAGE]
+        return [name for name, metric in fitting.items() if metric.kind != DAMAGE]
     names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
     for name in names:
         check_choice("metric", name, METRICS)
-        check_choice(f"metric for {model.name}", name, fits)
+        check_choice(f"metric for {model.name}", name, fitting)
     if not names:
         raise ValueError(f"metrics is {metrics!r}; name some of {', '.join(METRICS)}")
     return names
 
 
-def _fits(model: Adapter, sites: list[RouterSite], name: str, metric: Metric) -> bool:
+def fits(model: Adapter, sites: list[RouterSite], name: str, metric: Metric) -> bool:
+    """Whether the metric can be measured at these sites."""
     if metric.kind == "composite":
         return any(composed(model, site) for site in sites)
     return name != "router_cosine" or all(model.router_rows(site) is not None for site in sites)
@@ -323,7 +325,7 @@ def _tables(
                 if name == "transition" and "transition" not in sums["usage"]:
                     continue  # the first site has none before it
                 found = estimate(metric, sums[metric.kind], confidence)
-                how = (unit, units) if metric.units else ("none: labels are shuffled", 0)
+                how = (unit, units) if metric.units else ("none: classes are kept as one total", 0)
             else:
                 continue  # composites stand with the first stage alone
             shared = found.value.ndim > 0 and found.value.shape[0] > site.num_experts

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.measure_overlap import _fits, measure_overlap
+from analysis.measure_overlap import fits, measure_overlap
 from analysis.overlap import METRICS, Overlap
 from analysis.overlap.tables import join
 from analysis.removal import (
@@ -105,7 +105,7 @@ def relate(
         clean = clean_sums(model, docs, chosen, batch_size)
         frames[key] = damage_table(model, docs, clean, batch_size, refill, options, progress)
         heirs.append(takeover_table(model, clean))
-        own = [name for name in names if _fits(model, chosen, name, METRICS[name])]
+        own = [name for name in names if fits(model, chosen, name, METRICS[name])]
         frames[key] = frames[key].assign(**dict.fromkeys(names, np.nan))
         if own:
             how = dict(batch_size=batch_size, confidence=confidence, seed=seed, progress=progress)

@@ -21,7 +21,7 @@ from analysis.adapters.base import Adapter
 from analysis.conditions import Condition
 from analysis.doses import DenseRouting
 from analysis.measure import measure
-from analysis.measure_overlap import _sites
+from analysis.measure_overlap import sites_of
 from analysis.perturb import DropExperts
 from analysis.stats.bootstrap import check_resampling, intervals
 from analysis.stats.relation import SITE
@@ -95,7 +95,7 @@ def checked(
     check_whole("batch_size", batch_size, 1)
     if not len(docs):
         raise ValueError("docs has no sequence")
-    return model, _sites(model, sites)
+    return model, sites_of(model, sites)
 
 
 @dataclass

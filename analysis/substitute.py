@@ -1,7 +1,6 @@
-"""Experts in each other's place, and experts taken away: real forwards beside linear estimates.
+"""Experts in each other's place: real forwards beside linear estimates.
 
-Shapes: T tokens, K slots, C conditions, S sequences, L length, D documents, E
-experts.
+Shapes: T tokens, K slots, C conditions, S sequences, L length, D documents, E experts.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from analysis.conditions import DOWNSTREAM, Condition, Where
 from analysis.context import RouterContext
 from analysis.measure import measure
 from analysis.measure_overlap import measure_overlap
-from analysis.perturb import DropExperts, Perturbation
+from analysis.perturb import Perturbation
 from analysis.perturb.base import set_number
 from analysis.stats.bootstrap import Intervals, check_resampling, intervals
 from analysis.sweep import routed_adapter
@@ -166,63 +165,6 @@ def _calibrate(pairs: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def removal(
-    model: object,
-    docs: Sequences,
-    sites: Any = None,
-    *,
-    refill: bool | None = None,
-    batch_size: int = 16,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """What each expert's removal costs, measured by real forwards.
-
-    refill   True: the router takes the next expert in its place and weighs anew; False: its slots
-             stay empty and the others keep their weights; None: both
-
-    A row an expert and refill: model, family, train_seed, layer, stage, expert, refill, num_tokens
-    routed to it; in nats per token routed to it, measured with BCa bounds over documents, low and
-    high; in nats per token of all, per_token with its bounds per_token_low and per_token_high; and
-    without refill linear, the metric "removal_linear", with linear_low and linear_high (per token
-    routed to it). NaN where no token is routed to it.
-
-    Raises `ValueError` for a dense model, sites that do not exist, and numbers out of range.
-    """
-    check_choice("refill", refill, (True, False, None))
-    check_resampling(confidence, resamples)
-    model = routed_adapter(model)
-    options = dict(batch_size=batch_size, confidence=confidence, seed=seed, progress=progress)
-    table = measure_overlap(model, docs, "removal_linear", sites, **options).experts
-    table = table.rename(columns=LINEAR)[[*SITE, "expert", *LINEAR.values()]]
-    both = [True, False] if refill is None else [refill]
-    table = table.merge(pd.DataFrame({"refill": both}), how="cross")
-    table.loc[table.refill, list(LINEAR.values())] = np.nan
-    rows = list(table.itertuples())
-    conditions = [
-        Condition(
-            DropExperts(ids=(row.expert,)),
-            Where(row.layer, row.stage),
-            effect="full" if row.refill else "no_refill",
-        )
-        for row in rows
-    ]
-    delta_CD = _by_document(docs, _changes(model, docs, conditions, batch_size, progress))
-    routed = _routed(model, docs, batch_size)
-    routed_CS = np.stack([routed[row.layer, row.stage][:, row.expert] for row in rows])
-    tokens_CS = np.broadcast_to(_targets(docs), routed_CS.shape)
-    table["num_tokens"] = routed_CS.sum(1)
-    for name, low, high, count_CS in (
-        ("measured", "low", "high", routed_CS),
-        ("per_token", "per_token_low", "per_token_high", tokens_CS),
-    ):
-        found = _ratios(delta_CD, _by_document(docs, count_CS), confidence, resamples, seed)
-        table[[name, low, high]] = np.transpose(found)
-    return table
-
-
 def _choose(pairs: pd.DataFrame, lowest: int, random: int, seed: int) -> pd.DataFrame:
     """chosen and probability of one site's pairs."""
     order = pairs.linear.dropna().sort_values(kind="stable").index
@@ -261,10 +203,6 @@ def _changes(
 def _by_document(docs: Sequences, values_CS: np.ndarray) -> np.ndarray:
     document_S = np.unique(docs.document_id, return_inverse=True)[1]
     return np.stack([np.bincount(document_S, weights=values_S) for values_S in values_CS])
-
-
-def _targets(docs: Sequences) -> np.ndarray:
-    return (docs.targets_SL != IGNORE).sum(-1).numpy()
 
 
 def _ratios(

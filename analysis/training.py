@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from analysis.adapters.base import Adapter
 from analysis.doses import DenseRouting
-from analysis.measure_overlap import _sites, measure_overlap
+from analysis.measure_overlap import measure_overlap, sites_of
 from analysis.models import load
 from analysis.overlap import Overlap
 from analysis.overlap.base import MAX_UNITS, Metric, Sums, UnitSums, estimate
@@ -64,7 +64,7 @@ def saturation(
     check_whole("batch_size", batch_size, 1)
     check_resampling(confidence, 1)
     last = routed_adapter(load(folders[-1]))
-    chosen = _sites(last, sites)
+    chosen = sites_of(last, sites)
     unit_of = _units(docs)
     units = max(unit_of.values()) + 1
     sums = {folder: {site: UnitSums(units) for site in chosen} for folder in folders}

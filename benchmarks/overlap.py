@@ -129,7 +129,7 @@ def _matching(width: int) -> Row:
         return time.perf_counter() - start
 
     turns = np.array([(seconds_matching(), seconds_assigning()) for _ in range(4)])[1:]
-    matching, assigning = np.median(turns, axis=0)
+    matching, assigning = np.median(turns, axis=0).tolist()
     detail = f"{matching:.2f} s, {assigning:.2f} s"
     what = f"matched cosine, E 64, F 256, D {width} / linear_sum_assignment alone"
     return Row(what, matching / assigning, "<= 1.15", detail)

@@ -163,7 +163,7 @@ def as_adapter(model: object) -> Adapter:
 
     Adapters register the classes of models that they are for. Raises `ValueError` for others.
     """
-    if isinstance(model, torch.nn.Module):
+    if not hasattr(model, "expert_weights"):
         raise ValueError(
             f"model is a {type(model).__name__}; wrap it with analysis.adapt(model, tokenizer), or "
             "pass a cartmoe.LanguageModel"

@@ -23,7 +23,8 @@ KINDS = ("usage", "weights", "outputs", "function", "composite")
 TABLES = ("experts", "sites", "pairs")
 PROBES = ("all", "routed", "either")
 MAX_UNITS = 32  # so that sums do not grow with the documents
-Sums = Mapping[str, Tensor]  # by name (U, ...), fp64 on the CPU; what is summed adds over units
+# By name (U, ...), fp64 on the CPU; what is summed adds over units. (1, ...): of all together.
+Sums = Mapping[str, Tensor]
 
 
 class Metric(NamedTuple):

@@ -137,19 +137,19 @@ class CompositeStream:
         """Add a batch; the probe is that of the first stage."""
         u_TD = probe.stream_TD[:TOKENS]
         a_ATD = self._layer.first_outputs(u_TD)
-        step = max(1, BLOCK_ROWS // len(a_ATD))
-        kept: list[Tensor] = []
-        for start in range(0, len(u_TD), step):
-            some, few = slice(start, start + step), start < PAIR_TOKENS
-            block = self._layer.block(u_TD[some], a_ATD[:, some], with_mean=few)
-            outputs: list[Tensor] | None = [] if few else None
-            last_BTD, squares_3 = _squares(block, outputs)
+        (A, T, D), B = a_ATD.shape, self._layer.second.num_experts
+        step = max(1, BLOCK_ROWS // A)
+        few = min(T, -(-PAIR_TOKENS // step) * step)
+        pairs_ABTD = u_TD.new_empty(min(A, PAIR_EXPERTS), min(B, PAIR_EXPERTS), few, D)
+        for start in range(0, T, step):
+            some = slice(start, start + step)
+            block = self._layer.block(u_TD[some], a_ATD[:, some], with_mean=start < few)
+            last_BTD, squares_3 = _squares(block, pairs_ABTD[:, :, some] if start < few else None)
             self._sums.add(probe.unit, squares=squares_3)
-            if few:
+            if start < few:
                 null_2 = _effects(a_ATD[:, some], last_BTD)
                 self._sums.add(probe.unit, null=F.pad(null_2, (0, 1)))
-                kept.append(torch.stack(outputs, 1))
-        self._compare(probe.unit, torch.cat(kept, 2))
+        self._compare(probe.unit, pairs_ABTD)
 
     def _compare(self, unit: int, outputs_ABTD: Tensor) -> None:
         """Pairs of composed experts."""
@@ -164,26 +164,27 @@ class CompositeStream:
         return self._sums.sums()
 
 
-def _squares(block: _Block, outputs: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+def _squares(block: _Block, outputs_ABTD: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, T, D) routed parts of the last row (of the mean, where it is fed), and (3,) `two_way` of
-    all composed outputs, some of which are appended to `outputs`, (A, T, D) each.
+    all composed outputs; those of the first experts are written to `outputs_ABTD`.
 
     One expert j at a time; with q_j that routed part, o_ij = rows_i + q_j + e_ij, and the
     interaction is that of the small e, so that no digits are lost.
     """
-    row_ATD, square, q, column = torch.zeros_like(block.rows_ATD), 0.0, [], []
-    A, B = len(row_ATD), len(block.experts[0])
+    A, B = len(block.rows_ATD), len(block.experts[0])
+    square, row_ATD = 0.0, torch.zeros_like(block.rows_ATD)
+    q_BTD, column_BTD = row_ATD.new_empty(2, B, *row_ATD.shape[1:])
     for j in range(B):
         routed_NTD = block.routed(j)
-        if outputs is not None and j < PAIR_EXPERTS:
-            outputs.append((block.rows_ATD + routed_NTD[:A])[:PAIR_EXPERTS])
-        q.append(routed_NTD[-1].clone())
-        e_ATD = routed_NTD[:A].sub_(q[-1])
+        if outputs_ABTD is not None and j < outputs_ABTD.shape[1]:
+            rows = slice(len(outputs_ABTD))
+            torch.add(block.rows_ATD[rows], routed_NTD[:A][rows], out=outputs_ABTD[:, j])
+        q_BTD[j] = routed_NTD[-1]
+        e_ATD = routed_NTD[:A].sub_(q_BTD[j])
         row_ATD[: len(e_ATD)].add_(e_ATD)  # one row of 0 in a parallel layer
-        column.append(e_ATD.sum(0))
-        e_C = e_ATD.flatten()
-        square += torch.dot(e_C, e_C).double()
-    q_BTD, row_ATD, column_BTD = torch.stack(q), row_ATD / B, torch.stack(column) / A
+        torch.sum(e_ATD, 0, out=column_BTD[j])
+        square += _square(e_ATD)
+    row_ATD, column_BTD = row_ATD / B, column_BTD / A
     main_2 = _effects(block.rows_ATD + row_ATD, q_BTD + column_BTD)
     additive = B * _square(row_ATD) + A * _square(column_BTD) - A * B * _square(row_ATD.mean(0))
     return q_BTD, torch.stack([*main_2, square - additive])
@@ -191,12 +192,13 @@ def _squares(block: _Block, outputs: list[Tensor] | None) -> tuple[Tensor, Tenso
 
 def _effects(a_ATD: Tensor, b_BTD: Tensor) -> Tensor:
     """(2,) sums of squares of A and B over all i and j."""
-    a_ATD, b_BTD = (x.double() - x.double().mean(0) for x in (a_ATD, b_BTD))
+    a_ATD, b_BTD = a_ATD - a_ATD.mean(0), b_BTD - b_BTD.mean(0)
     return torch.stack([len(b_BTD) * _square(a_ATD), len(a_ATD) * _square(b_BTD)])
 
 
 def _square(x: Tensor) -> Tensor:
-    return x.double().square().sum()
+    """Sum of squares as fp64, summed in the dtype of x: one pass without temporaries."""
+    return torch.dot(x.flatten(), x.flatten()).double()
 
 
 def related(num_experts: int) -> Tensor:

@@ -107,21 +107,21 @@ def gini(load_E: Tensor) -> Tensor:
     """(...) of loads (..., E): mean |x_i - x_j| over all pairs / twice the mean; 0 for even loads,
     1 - 1 / E if one expert has all."""
     E = load_E.shape[-1]
-    rank_E = torch.arange(1, E + 1, dtype=load_E.dtype)
-    sorted_E = load_E.sort(-1).values
-    return ((2 * rank_E - E - 1) * sorted_E).sum(-1) / (E * load_E.sum(-1))
+    rank_E = torch.arange(1, E + 1, device=load_E.device)
+    sorted_E = load_E.double().sort(-1).values
+    return ((2 * rank_E - E - 1) * sorted_E).sum(-1) / (E * sorted_E.sum(-1))
 
 
 def max_vio(load_E: Tensor) -> Tensor:
     """(...) of loads (..., E): the largest over the mean, less 1 (MaxVio, arXiv 2408.15664); 0
     for even loads, E - 1 if one expert has all."""
-    return load_E.amax(-1) / load_E.mean(-1) - 1
+    return load_E.amax(-1) / load_E.double().mean(-1) - 1
 
 
 def load_entropy(load_E: Tensor) -> Tensor:
     """(...) of loads (..., E): entropy of their shares / log E; 1 for even loads, 0 if one expert
     has all, NaN for a single expert."""
-    share_E = load_E / load_E.sum(-1, keepdim=True)
+    share_E = load_E.double() / load_E.sum(-1, keepdim=True)
     return torch.special.entr(share_E).sum(-1) / math.log(load_E.shape[-1])
 
 
@@ -130,7 +130,7 @@ def committee(weight_E: Tensor, size: Tensor) -> Tensor:
     a size that is no whole number the next expert counts in part. arXiv 2601.03425 calls such a
     group a standing committee."""
     share_E = (weight_E / weight_E.sum(-1, keepdim=True)).sort(-1, descending=True).values
-    part_E = (size[..., None] - torch.arange(weight_E.shape[-1])).clamp(0, 1)
+    part_E = (size[..., None] - torch.arange(weight_E.shape[-1], device=size.device)).clamp(0, 1)
     return (share_E * part_E).sum(-1)
 
 

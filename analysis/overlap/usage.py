@@ -79,10 +79,33 @@ def _lift(sums: Sums) -> Tensor:
     return lift_of(sums["pairs"], sums["tokens"][:, None, None])
 
 
-def _independent_jaccard(sums: Sums) -> Tensor:
+def _chance(sums: Sums) -> Tensor:
+    """(U, E, E) share of tokens that would use i and j both, had experts no taste in company.
+
+    Who uses i uses m_i others; they are drawn by load: P_ij = f_i m_i f_j / sum_{l != i} f_l, mean
+    of both orders. Independence would give f_i f_j, which k experts of E drawn without replacement
+    do not reach: with even loads m_i / sum_{l != i} f_l = (k - 1) E / ((E - 1) k).
+    """
     f_UE = _share_of_tokens(sums)
-    f_UE1, f_U1E = f_UE[..., None], f_UE[..., None, :]
-    return f_UE1 * f_U1E / (f_UE1 + f_U1E - f_UE1 * f_U1E)
+    both_UEE = sums["pairs"] / sums["tokens"][:, None, None]
+    company_UE = both_UEE.sum(-1) - f_UE  # f_i m_i: the diagonal is f
+    drawn_UE = company_UE / (f_UE.sum(-1, keepdim=True) - f_UE)
+    one_way_UEE = drawn_UE[..., None] * f_UE[..., None, :]
+    return (one_way_UEE + one_way_UEE.mT) / 2
+
+
+def _chance_co_activation(sums: Sums) -> Tensor:
+    return _chance(sums) / _share_of_tokens(sums)[..., None]
+
+
+def _chance_lift(sums: Sums) -> Tensor:
+    f_UE = _share_of_tokens(sums)
+    return _chance(sums) / (f_UE[..., None] * f_UE[..., None, :])
+
+
+def _chance_jaccard(sums: Sums) -> Tensor:
+    f_UE, both_UEE = _share_of_tokens(sums), _chance(sums)
+    return both_UEE / (f_UE[..., None] + f_UE[..., None, :] - both_UEE)
 
 
 def _transition(sums: Sums) -> Tensor:
@@ -142,23 +165,23 @@ METRICS = {
     "co_activation": _metric(
         "pairs",
         lambda sums: co_activation_of(sums["pairs"]),
-        _share_of_tokens,
+        _chance_co_activation,
         "of the tokens that use i, the share that uses j too (OLMoE, arXiv 2409.02060, eq. 6); "
-        "null: j's share of all tokens, as if each expert were used independently; where k of E "
-        "evenly loaded experts are drawn at once it is (k - 1) / (E - 1), not k / E",
+        "null: company drawn by load, without replacement",
     ),
     "lift": _metric(
         "pairs",
         _lift,
-        _always(1.0),
-        "P_ij / (P_i P_j) of using i and j; null 1, as if each expert were used independently",
+        _chance_lift,
+        "P_ij / (P_i P_j) of using i and j; null: company drawn by load, without replacement, "
+        "which is below 1",
     ),
     "jaccard": _metric(
         "pairs",
         lambda sums: jaccard_of(sums["pairs"]),
-        _independent_jaccard,
-        "of the tokens that use i or j, the share that uses both; null: as if each expert were "
-        "used independently",
+        _chance_jaccard,
+        "of the tokens that use i or j, the share that uses both; null: company drawn by load, "
+        "without replacement",
     ),
     "transition": _metric(
         "pairs",

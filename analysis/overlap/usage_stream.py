@@ -1,7 +1,7 @@
 """Sums of which experts the tokens of one site use, from the decisions of the real run.
 
-Shapes: U units, T tokens, E experts, K slots, F experts of the site before, V
-classes of tokens, Z domains, R shuffles of labels over documents.
+Shapes: U units, T tokens, E experts, K slots, F experts of the site before, V classes of tokens, Z
+domains, R shuffles of labels over documents.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ efficiency.py  damage per flip and per mass moved
 tokens.py      every token's loss, a condition at a time
 tails.py       how unevenly damage is spread over tokens
 groups.py      damage by position, frequency and domain
+relation.py    damage of dropping an expert against what it shares with those that take over
 """
 
 from analysis.stats.cascade import additivity, cascade
@@ -27,6 +28,7 @@ from analysis.stats.efficiency import per_dose
 from analysis.stats.gap import gap
 from analysis.stats.groups import damage_by
 from analysis.stats.pairs import label
+from analysis.stats.relation import relation
 from analysis.stats.robustness import format_robustness, positive_control, robustness_table
 from analysis.stats.seeds import over_seeds
 from analysis.stats.split import split
@@ -50,6 +52,7 @@ __all__ = [
     "over_seeds",
     "per_dose",
     "positive_control",
+    "relation",
     "robustness_table",
     "split",
     "tail_curve",

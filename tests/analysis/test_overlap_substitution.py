@@ -13,7 +13,8 @@ from analysis.conditions import Condition
 from analysis.measure import measure
 from analysis.measure_overlap import measure_overlap
 from analysis.overlap.substitution import linear_substitution
-from analysis.substitute import SITE, Substitute, _choose, calibration, removal, substitution
+from analysis.removal import expert_damage
+from analysis.substitute import SITE, Substitute, _choose, calibration, substitution
 from cartmoe.data import IGNORE, Sequences
 
 QUIET = dict(progress=False, resamples=99)
@@ -244,54 +245,25 @@ def test_the_estimated_mean_has_no_bias_and_the_error_that_it_says():
     assert (table.mean_measured_se**2).mean() ** 0.5 == pytest.approx(spread, rel=0.2)
 
 
-def test_removal_is_what_an_edited_forward_gives(model_of, docs):
-    model = model_of("cartesian")
-    site = model.sites()[2]
-    table = removal(model, docs, site, batch_size=24, **QUIET)
-    assert table.expert.tolist() == [e for e in range(6) for _ in range(2)]
-    clean = summed_nll(model, docs)
-    for row in table[table.expert.isin([0, 4])].itertuples():
-
-        def edit(routing, router, at, x_TD, row=row):
-            if row.refill:
-                logits_TE = routing.logits_TE.clone()
-                logits_TE[:, row.expert] = -torch.inf
-                return router.route(logits_TE)
-            kept_TK = routing.weights_TK * (routing.ids_TK != row.expert)
-            return routing._replace(weights_TK=kept_TK)
-
-        with model.edit(edit, site.__eq__):
-            change = (summed_nll(model, docs) - clean).item()
-        assert row.measured == pytest.approx(change / row.num_tokens, abs=2e-6)
-        assert row.per_token == pytest.approx(change / 480, abs=1e-6)
-        assert row.low <= row.measured <= row.high
-        assert row.per_token_low <= row.per_token <= row.per_token_high
-    assert table.groupby("expert").num_tokens.nunique().eq(1).all()
-    assert table[~table.refill].num_tokens.sum() == 480 * 2
-    assert (table.linear.isna() == table.refill).all()
-    assert not removal(model, docs, site, refill=False, **QUIET).refill.any()
-
-
 def test_an_expert_that_gives_little_is_missed_as_the_estimate_says(model_of, docs):
     model = own_copy(model_of("smoe_share"))
     model.model.double()
     site = model.sites()[-1]
     model.expert_weights(site)[2].data[:] *= 0.02
-    table = removal(model, docs, site, refill=False, **QUIET)
-    large = table[table.linear.abs() > 2e-4]
-    assert len(large) >= 3
-    np.testing.assert_allclose(large.measured, large.linear, rtol=0.05)
+    linear = measure_overlap(model, docs, "removal_linear", site, progress=False).experts
+    table = expert_damage(model, docs, sites=site, refill=False, progress=False)
+    per_routed = table.damage / (table.load * site.top_k)
+    large = linear.value.abs() > 2e-4
+    assert large.sum() >= 3
+    np.testing.assert_allclose(per_routed[large], linear.value[large], rtol=0.05)
 
 
 def test_an_unused_expert_is_nan(tiny_model, docs):
     model = as_adapter(copy.deepcopy(tiny_model("hash")))
     site = model.sites()[0]
     model.router(site).gate.table_VE[:, 5] = -50.0
-    table = removal(model, docs, site, **QUIET)
-    unused = table[table.expert == 5]
-    assert (unused.num_tokens == 0).all()
-    assert unused[["measured", "low", "high", "linear"]].isna().all(axis=None)
-    assert (unused.per_token == 0).all()
+    linear = measure_overlap(model, docs, "removal_linear", site, progress=False).experts
+    assert linear.value[linear.expert == 5].isna().all()
     pairs = substitution(model, docs, site, lowest=2, random=99, **QUIET)
     assert (pairs[pairs.expert_i == 5].chosen == "").all()
     assert pairs[pairs.expert_i == 5][["linear", "measured", "probability"]].isna().all(axis=None)
@@ -326,8 +298,6 @@ def test_wrong_arguments(model_of, docs, options, message):
         substitution(model_of("smoe"), docs, progress=False, **options)
 
 
-def test_dense_and_wrong_refill(model_of, docs):
+def test_dense(model_of, docs):
     with pytest.raises(ValueError, match="dense has no router"):
-        removal(model_of("dense"), docs)
-    with pytest.raises(ValueError, match="refill is 'no'; choose one of True, False, None"):
-        removal(model_of("smoe"), docs, refill="no")
+        substitution(model_of("dense"), docs)
