@@ -20,6 +20,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from analysis.overlap.base import MAX_UNITS, Probe
 from analysis.overlap.cka import cka_of, hsic, hsic_sums
 from analysis.overlap.outputs import swiglu
 from analysis.overlap.weights import ExpertWeights, matched_cosine
@@ -138,7 +139,6 @@ def _matching(width: int) -> Row:
 def _usage() -> Row:
     from analysis.clean import CleanPass
     from analysis.measure_overlap import Labels
-    from analysis.overlap.base import Probe
     from analysis.overlap.usage import UsageStream
 
     model, shard = build("nano", "smoe_share")
@@ -169,8 +169,9 @@ def _usage() -> Row:
 
 
 def _memory() -> Row:
+    """From as many documents on as there are units, of which there are sums."""
     peaks = []
-    for documents in (24, 240):
+    for documents in (MAX_UNITS, 10 * MAX_UNITS):
         command = [sys.executable, "-m", "benchmarks.overlap", str(documents)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
@@ -188,7 +189,7 @@ def peak(documents: int) -> int:
     names = [f"document {number}" for number in range(documents)]
     docs = replace(rows, sequence_id_S=torch.arange(documents), document_id=names)
     before = resident("VmRSS")
-    measure_overlap(model, docs, progress=False)
+    measure_overlap(model, docs, batch_size=1, progress=False)
     return resident("VmHWM") - before
 
 

@@ -44,6 +44,7 @@ SHAPE["init_std"] = 0.05
 RECIPE = dict(batch_size=16, length=128, learning_rate=4e-3, precision="fp32")
 DOCUMENTS = dict(length=128, limit=96, max_tokens_per_document=128)
 METRICS = ["cka", "matched_cosine", "token_js", "lift", "domain_specialization"]
+KEYS = ["level", "model", "family", "train_seed"]
 TABLES = ("damage", "pairs", "experts", "truth", "factors")
 PANELS = {
     "DropTop(1)": "damage of DropTop(1), nats",
@@ -51,7 +52,7 @@ PANELS = {
     "cka": "CKA of experts' outputs",
     "matched_cosine": "matched cosine of weights",
     "token_js": "divergence of experts' tokens, nats",
-    "mi_pair": "router about the domain, nats",
+    "mi_pair": "I(expert; domain), nats above null",
 }
 
 
@@ -143,23 +144,22 @@ def write(tables: dict[str, pd.DataFrame], folder: Path) -> None:
 
 def summary(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """A number a model and quantity: damage of conditions, means over sites and pairs of experts
-    of metrics and of their truth scores ("cka~truth"), and of routers' information on factors."""
+    of metrics and of their truth scores ("cka~truth"), and of routers' information on factors above
+    its null."""
     damage, pairs, truth = tables["damage"], tables["pairs"], tables["truth"]
-    clean = damage.drop_duplicates(["level", "model", "train_seed"])
-    factors = ["mi_topic", "mi_style", "mi_pair"]
+    clean = damage.drop_duplicates(KEYS)
+    factors, known = tables["factors"], ["mi_topic", "mi_style", "mi_pair"]
+    above = {name: factors[name] - factors[f"{name}_null"] for name in known}
     parts = [
         clean.assign(quantity="clean loss", value=clean.clean_nats),
         damage.assign(quantity=damage.label.str.replace("RandomRouting(1)", "RandomRouting"),
                       value=damage.delta_nats),
         pairs.assign(quantity=pairs.metric),
         truth.assign(quantity=truth.metric + "~truth", value=truth.score),
-        tables["factors"].melt(
-            ["level", "model", "family", "train_seed"], factors, "quantity", "value"
-        ),
+        factors.assign(**above).melt(KEYS, known, "quantity", "value"),
     ]  # fmt: skip
-    keys = ["level", "model", "family", "train_seed", "quantity"]
-    rows = pd.concat([part[[*keys, "value"]] for part in parts])
-    return rows.groupby(keys, sort=False).value.mean().reset_index()
+    rows = pd.concat([part[[*KEYS, "quantity", "value"]] for part in parts])
+    return rows.groupby([*KEYS, "quantity"], sort=False).value.mean().reset_index()
 
 
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
@@ -183,7 +183,7 @@ def figure(found: pd.DataFrame):
                 x = rows.level + 0.015 * (shift - 1)
                 ax.plot(x, rows["mean"], label=model, **styles[model])
                 ax.vlines(x, rows.low, rows.high, color=styles[model]["color"], lw=0.8)
-            ax.set_ylabel(name)
+            ax.set_title(name)
         for ax in axes[-1]:
             ax.set_xlabel("share common to all domains")
         handles, labels = axes.flat[0].get_legend_handles_labels()

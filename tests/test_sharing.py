@@ -46,12 +46,19 @@ def test_means_over_pairs_then_over_seeds(sharing):
         ),
         pairs=pd.DataFrame([key | dict(metric="cka", value=v) for v in (0.1, 0.3)]),
         truth=pd.DataFrame([key | dict(metric="cka", score=v) for v in (0.4, 0.8)]),
-        factors=pd.DataFrame([key | dict(mi_topic=0.1, mi_style=0.2, mi_pair=v) for v in (1, 2)]),
+        factors=pd.DataFrame(
+            [
+                key
+                | dict(mi_topic=0.1, mi_style=0.2, mi_pair=mi)
+                | dict(mi_topic_null=0.1, mi_style_null=0.0, mi_pair_null=0.5)
+                for mi in (1, 2)
+            ]
+        ),
     )
     found = sharing.summary(tables).set_index("quantity").value.to_dict()
     assert found == pytest.approx(
         {"clean loss": 2.5, "DropTop(1)": 0.5, "RandomRouting": 0.75, "cka": 0.2, "cka~truth": 0.6}
-        | {"mi_topic": 0.1, "mi_style": 0.2, "mi_pair": 1.5}
+        | {"mi_topic": 0, "mi_style": 0.2, "mi_pair": 1.0}
     )
 
 
