@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= runs/quick
 
-.PHONY: study catalogue test test-slow bench lint lab notebooks clean
+.PHONY: study catalogue overlap test test-slow bench lint lab notebooks clean
 
 study: .venv/core
 	$(BIN)/python -m analysis run studies/quick.toml --out $(OUT)
@@ -32,6 +32,16 @@ catalogue: study
 	done
 	$(BIN)/python -m analysis run studies/catalogue.toml --out runs/catalogue
 
+# Three training seeds of the routed families, and whether overlap says what dropping an expert costs.
+overlap: study
+	mkdir -p runs/overlap/models
+	for family in $(ROUTED); do \
+	  test -d runs/overlap/models/$$family-s0 || \
+	    cp -R runs/quick/models/$$family-s0 runs/overlap/models || exit; \
+	done
+	$(BIN)/python -m analysis run studies/overlap.toml --out runs/overlap
+	$(BIN)/python studies/relation.py
+
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -39,7 +49,7 @@ lab: .venv/dev
 	$(BIN)/jupyter lab notebooks
 
 # The stories, executed on the finished study, with their pictures.
-notebooks: .venv/dev study
+notebooks: .venv/dev study overlap
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:

@@ -133,7 +133,7 @@ def overlap(
         from analysis.measure_overlap import measure_overlap
         from analysis.models import documents as read_documents
         from analysis.models import load
-        from analysis.overlap.tables import join
+        from analysis.overlap import Overlap
 
         loaded = [load(path) for path in models]
         found = []
@@ -153,7 +153,7 @@ def overlap(
             **dict(corpus=corpus, documents=documents, length=length),
             **dict(metrics=metric, sites=sites, probe=probe),
         )
-        for path in overlap_report.write(join(found), out, asked):
+        for path in overlap_report.write(Overlap.join(found), out, asked):
             typer.echo(path)
 
 

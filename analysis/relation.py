@@ -14,7 +14,6 @@ import pandas as pd
 
 from analysis.measure_overlap import fits, measure_overlap
 from analysis.overlap import METRICS, Overlap
-from analysis.overlap.tables import join
 from analysis.removal import (
     CleanSums,
     checked,
@@ -115,7 +114,7 @@ def relate(
     if not overlaps:
         raise ValueError(f"metrics is {metrics!r}, and models has none that they fit")
     experts, heirs = (pd.concat(f, ignore_index=True) for f in (frames.values(), heirs))
-    return Relation(experts, heirs, join(overlaps), names)
+    return Relation(experts, heirs, Overlap.join(overlaps), names)
 
 
 def _predictors(metrics: str | Sequence[str] | None) -> tuple[str, ...]:

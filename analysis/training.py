@@ -23,7 +23,6 @@ from analysis.measure_overlap import measure_overlap, sites_of
 from analysis.models import load
 from analysis.overlap import Overlap
 from analysis.overlap.base import MAX_UNITS, Metric, Sums, UnitSums, estimate
-from analysis.overlap.tables import join
 from analysis.stats.bootstrap import check_resampling
 from analysis.sweep import Asked, routed_adapter, sweep
 from analysis.trace import clean_routing
@@ -204,7 +203,7 @@ def over_training(
         overlap = measure_overlap(model, docs, metrics, sites, probe, **options)
         tables = (overlap.experts, overlap.sites, overlap.pairs)
         overlaps.append(Overlap(*(_at(step, table) for table in tables)))
-    return Training(pd.concat(damages, ignore_index=True), join(overlaps))
+    return Training(pd.concat(damages, ignore_index=True), Overlap.join(overlaps))
 
 
 def _at(step: int, table: pd.DataFrame) -> pd.DataFrame:

@@ -3,11 +3,12 @@
 import torch
 from tqdm import tqdm
 
-from benchmarks import layers, memory, steps, studies, sweeps
+from benchmarks import layers, memory, overlap, overlap_function, steps, studies, sweeps
 
 capability = torch.backends.cpu.get_cpu_capability()
 print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}\n")
 print(f"{'what':<75} {'ratio':>7}  goal")
-for rows in (layers.rows(), steps.rows(), memory.rows(), sweeps.rows(), studies.rows()):
-    for row in rows:
+parts = (layers, steps, memory, sweeps, overlap, overlap_function, studies)
+for part in parts:
+    for row in part.rows():
         tqdm.write(f"{row.what:<75} {row.ratio:>7.3f}  {row.goal:<8} {row.detail}")

@@ -13,7 +13,8 @@ from .tiny import tiny_study
 
 ROOT = Path(__file__).parents[1]
 CATALOGUE = ROOT / "studies" / "catalogue.toml"
-STUDIES = sorted(set((ROOT / "studies").glob("*.toml")) - {CATALOGUE})
+OVERLAP = ROOT / "studies" / "overlap.toml"
+STUDIES = sorted(set((ROOT / "studies").glob("*.toml")) - {CATALOGUE, OVERLAP})
 # Conditions by perturbation, all different ones.
 CONDITIONS = {
     "quick": dict(DropTop=6 + 3, GaussianNoise=5),
@@ -63,6 +64,17 @@ def test_the_catalogue(tmp_path, monkeypatch):
     ]
     quick = Study.read(ROOT / "studies" / "quick.toml")
     assert study.models[0].train == quick.models[1].train  # what `make study` trains is used
+
+
+def test_three_seeds_for_overlap():
+    """Of the training of `make study`, whose models of seed 0 are used."""
+    study = Study.read(OVERLAP)
+    routed = [family for family in FAMILIES if family != "dense"]
+    assert [(m.name, m.train_seed) for m in study.models] == [
+        (family, seed) for family in routed for seed in (0, 1, 2)
+    ]
+    quick = Study.read(ROOT / "studies" / "quick.toml")
+    assert study.models[0].train == quick.models[1].train
 
 
 def test_presets():

@@ -1,9 +1,10 @@
 """What the experts of a layer have in common: metrics on tensors, counts and sums.
 
 base.py          what a metric is; units of documents and the jackknife over them
-usage.py         which tokens experts are used for, and together with whom
+usage.py         which tokens experts are used for, and with whom: counts.py, information.py on
+                 tensors, usage_stream.py over batches
 weights.py       their parameters, up to SwiGLU's symmetries
-outputs.py       what they compute
+outputs.py       what they compute: cka.py, vectors.py on tensors
 substitution.py  what one costs in another's place, to first order: this is damage itself
 composite.py     pairs (a_i, b_j) of a Cartesian layer
 tables.py        all of it as tables

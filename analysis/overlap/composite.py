@@ -90,7 +90,9 @@ class _Layer:
         share_RD, rest_RD = branches(self.model, self.second, x_NTD.flatten(0, 1))
         rows_ATD = a_ATD + rest_RD.view_as(x_NTD)[: len(a_ATD)]
         experts = self.model.expert_weights(self.second)
-        return _Block(rows_ATD, x_NTD, share_RD.view_as(x_NTD), experts)
+        R, F = len(share_RD), experts[0].shape[1]
+        scratch = tuple(u_TD.new_empty(R, width) for width in (F, F, u_TD.shape[1]))
+        return _Block(rows_ATD, x_NTD, share_RD.view_as(x_NTD), experts, scratch)
 
 
 class _Block(NamedTuple):
@@ -99,19 +101,24 @@ class _Block(NamedTuple):
     rows_ATD   a_i and, of B, the shared expert's part
     x_NTD, share_NTD   for each i, and behind them for the mean of v; or one for all i
     experts    of B: gate (B, F, D), up (B, F, D), down (B, D, F)
+    scratch    (R, F) twice and (R, D), which every `routed` overwrites
     """
 
     rows_ATD: Tensor
     x_NTD: Tensor
     share_NTD: Tensor
     experts: tuple[Tensor, Tensor, Tensor]
+    scratch: tuple[Tensor, Tensor, Tensor]
 
     def routed(self, j: int) -> Tensor:
         """(N, T, D) share_i F_j(x_i); one expert on the rows of all i at once, in place."""
         gate_FD, up_FD, down_DF = (weight[j] for weight in self.experts)
+        gate_RF, up_RF, y_RD = self.scratch
         x_RD = self.x_NTD.flatten(0, 1)
-        h_RF = F.silu(x_RD @ gate_FD.T, inplace=True).mul_(x_RD @ up_FD.T)
-        return (h_RF @ down_DF.T).view_as(self.x_NTD).mul_(self.share_NTD)
+        torch.mm(x_RD, gate_FD.T, out=gate_RF)
+        torch.mm(x_RD, up_FD.T, out=up_RF)
+        torch.mm(F.silu(gate_RF, inplace=True).mul_(up_RF), down_DF.T, out=y_RD)
+        return y_RD.view_as(self.x_NTD).mul_(self.share_NTD)
 
 
 def branches(model: Adapter, site: RouterSite, x_TD: Tensor) -> tuple[Tensor, Tensor]:

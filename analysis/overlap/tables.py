@@ -36,6 +36,13 @@ class Overlap:
     sites: pd.DataFrame
     pairs: pd.DataFrame
 
+    @classmethod
+    def join(cls, overlaps: Sequence[Overlap]) -> Overlap:
+        """Of several models as one."""
+        tables = {name: [getattr(o, name) for o in overlaps] for name in TABLES}
+        tables = {name: [t for t in own if not t.empty] or own for name, own in tables.items()}
+        return cls(**{name: pd.concat(own, ignore_index=True) for name, own in tables.items()})
+
     def table(self, metric: str) -> pd.DataFrame:
         """The rows of one metric; `ValueError` with those that were measured for another."""
         tables = [getattr(self, name) for name in TABLES]
@@ -58,13 +65,6 @@ class Overlap:
         square = rows.pivot(index="expert_i", columns="expert_j", values=column)
         order = sorted(square.index, key=lambda e: (e == SHARED, e))
         return square.loc[order, [e for e in order if e in square.columns]].to_numpy()
-
-
-def join(overlaps: Sequence[Overlap]) -> Overlap:
-    """Of several models as one."""
-    return Overlap(
-        *(pd.concat([getattr(o, t) for o in overlaps], ignore_index=True) for t in TABLES)
-    )
 
 
 def rows_of(

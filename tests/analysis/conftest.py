@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from analysis.context import RouterContext, Tokens
 from analysis.adapters.base import as_adapter
+from analysis.context import RouterContext, Tokens
 from analysis.intervene import calibrate
 from analysis.noise import Noise
 from cartmoe import LanguageModel, ModelConfig

@@ -11,7 +11,6 @@ import torch
 from scipy.stats import spearmanr
 
 from analysis.overlap import Overlap
-from analysis.overlap.tables import join
 from analysis.truth import (
     mutual_information,
     profiles,
@@ -192,7 +191,7 @@ class TestScores:
         other = table_of(use, cka=-expected_truth(use))
         for table in (other.experts, other.pairs):
             table["model"] = "n"
-        found = truth_scores(join([overlap, other]), CORPUS, resamples=19)
+        found = truth_scores(Overlap.join([overlap, other]), CORPUS, resamples=19)
         assert found.set_index("model").score.to_dict() == pytest.approx({"m": 1, "n": -1})
 
     def test_what_cannot_be_scored(self):
