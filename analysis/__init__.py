@@ -58,7 +58,7 @@ from analysis.substitute import calibration, substitution
 from analysis.sweep import sweep
 from analysis.trace import Trace
 from analysis.training import Training, over_training, saturation
-from analysis.truth import routers_and_factors, truth_scores
+from analysis.truth import factor_information, truth_scores
 
 __all__ = [
     "METRICS",
@@ -105,6 +105,7 @@ __all__ = [
     "documents",
     "expert_damage",
     "export",
+    "factor_information",
     "flip_prediction",
     "generation_agreement",
     "load",
@@ -116,7 +117,6 @@ __all__ = [
     "read",
     "regret",
     "relate",
-    "routers_and_factors",
     "run",
     "saturation",
     "site_arms",

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters.base import Adapter, RoutedFlow, State
+from analysis.adapters.base import Adapter
 from analysis.conditions import Where
-from analysis.losses import loss_gradient
 from analysis.overlap import METRICS, ExpertWeights, Overlap
 from analysis.overlap.base import (
     MAX_UNITS,
@@ -22,7 +19,6 @@ from analysis.overlap.base import (
     TABLES,
     Estimate,
     Metric,
-    Probe,
     Stream,
     estimate,
 )
@@ -31,18 +27,17 @@ from analysis.overlap.outputs import OutputStream
 from analysis.overlap.substitution import SubstitutionStream
 from analysis.overlap.tables import INDEX, KEYS, VALUES, rows_of
 from analysis.overlap.usage import UsageStream
+from analysis.probes import Labels, Probes, packs_of
 from analysis.stats.bootstrap import check_resampling
 from analysis.sweep import routed_adapter
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import Routing
 
-SHUFFLES = 8  # of labels over documents, for nulls
-VOCABULARY = 2048  # token ids told apart, the most frequent ones; all others are one
 DAMAGE = "function"  # the kind that is itself damage, and is measured only where it is named
 
 
+@torch.no_grad()
 def measure_overlap(
     model: object,
     docs: Sequences,
@@ -70,23 +65,23 @@ def measure_overlap(
 
     Routing is that of the real run, as the experts were given it. Memory does not grow with the
     documents. Raises `ValueError` for a dense model, unknown names, metrics that do not fit the
-    model, no documents, and numbers out of range.
+    model, documents without a token to measure on, and numbers out of range.
     """
     model = routed_adapter(model)
     chosen = sites_of(model, sites)
     wanted = _wanted(model, chosen, metrics)
     check_choice("probe", probe, PROBES)
     check_resampling(confidence, 1)
-    for name, number in {"batch_size": batch_size, "minibatch": minibatch}.items():
-        check_whole(name, number, 4 if name == "minibatch" else 1)
-    if not len(docs):
-        raise ValueError("docs has no sequence")
+    check_whole("batch_size", batch_size, 1)
+    check_whole("minibatch", minibatch, 4)
+    check_whole("seed", seed, 0)
+    _check_tokens(docs, skip_first)
     packs = list(packs_of(docs, batch_size, seed))
     units = min(len(packs), MAX_UNITS)
     labels = Labels.of(docs, seed)
     kinds = {METRICS[name].kind for name in wanted}
     options = dict(probe=probe, minibatch=minibatch, seed=seed)
-    streams = {site: _streams(model, site, kinds, units, labels, options) for site in chosen}
+    streams = {site: _streams(model, site, wanted, units, labels, options) for site in chosen}
     if any(streams.values()):
         with tqdm(total=len(docs), unit="sequence", disable=not progress) as bar:
             for number, rows in enumerate(packs):
@@ -100,152 +95,6 @@ def measure_overlap(
     return _tables(model, wanted, streams, labels, units, len(packs), confidence)
 
 
-def packs_of(docs: Sequences, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Numbers of sequences: whole documents in a random order, until there are `batch_size`."""
-    by_document: dict[str, list[int]] = {}
-    for number, document in enumerate(docs.document_id):
-        by_document.setdefault(document, []).append(number)
-    documents = list(by_document.values())
-    pack: list[int] = []
-    for at in np.random.default_rng(seed).permutation(len(documents)):
-        if pack and len(pack) + len(documents[at]) > batch_size:
-            yield pack
-            pack = []
-        pack = pack + documents[at]
-    yield pack
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What tokens are, and what they would be if documents had been shuffled.
-
-    domains    names, in order of their numbers
-    class_V    by token id the number of its class: the most frequent ones, and all others
-    other_RS   for each sequence, one of another document
-    """
-
-    domains: list[str]
-    domain_S: Tensor
-    class_V: Tensor
-    num_classes: int
-    other_RS: Tensor
-
-    @classmethod
-    def of(cls, docs: Sequences, seed: int) -> Labels:
-        """Of these documents."""
-        domains = sorted(set(docs.domain))
-        domain_S = torch.tensor([domains.index(domain) for domain in docs.domain])
-        counts_V = torch.bincount(docs.tokens_SL.flatten())
-        frequent = counts_V.argsort(descending=True, stable=True)[:VOCABULARY]
-        class_V = torch.full_like(counts_V, len(frequent))
-        class_V[frequent] = torch.arange(len(frequent))
-        num_classes = len(frequent) + (len(counts_V) > len(frequent))
-        rng = np.random.default_rng([seed, 1])
-        document_S = np.unique(docs.document_id, return_inverse=True)[1]
-        other_RS = np.stack([_shuffled(document_S, rng) for _ in range(SHUFFLES)])
-        return cls(domains, domain_S, class_V, num_classes, torch.from_numpy(other_RS))
-
-
-def _shuffled(document_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """For each sequence one of the document that takes the place of its own in a shuffle."""
-    documents = document_S.max() + 1
-    place_of = rng.permutation(documents)
-    rows = [np.flatnonzero(document_S == d) for d in range(documents)]
-    other_S = np.empty_like(document_S)
-    for document, own in enumerate(rows):
-        others = rows[place_of[document]]
-        other_S[own] = others[np.arange(len(own)) % len(others)]
-    return other_S
-
-
-@dataclass
-class Probes:
-    """One batch, as the sites of a model see it.
-
-    key   of the random order of its tokens
-    """
-
-    model: Adapter
-    docs: Sequences
-    rows: list[int]
-    labels: Labels
-    skip_first: bool
-    key: tuple[int, ...]
-
-    def of(
-        self, sites: Sequence[RouterSite], unit: int, gradients: bool
-    ) -> Iterator[tuple[RouterSite, Probe]]:
-        """A `Probe` for each site. Raises `FloatingPointError` if logits are not finite."""
-        batch = self.docs.take(self.rows).to(self.model.device)
-        flows, streams, gradient_of = _run(self.model, batch, gradients)
-        counts_SL = batch.targets_SL != IGNORE
-        if self.skip_first:
-            counts_SL[:, 0] = False
-        counted = counts_SL.flatten().nonzero()[:, 0]
-        order = torch.from_numpy(np.random.default_rng(self.key).permutation(len(counted)))
-        counted = counted[order.to(counted.device)]
-        tokens_T, domain_T = self._tokens(torch.tensor(self.rows), counted)
-        others = [self._tokens(other_S, counted) for other_S in self.labels.other_RS[:, self.rows]]
-        other_tokens_RT, other_domain_RT = map(torch.stack, zip(*others, strict=True))
-        before: Routing | None = None
-        for site in self.model.sites():
-            x_TD, routing = flows[site].x_TD.detach(), flows[site].routing
-            routing = Routing(*(t.detach()[counted] for t in routing))
-            if site in sites:
-                yield (
-                    site,
-                    Probe(
-                        unit,
-                        x_TD[counted],
-                        routing,
-                        tokens_T,
-                        domain_T,
-                        other_tokens_RT,
-                        other_domain_RT,
-                        before,
-                        streams[site][counted],
-                        gradient_of[site][counted] if gradients else None,
-                    ),
-                )
-            before = routing
-
-    def _tokens(self, rows_S: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """Token classes and domains of these sequences at the counted places; a sequence that is
-        shorter is begun again."""
-        L = self.docs.tokens_SL.shape[1]
-        length_S1 = (self.docs.targets_SL[rows_S] != IGNORE).sum(-1, keepdim=True)
-        place_SL = torch.arange(L)[None] % length_S1.clamp(min=1)
-        tokens_SL = self.docs.tokens_SL[rows_S].gather(-1, place_SL)
-        domain_SL = self.labels.domain_S[rows_S, None].expand(-1, L)
-        at = counted.cpu()
-        return self.labels.class_V[tokens_SL.flatten()[at]], domain_SL.flatten()[at]
-
-
-def _run(
-    model: Adapter, batch: Sequences, gradients: bool
-) -> tuple[dict[RouterSite, RoutedFlow], dict[RouterSite, Tensor], dict[RouterSite, Tensor]]:
-    """By site what went through the experts, the residual stream that entered its segment, and,
-    with gradients, dloss/d(routed output)."""
-    entered: dict[RouterSite, Tensor] = {}
-    state = State(None, batch.tokens_SL)
-    with torch.set_grad_enabled(gradients), model.watch_experts() as flows:
-        for segment in model.segments():
-            if gradients and state.hidden_BLD is not None and not state.hidden_BLD.requires_grad:
-                state = state._replace(hidden_BLD=state.hidden_BLD.requires_grad_())
-            for site in segment.sites:
-                entered[site] = state.hidden_BLD.detach().flatten(0, 1)
-            state = segment.run(state)
-        model.check()
-    flows = dict(flows)
-    if not gradients:
-        return flows, entered, {}
-    hidden_TD = state.hidden_BLD.flatten(0, 1)
-    end_TD = loss_gradient(model, hidden_TD.detach(), batch.targets_SL.flatten())
-    outputs = [flow.output_TD for flow in flows.values()]
-    found = torch.autograd.grad(hidden_TD, outputs, end_TD)
-    return flows, entered, dict(zip(flows, found, strict=True))
-
-
 def sites_of(model: Adapter, sites: Any) -> list[RouterSite]:
     """The routers that were asked for, as `measure_overlap` takes them; `ValueError` for none."""
     if sites is None:
@@ -257,6 +106,14 @@ def sites_of(model: Adapter, sites: Any) -> list[RouterSite]:
         have = ", ".join(f"'{Where.parse(site)}'" for site in model.sites())
         raise ValueError(f"sites is {sites!r}; it must select routers, all their tokens: {have}")
     return chosen
+
+
+def _check_tokens(docs: Sequences, skip_first: bool) -> None:
+    if not len(docs):
+        raise ValueError("docs has no sequence")
+    if not (docs.targets_SL[:, int(skip_first) :] != IGNORE).any():
+        rest = ": skip_first leaves out the first of each sequence" if skip_first else ""
+        raise ValueError(f"docs has no token to measure on, which is one with a target{rest}")
 
 
 def _wanted(model: Adapter, sites: list[RouterSite], metrics: str | Sequence[str] | None):
@@ -277,6 +134,8 @@ def fits(model: Adapter, sites: list[RouterSite], name: str, metric: Metric) -> 
     """Whether the metric can be measured at these sites."""
     if metric.kind == "composite":
         return any(composed(model, site) for site in sites)
+    if name == "transition":  # from the site before
+        return any(site != model.sites()[0] for site in sites)
     return name != "router_cosine" or all(model.router_rows(site) is not None for site in sites)
 
 
@@ -287,12 +146,16 @@ def composed(model: Adapter, site: RouterSite) -> RouterSite | None:
 
 
 def _streams(
-    model: Adapter, site: RouterSite, kinds: set[str], units: int, labels: Labels, options: dict
+    model: Adapter, site: RouterSite, wanted: list[str], units: int, labels: Labels, options: dict
 ) -> dict[str, Stream]:
     """By kind, what sums over this site's tokens."""
     streams: dict[str, Stream] = {}
+    metrics = [METRICS[name] for name in wanted]
+    kinds = {metric.kind for metric in metrics}
     if "usage" in kinds:
-        streams["usage"] = UsageStream(site, units, labels.num_classes, len(labels.domains))
+        classes = any(m.kind == "usage" and not m.units for m in metrics)
+        sizes = labels.num_classes, len(labels.domains)
+        streams["usage"] = UsageStream(site, units, *sizes, classes)
     if "outputs" in kinds:
         streams["outputs"] = OutputStream(model, site, units, **options)
     if DAMAGE in kinds:
@@ -328,7 +191,8 @@ def _tables(
                 how = (unit, units) if metric.units else ("none: classes are kept as one total", 0)
             else:
                 continue  # composites stand with the first stage alone
-            shared = found.value.ndim > 0 and found.value.shape[0] > site.num_experts
+            # A transition is from all experts of the site before, however many they are.
+            shared = name != "transition" and found.value.shape[:1] > (site.num_experts,)
             domains = labels.domains if name == "domain_specialization" else ()
             frames[metric.table].append(
                 rows_of(model, site, name, metric.table, found, *how, shared, domains)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -15,6 +17,7 @@ from analysis import plots
 from analysis.identity import manifest
 from analysis.overlap import METRICS, Overlap
 from analysis.overlap.base import TABLES
+from analysis.plots.cartesian import SHARES, SIMILAR
 from cartmoe.files import write_atomically
 
 CHECKPOINT = ["model", "train_seed"]
@@ -43,33 +46,46 @@ def write(overlap: Overlap, out: Path, asked: dict[str, Any]) -> list[Path]:
 
 def _pictures(overlap: Overlap) -> Iterator[tuple[str, Picture]]:
     """For all models one picture a metric of pairs; for each model its first site in detail."""
-    measured = list(overlap.pairs.metric.unique())
-    within = [name for name in measured if name != "transition"]  # not between two sites
-    for name in within:
-        yield f"{name}", lambda name=name: plots.overlap_profile(overlap, name)
-    for key, pairs in overlap.pairs.groupby(CHECKPOINT, sort=False):
-        own = _of_checkpoint(overlap, key)
-        place = dict(layer=int(pairs.layer.min()), stage=0)
-        stem = f"{key[0]}-s{key[1]}"
-        for name in within:
+    for name in _within_sites(overlap):
+        yield name, partial(plots.overlap_profile, overlap, name)
+    tables = (getattr(overlap, name) for name in TABLES)
+    checkpoints = pd.concat([table[CHECKPOINT] for table in tables]).drop_duplicates()
+    for key in checkpoints.itertuples(index=False, name=None):
+        own, stem = _of_checkpoint(overlap, key), f"{key[0]}-s{key[1]}"
+        for name in _within_sites(own):
             if METRICS[name].kind == "function":
-                yield f"{stem}-{name}", lambda own=own, p=place: plots.substitution_matrix(own, **p)
+                draw = partial(plots.substitution_matrix, own, **_first_site(own, name))
             else:
-                yield (
-                    f"{stem}-{name}",
-                    lambda own=own, n=name, p=place: plots.overlap_heatmap(own, n, **p),
-                )
-        if "transition" in measured and "composite_a" in set(own.sites.metric):
-            layer = place["layer"]
-            yield (
-                f"{stem}-usage",
-                lambda own=own, layer=layer: plots.cartesian_usage(own, layer=layer),
-            )
-        if "domain_specialization" in set(own.experts.metric):
-            yield (
-                f"{stem}-domains",
-                lambda own=own, p=place: plots.specialization(own, **p),
-            )
+                draw = partial(plots.overlap_heatmap, own, name)  # of the first site
+            yield f"{stem}-{name}", draw
+        for layer in _cartesian_layers(own)[:1]:
+            yield f"{stem}-usage", partial(plots.cartesian_usage, own, layer=layer)
+        name = "domain_specialization"
+        if name in set(own.experts.metric):
+            draw = partial(plots.specialization, own, **_first_site(own, name))
+            yield f"{stem}-domains", draw
+
+
+def _within_sites(overlap: Overlap) -> list[str]:
+    """Metrics of pairs of experts of one site."""
+    return [name for name in overlap.pairs.metric.unique() if name != "transition"]
+
+
+def _first_site(overlap: Overlap, metric: str) -> dict[str, int]:
+    """The first at which it was measured."""
+    first = overlap.table(metric).iloc[0]
+    return dict(layer=int(first.layer), stage=int(first.stage))
+
+
+def _cartesian_layers(overlap: Overlap) -> list[int]:
+    """Those of which everything was measured that `cartesian_usage` draws."""
+    needed = {("transition", 1), *((name, 0) for name in (*SHARES, *SIMILAR))}
+    rows = pd.concat([overlap.pairs, overlap.sites])
+    layers = {
+        int(layer): set(zip(own.metric, own.stage, strict=True))
+        for layer, own in rows.groupby("layer")
+    }
+    return [layer for layer, found in layers.items() if needed <= found]
 
 
 def _of_checkpoint(overlap: Overlap, key: tuple[str, int]) -> Overlap:

@@ -24,7 +24,7 @@ from analysis.removal import (
     takeover_table,
 )
 from analysis.stats.bootstrap import check_resampling
-from analysis.stats.relation import relation
+from analysis.stats.relation import APART, relation
 from cartmoe.config import check_choice
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
@@ -35,7 +35,6 @@ PREDICTORS = (
     *("cka", "output_cosine", "matched_cosine", "flat_cosine", "router_cosine"),
     *("co_activation", "lift", "token_js"),
 )
-APART = ("token_js", "relative_distance")  # the more of these, the less in common
 
 
 @dataclass(frozen=True)

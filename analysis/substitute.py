@@ -19,7 +19,7 @@ from analysis.clean import CleanPass
 from analysis.conditions import DOWNSTREAM, Condition, Where
 from analysis.context import RouterContext
 from analysis.measure import measure
-from analysis.measure_overlap import measure_overlap
+from analysis.measure_overlap import measure_overlap, sites_of
 from analysis.perturb import Perturbation
 from analysis.perturb.base import set_number
 from analysis.stats.bootstrap import Intervals, check_resampling, intervals
@@ -92,7 +92,8 @@ def substitution(
     pair was to be measured (weigh by its inverse); downstream. A pair whose expert_i has no token
     is NaN and is never chosen. Bounds are NaN where a resample of documents may have no token.
 
-    Raises `ValueError` for a dense model, sites that do not exist, and numbers out of range.
+    Raises `ValueError` for a dense model, sites that do not exist or have one expert alone, and
+    numbers out of range.
     """
     check_whole("lowest", lowest, 0)
     check_whole("random", random, 0)
@@ -104,6 +105,9 @@ def substitution(
             "measure_overlap(model, docs, 'substitution')"
         )
     model = routed_adapter(model)
+    for chosen in sites_of(model, site):
+        if chosen.num_experts == 1:
+            raise ValueError(f"site is {site!r}; {chosen.name} has no other expert to run instead")
     options = dict(batch_size=batch_size, confidence=confidence, seed=seed, progress=progress)
     table = measure_overlap(model, docs, "substitution", site, **options).table("substitution")
     table = table.rename(columns=LINEAR)[[*SITE, "expert_i", "expert_j", *LINEAR.values()]]

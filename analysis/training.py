@@ -23,6 +23,7 @@ from analysis.measure_overlap import measure_overlap, sites_of
 from analysis.models import load
 from analysis.overlap import Overlap
 from analysis.overlap.base import MAX_UNITS, Metric, Sums, UnitSums, estimate
+from analysis.overlap.counts import saturation_of
 from analysis.stats.bootstrap import check_resampling
 from analysis.sweep import Asked, routed_adapter, sweep
 from analysis.trace import clean_routing
@@ -50,7 +51,8 @@ def saturation(
 
     A row a checkpoint and site: model, family, train_seed, step, layer, stage,
     value       mean over tokens of |S_t and S| / |S|, S_t and S being the experts that this and the
-                newest checkpoint use (OLMoE, arXiv 2409.02060, eq. 5)
+                newest checkpoint use (OLMoE, arXiv 2409.02060, eq. 5); tokens of which the newest
+                uses none are left out
     low, high   jackknife over documents (more than 32 are left out several at once)
     null        the same if which tokens experts are used for had nothing to do with each other, at
                 the loads of both: sum_e P(e in S_t) E[1(e in S) / |S|]
@@ -105,25 +107,25 @@ SATURATION = Metric("usage", "sites", _share, _chance, "experts of the newest ch
 def _add(
     sums: UnitSums, unit_S: Tensor, batch: Sequences, now_TE: Tensor, final_TE: Tensor
 ) -> None:
-    """Of the tokens that have a target, by unit."""
+    """Of the tokens that have a target and use experts finally, by unit."""
     counts_SL = batch.targets_SL != IGNORE
     unit_T = unit_S[:, None].expand(counts_SL.shape)[counts_SL]
-    share_TE = final_TE / final_TE.sum(-1, keepdim=True).clamp(min=1)
+    both_T = saturation_of(now_TE, final_TE)
+    share_TE = final_TE.double() / final_TE.sum(-1, keepdim=True)
     for unit in unit_T.unique().tolist():
-        own_T = unit_T == unit
+        own_T = (unit_T == unit) & final_TE.any(-1)
         now_E, final_E = now_TE[own_T].sum(0), share_TE[own_T].sum(0)
-        both = (now_TE * share_TE)[own_T].sum()
-        sums.add(unit, both=both, now_E=now_E, final_E=final_E, tokens=own_T.sum())
+        sums.add(unit, both=both_T[own_T].sum(), now_E=now_E, final_E=final_E, tokens=own_T.sum())
 
 
 def _used(
     model: Adapter, batch: Sequences, sites: Sequence[RouterSite]
 ) -> dict[RouterSite, Tensor]:
-    """By site (T, E) fp64 on the CPU: 1 where the token, one with a target, uses the expert."""
+    """By site (T, E) on the CPU: whether the token, one with a target, uses the expert."""
     decisions = clean_routing(model, batch.tokens_SL.to(model.device))
     counts_T = (batch.targets_SL != IGNORE).flatten()
     return {
-        site: DenseRouting(routing).used_TE.cpu()[counts_T].double()
+        site: DenseRouting(routing).used_TE.cpu()[counts_T]
         for site, routing in zip(model.sites(), decisions, strict=True)
         if site in sites
     }

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from scipy.special import entr
 from scipy.stats import rankdata
 
 from analysis.clean import CleanPass
+from analysis.overlap.information import mutual_information
 from analysis.overlap.tables import KEYS, Overlap
 from analysis.stats.bootstrap import CHUNK, check_resampling
+from analysis.stats.relation import APART
 from analysis.sweep import routed_adapter
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import IGNORE, Sequences
@@ -24,8 +25,7 @@ from cartmoe.factorial import Factorial
 
 SITE = ["model", "train_seed", "layer", "stage"]
 PROFILE = "domain_specialization"
-# Small where experts have much in common.
-DISTANCES = ("relative_distance", "token_js", "substitution")
+DISTANCES = (*APART, "substitution")  # small where experts have much in common
 
 
 def profiles(overlap: Overlap) -> dict[tuple[str, int, int, int], pd.DataFrame]:
@@ -151,7 +151,7 @@ def _unit(rank_RP: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def routers_and_factors(
+def factor_information(
     model: object,
     docs: Sequences,
     factorial: Factorial,
@@ -194,7 +194,7 @@ def routers_and_factors(
         for factor, label_D in factors.items():
             one_hot_ZD = np.eye(label_D.max() + 1)[label_D].T
             joint_RZE = np.stack([one_hot_ZD[:, order_D] @ counts_DE for order_D in order_RD])
-            found, *null = mutual_information(joint_RZE)
+            found, *null = mutual_information(torch.from_numpy(joint_RZE)).numpy()
             row |= {f"mi_{factor}": found, f"mi_{factor}_null": np.mean(null)}
             row[f"mi_{factor}_high"] = np.quantile(null, 0.95)
             row[f"mi_{factor}_p"] = (1 + sum(null >= found - 1e-12)) / (1 + shuffles)
@@ -214,15 +214,3 @@ def _slots(model, docs: Sequences, document_S: np.ndarray, documents: int, batch
             own_SE = used_SLE.sum(1).cpu().numpy()
             np.add.at(counts[site], document_S[first : first + batch_size], own_SE)
     return counts
-
-
-def mutual_information(joint_RZE: np.ndarray) -> np.ndarray:
-    """(R,) nats between rows and columns of tables of counts, corrected after Miller and Madow."""
-
-    def entropy(counts: np.ndarray) -> np.ndarray:
-        total_R = counts.sum(-1)
-        plain_R = entr(counts / total_R[:, None]).sum(-1)
-        return plain_R + ((counts > 0).sum(-1) - 1) / (2 * total_R)
-
-    both_R = entropy(joint_RZE.reshape(len(joint_RZE), -1))
-    return entropy(joint_RZE.sum(-1)) + entropy(joint_RZE.sum(-2)) - both_R

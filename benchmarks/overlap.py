@@ -138,8 +138,8 @@ def _matching(width: int) -> Row:
 
 def _usage() -> Row:
     from analysis.clean import CleanPass
-    from analysis.measure_overlap import Labels
     from analysis.overlap.usage import UsageStream
+    from analysis.probes import Labels
 
     model, shard = build("nano", "smoe_share")
     labels = Labels.of(shard, 0)

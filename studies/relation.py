@@ -1,6 +1,7 @@
 """Does overlap say what dropping an expert costs? After `make overlap`: python studies/relation.py
 
-Reads the models of runs/overlap, writes tables there (relation/) and the README's pictures.
+Reads the models of runs/overlap (barely trained: 100 steps), writes tables there (relation/) and
+the README's pictures.
 """
 
 from pathlib import Path
@@ -15,9 +16,9 @@ OUT = HERE / "runs" / "overlap" / "relation"
 
 
 def main() -> None:
-    folders = sorted(MODELS.iterdir())
-    docs = an.documents("stdlib", length=256, limit=96, max_tokens_per_document=256)
-    found = an.relate((an.load(folder) for folder in folders), docs, batch_size=8)
+    models = [an.load(folder) for folder in sorted(MODELS.iterdir())]
+    docs = an.documents("stdlib", models[0], length=256, limit=96, max_tokens_per_document=256)
+    found = an.relate(models, docs, batch_size=8)
     OUT.mkdir(parents=True, exist_ok=True)
     found.experts.to_csv(OUT / "experts.csv", index=False)
     found.takeover.to_csv(OUT / "takeover.csv", index=False)

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 import analysis as an
 from analysis.measure_overlap import measure_overlap
+from analysis.overlap.tables import SHARED
 from analysis.plots.style import model_styles
-from analysis.truth import routers_and_factors, truth_scores
+from analysis.truth import factor_information, truth_scores
 from cartmoe import ModelConfig
 from cartmoe.factorial import Factorial
 from cartmoe.folders import write_folder
@@ -131,7 +132,7 @@ def measure(run: Run, model) -> dict[str, pd.DataFrame]:
         "pairs": overlap.pairs,
         "experts": overlap.experts,
         "truth": truth_scores(overlap, run.corpus),
-        "factors": routers_and_factors(model, docs, run.corpus),
+        "factors": factor_information(model, docs, run.corpus),
     }
     return {name: table.assign(level=run.level) for name, table in tables.items()}
 
@@ -143,11 +144,12 @@ def write(tables: dict[str, pd.DataFrame], folder: Path) -> None:
 
 
 def summary(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """A number a model and quantity: damage of conditions, means over sites and pairs of experts
-    of metrics and of their truth scores ("cka~truth"), and of routers' information on factors above
-    its null."""
+    """A number a model and quantity: damage of conditions, means over sites and pairs of routed
+    experts of metrics and of their truth scores ("cka~truth"), and of routers' information on
+    factors above its null."""
     damage, pairs, truth = tables["damage"], tables["pairs"], tables["truth"]
     clean = damage.drop_duplicates(KEYS)
+    pairs = pairs[(pairs[["expert_i", "expert_j"]] != SHARED).all(axis=1)]
     factors, known = tables["factors"], ["mi_topic", "mi_style", "mi_pair"]
     above = {name: factors[name] - factors[f"{name}_null"] for name in known}
     parts = [

@@ -69,6 +69,11 @@ def test_perturbations():
     assert sorted(names) == sorted(analysis.PERTURBATIONS)
 
 
+def test_metrics():
+    names = re.findall(r"`(\w+)`", " ".join(first_column("What experts have in common")))
+    assert sorted(names) == sorted(analysis.METRICS)
+
+
 @pytest.mark.parametrize("package", APPS)
 def test_every_command_is_shown(package):
     shown = {words[1] for words in commands() if words[0] == package}
@@ -166,7 +171,7 @@ def printed(directory):
 
 
 def test_commands(printed, directory):
-    assert len(printed) == 10
+    assert len(printed) == 11
     assert re.search(r"^step +2$", printed["info runs/mine"], re.MULTILINE)
     assert "cartesian" in printed["import AUTHORS_DIR --out DIR"]
     dry, run = (text for words, text in printed.items() if words.startswith("run "))
@@ -212,4 +217,5 @@ def test_commands_are_found():
         "analysis plot",
         "analysis export",
         "analysis record",
+        "analysis overlap",
     ]

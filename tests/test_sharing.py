@@ -44,7 +44,12 @@ def test_means_over_pairs_then_over_seeds(sharing):
                 for label, nats in (("DropTop(1)", 0.5), ("RandomRouting(1)", 0.75))
             ]
         ),
-        pairs=pd.DataFrame([key | dict(metric="cka", value=v) for v in (0.1, 0.3)]),
+        pairs=pd.DataFrame(
+            [
+                key | dict(metric="cka", value=value, expert_i=0, expert_j=j)
+                for j, value in ((1, 0.1), (2, 0.3), (-1, 9.0))  # -1 is the shared expert
+            ]
+        ),
         truth=pd.DataFrame([key | dict(metric="cka", score=v) for v in (0.4, 0.8)]),
         factors=pd.DataFrame(
             [

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from analysis.adapters.base import Adapter
 from analysis.overlap.base import Metric, Probe, Sums, UnitSums
-from analysis.overlap.cka import MIN_TOKENS, hsic
+from analysis.overlap.cka import hsic_sums
 from cartmoe.hooks import RouterSite
 
 TOKENS = 1024  # of a batch that are used, drawn at random: P outputs of each are dear
 BLOCK_ROWS = 1024  # that an expert of B runs at once, so that temporaries stay in cache
 PAIR_TOKENS = 64  # of a batch (to whole blocks) that pairs are compared and the null is taken on
-PAIR_EXPERTS = 16  # of each stage, at most, that are compared: P x P numbers are kept a unit
+PAIR_EXPERTS = 16  # the first of each stage, that are compared: P x P numbers are kept a unit
 PARTS = ("a", "b", "interaction")
 RELATIONS = ("row", "column", "unrelated")
 
@@ -53,9 +53,10 @@ def two_way(outputs_ABTD: Tensor) -> Tensor:
 
 
 def mean_cosines(outputs_ABTD: Tensor) -> Tensor:
-    """(R, T) mean cosine of two composed experts' outputs about the token's grand mean over all of
-    them: of those that share a row (the same a_i), a column (the same b_j), nothing."""
+    """(R, T) mean cosine of two composed experts' outputs about the token's mean of those that are
+    given: of two that share a row (the same a_i), a column (the same b_j), nothing."""
     A, B = outputs_ABTD.shape[:2]
+    outputs_ABTD = _wide(outputs_ABTD)
     n_ABTD = F.normalize(outputs_ABTD - outputs_ABTD.mean((0, 1)), dim=-1)
     n_ATD, n_BTD = n_ABTD.sum(1), n_ABTD.sum(0)
     own_T, row_T = n_ABTD.square().sum((0, 1, 3)), n_ATD.square().sum((0, 2))
@@ -88,7 +89,7 @@ class _Layer:
                 v_NTD = torch.cat([v_NTD, v_NTD.mean(0, keepdim=True)])
             x_NTD = self.model.stage_input(self.second, v_NTD)
         share_RD, rest_RD = branches(self.model, self.second, x_NTD.flatten(0, 1))
-        rows_ATD = a_ATD + rest_RD.view_as(x_NTD)[: len(a_ATD)]
+        rows_ATD = _wide(a_ATD + rest_RD.view_as(x_NTD)[: len(a_ATD)])
         experts = self.model.expert_weights(self.second)
         R, F = len(share_RD), experts[0].shape[1]
         scratch = tuple(u_TD.new_empty(R, width) for width in (F, F, u_TD.shape[1]))
@@ -98,7 +99,7 @@ class _Layer:
 class _Block(NamedTuple):
     """Some tokens: o_ij = rows_i + share_i F_j(x_i), F_j without the layer's mix.
 
-    rows_ATD   a_i and, of B, the shared expert's part
+    rows_ATD   a_i and, of B, the shared expert's part, at least fp32
     x_NTD, share_NTD   for each i, and behind them for the mean of v; or one for all i
     experts    of B: gate (B, F, D), up (B, F, D), down (B, D, F)
     scratch    (R, F) twice and (R, D), which every `routed` overwrites
@@ -134,7 +135,11 @@ def branches(model: Adapter, site: RouterSite, x_TD: Tensor) -> tuple[Tensor, Te
 
 
 class CompositeStream:
-    """Sums for the metrics below over the tokens of one two-stage layer; of fixed size."""
+    """Sums for the metrics below over the tokens of one two-stage layer; of fixed size.
+
+    Shares of squares are of all composed experts. Pairs (cosine and CKA) are of those of the first
+    16 experts of each stage: with more than 16, the order of experts decides which these are.
+    """
 
     def __init__(self, model: Adapter, first: RouterSite, second: RouterSite, units: int):
         self._layer, self._sums = _Layer(model, first, second), UnitSums(units)
@@ -147,33 +152,33 @@ class CompositeStream:
         (A, T, D), B = a_ATD.shape, self._layer.second.num_experts
         step = max(1, BLOCK_ROWS // A)
         few = min(T, -(-PAIR_TOKENS // step) * step)
-        pairs_ABTD = u_TD.new_empty(min(A, PAIR_EXPERTS), min(B, PAIR_EXPERTS), few, D)
+        pairs_ABTD = _wide(u_TD.new_empty(min(A, PAIR_EXPERTS), min(B, PAIR_EXPERTS), few, D))
         for start in range(0, T, step):
             some = slice(start, start + step)
             block = self._layer.block(u_TD[some], a_ATD[:, some], with_mean=start < few)
             last_BTD, squares_3 = _squares(block, pairs_ABTD[:, :, some] if start < few else None)
             self._sums.add(probe.unit, squares=squares_3)
             if start < few:
-                null_2 = _effects(a_ATD[:, some], last_BTD)
+                null_2 = _effects(_wide(a_ATD[:, some]), last_BTD)
                 self._sums.add(probe.unit, null=F.pad(null_2, (0, 1)))
         self._compare(probe.unit, pairs_ABTD)
 
     def _compare(self, unit: int, outputs_ABTD: Tensor) -> None:
         """Pairs of composed experts."""
-        cosine_R = mean_cosines(outputs_ABTD).double().sum(1)
-        outputs_PTD = outputs_ABTD.flatten(0, 1)
-        P, T, _ = outputs_PTD.shape
-        hsic_PP = hsic(outputs_PTD) if T >= MIN_TOKENS else outputs_PTD.new_zeros(P, P)
-        self._sums.add(unit, cosine=cosine_R, tokens=torch.tensor(T), hsic=hsic_PP)
+        cosine_RT = mean_cosines(outputs_ABTD).double()
+        hsic_PP = hsic_sums(outputs_ABTD.flatten(0, 1))["ij"]
+        tokens = torch.tensor(cosine_RT.shape[1])
+        self._sums.add(unit, cosine=cosine_RT.sum(1), tokens=tokens, hsic=hsic_PP)
 
     def sums(self) -> Sums:
-        """squares (U, 3) and null (U, 3) of `PARTS`; cosine (U, R), tokens (U,); hsic (U, P, P)."""
+        """squares (U, 3) and null (U, 3) of `PARTS`; cosine (U, R), tokens (U,); hsic (U, P, P),
+        HSIC_1 times tokens."""
         return self._sums.sums()
 
 
 def _squares(block: _Block, outputs_ABTD: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, T, D) routed parts of the last row (of the mean, where it is fed), and (3,) `two_way` of
-    all composed outputs; those of the first experts are written to `outputs_ABTD`.
+    all composed outputs; those of the first experts are written to `outputs_ABTD`. At least fp32.
 
     One expert j at a time; with q_j that routed part, o_ij = rows_i + q_j + e_ij, and the
     interaction is that of the small e, so that no digits are lost.
@@ -182,7 +187,7 @@ def _squares(block: _Block, outputs_ABTD: Tensor | None) -> tuple[Tensor, Tensor
     square, row_ATD = 0.0, torch.zeros_like(block.rows_ATD)
     q_BTD, column_BTD = row_ATD.new_empty(2, B, *row_ATD.shape[1:])
     for j in range(B):
-        routed_NTD = block.routed(j)
+        routed_NTD = _wide(block.routed(j))
         if outputs_ABTD is not None and j < outputs_ABTD.shape[1]:
             rows = slice(len(outputs_ABTD))
             torch.add(block.rows_ATD[rows], routed_NTD[:A][rows], out=outputs_ABTD[:, j])
@@ -201,6 +206,11 @@ def _effects(a_ATD: Tensor, b_BTD: Tensor) -> Tensor:
     """(2,) sums of squares of A and B over all i and j."""
     a_ATD, b_BTD = a_ATD - a_ATD.mean(0), b_BTD - b_BTD.mean(0)
     return torch.stack([len(b_BTD) * _square(a_ATD), len(a_ATD) * _square(b_BTD)])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32; x itself if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _square(x: Tensor) -> Tensor:
@@ -247,13 +257,14 @@ def _metrics() -> Iterator[tuple[str, Metric]]:
     pairs = dict(
         zip(RELATIONS, ("have the same a_i", "have the same b_j", "share neither"), strict=True)
     )
+    few = f"those of the first {PAIR_EXPERTS} experts of each stage"
     for name, make, measure in (
         ("cka", _cka, "mean debiased CKA"),
-        ("cosine", _cosine, "mean cosine, about the mean of all composed outputs of the token,"),
+        ("cosine", _cosine, "mean cosine, about the token's mean of these,"),
     ):
         unrelated = make(RELATIONS.index("unrelated"))
         for relation, which in enumerate(RELATIONS):
-            about = f"{measure} of composed experts that {pairs[which]}"
+            about = f"{measure} of composed experts that {pairs[which]}, {few}"
             null = None if which == "unrelated" else unrelated
             if null:
                 about += "; null: of those that share neither"

@@ -100,6 +100,11 @@ def saturation(
     """
     used_TE = used_mask(ids_TK, num_experts, weights_TK)
     final_TE = used_mask(final_ids_TK, num_experts, final_weights_TK)
+    return saturation_of(used_TE, final_TE)
+
+
+def saturation_of(used_TE: Tensor, final_TE: Tensor) -> Tensor:
+    """`saturation` of two `used_mask`."""
     return (used_TE & final_TE).sum(-1).double() / final_TE.sum(-1)
 
 

@@ -53,13 +53,17 @@ class Overlap:
 
     def matrix(self, metric: str, layer: int, stage: int = 0, column: str = "value") -> np.ndarray:
         """(E, E) of a metric of pairs at one site, NaN on the diagonal; with a shared expert its
-        row and column come last. `ValueError` naming the sites that there are."""
+        row and column come last. `ValueError` naming the sites that there are, and for tables of
+        several models or steps."""
         rows = self.table(metric)
         sites = sorted(set(zip(rows.layer, rows.stage, strict=True)))
         check_choice("(layer, stage)", (layer, stage), sites)
         rows = rows[(rows.layer == layer) & (rows.stage == stage)]
         if rows.model.nunique() > 1 or rows.train_seed.nunique() > 1:
             raise ValueError("several models were measured; take the rows of one")
+        if "step" in rows and rows.step.nunique() > 1:
+            steps = rows.step.unique().tolist()
+            raise ValueError(f"step has several values, {steps}; take one with .at(step)")
         if "expert_i" not in rows:
             raise ValueError(f"metric is {metric!r}, which is not of pairs")
         square = rows.pivot(index="expert_i", columns="expert_j", values=column)

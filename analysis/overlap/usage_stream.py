@@ -23,13 +23,23 @@ class UsageStream:
 
     units         of documents, for what gets an interval
     num_classes   V of the tokens' labels;  num_domains   Z
+    classes       count by classes too, which metrics that are not by units need
 
-    What needs classes of tokens is counted over all units together, for its size. A use is an
-    expert and a token that uses it, once however many slots it has.
+    What needs classes of tokens is counted over all units together, for its size, which grows with
+    the number of domains: (R + 1) (E + 1) V Z int32 numbers. A use is an expert and a token that
+    uses it, once however many slots it has.
     """
 
-    def __init__(self, site: RouterSite, units: int, num_classes: int, num_domains: int):
+    def __init__(
+        self,
+        site: RouterSite,
+        units: int,
+        num_classes: int,
+        num_domains: int,
+        classes: bool = True,
+    ):
         self.site, self.num_classes, self.num_domains = site, num_classes, num_domains
+        self.classes = classes
         self._sums = UnitSums(units)
         self._counts: dict[str, Tensor] = {}
 
@@ -39,7 +49,10 @@ class UsageStream:
         dense = DenseRouting(probe.routing)
         ids_KT = _distinct(probe.routing, dense).T.contiguous()
         self._add_to_unit(probe, dense, ids_KT)
-        self._count_classes(probe, ids_KT)
+        if self.classes:
+            self._count_classes(probe, ids_KT)
+        else:
+            self._count_other_domains(probe, ids_KT)
 
     def sums(self) -> Sums:
         """By name, those of units (U, ...):
@@ -54,14 +67,25 @@ class UsageStream:
 
         and those of all units together (1, ...):
 
-        classes (E, V), class_tokens (V,)   as by domain;  other_classes (R, E, V) and
-        other_class_tokens (R, V), other_domains (R, E, Z)   under shuffled labels
+        other_domains (R, E, Z)   under shuffled labels
+
+        and with classes
+
+        classes (E, V), class_tokens (V,)   as by domain
+        other_classes (R, E, V), other_class_tokens (R, V)   under shuffled labels
         mi_domain_given_token, other_mi_domain_given_token (R,)   which are no sums
         """
         E = self.site.num_experts
+        if self.classes:
+            together = self._by_class(E)
+        else:
+            together = {"other_domains": self._counts["other_domains"][:, :E]}
+        return {**self._sums.sums(), **{n: t[None].double() for n, t in together.items()}}
+
+    def _by_class(self, E: int) -> dict[str, Tensor]:
         joint_EVZ, other_REVZ = self._counts["joint"][:E], self._counts["other_joint"][:, :E]
         given = [_domain_given_class(joint_EVZ) for joint_EVZ in (joint_EVZ, *other_REVZ)]
-        together = {
+        return {
             "classes": joint_EVZ.sum(-1),
             "class_tokens": self._counts["class_tokens"],
             "other_classes": self._counts["other_classes"][:, :E],
@@ -70,7 +94,6 @@ class UsageStream:
             "mi_domain_given_token": given[0],
             "other_mi_domain_given_token": torch.stack(given[1:]),
         }
-        return {**self._sums.sums(), **{n: t[None].double() for n, t in together.items()}}
 
     def _add_to_unit(self, probe: Probe, dense: DenseRouting, ids_KT: Tensor) -> None:
         E, Z = self.site.num_experts, self.num_domains
@@ -90,6 +113,13 @@ class UsageStream:
             before_TF = DenseRouting(probe.before).used_TE
             pairs_FE = pair_counts(before_TF, dense.used_TE)
             self._sums.add(probe.unit, transition=pairs_FE, before=before_TF.sum(0))
+
+    def _count_other_domains(self, probe: Probe, ids_KT: Tensor) -> None:
+        E, Z = self.site.num_experts + 1, self.num_domains
+        R = len(probe.other_domain_RT)
+        shuffle_R1 = torch.arange(R)[:, None]
+        other_R1T = (shuffle_R1 * (E * Z) + probe.other_domain_RT)[:, None]
+        self._count("other_domains", (R, E, Z), ids_KT * Z + other_R1T)
 
     def _count_classes(self, probe: Probe, ids_KT: Tensor) -> None:
         E, V, Z = self.site.num_experts + 1, self.num_classes, self.num_domains  # E: with nobody

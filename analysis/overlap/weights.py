@@ -91,10 +91,14 @@ def matched_cosine(w: ExpertWeights) -> Tensor:
 
     Neurons are balanced, ||u|| = ||d||. Then n of one expert and m of another have similarity
     g_n . g_m + |u_n . u_m + d_n . d_m|; the one matching that makes the sum over neurons largest
-    (Hungarian method) is divided by the root of both experts' own sums.
+    (Hungarian method) is divided by the root of both experts' own sums. Raises `ValueError` for
+    weights that are not finite.
     """
     gate_EFD, rest_EFC = _balanced(w)
     square_E = sum(part.square().sum((1, 2)) for part in (gate_EFD, rest_EFC))
+    bad = (~square_E.isfinite()).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(f"weights are not finite: those of experts {', '.join(map(str, bad))}")
     E = len(square_E)
 
     def matched(i: int, first: int) -> tuple[int, int, list[float]]:
@@ -109,10 +113,12 @@ def matched_cosine(w: ExpertWeights) -> Tensor:
     sum_EE = torch.zeros(E, E, dtype=torch.float64)
     threads = torch.get_num_threads()
     # A worker's products run on its own thread: the assignments keep every core busy.
-    with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
-        for i, first, sums in pool.map(matched, *zip(*blocks, strict=True)) if blocks else ():
-            sum_EE[i, first : first + BLOCK] = torch.tensor(sums, dtype=torch.float64)
-    torch.set_num_threads(threads)  # of threads to come, which start with the last number set
+    try:
+        with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+            for i, first, sums in pool.map(matched, *zip(*blocks, strict=True)) if blocks else ():
+                sum_EE[i, first : first + BLOCK] = torch.tensor(sums, dtype=torch.float64)
+    finally:
+        torch.set_num_threads(threads)  # of threads to come, which start with the last number set
     sum_EE = sum_EE + sum_EE.T + torch.diag(square_E.cpu().double())
     return _normalized(sum_EE)
 

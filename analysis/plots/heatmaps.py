@@ -20,8 +20,9 @@ from analysis.plots.matrices import (
     ratio_scale,
     sheet,
 )
-from analysis.plots.sites import APART, SHARED, label_of, metric_rows, one_site, square
+from analysis.plots.sites import SHARED, label_of, metric_rows, one_site, square
 from analysis.plots.style import COLUMN_WIDTH
+from analysis.stats.relation import APART
 
 RATIOS = ("lift",)  # metrics on a log scale around their null
 
@@ -46,9 +47,9 @@ def overlap_heatmap(
                also in the null
 
     The diagonal, and whatever is NaN, is grey; a shared expert comes last. A lift has a log scale
-    around the median of its null. Raises
-    `ValueError` with the choices for a metric that is not of pairs, an unknown site, and several
-    checkpoints of which none is named; and for clustering experts of two different sites.
+    around the median of its null. Raises `ValueError` with the choices for a metric that is not of
+    pairs, an unknown site, several steps of training, and several checkpoints of which none is
+    named; and for clustering experts of two different sites.
     """
     rows = metric_rows(overlap, metric, "pairs")
     rows, title = one_site(rows, layer, stage, model, train_seed)

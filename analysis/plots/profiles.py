@@ -25,7 +25,7 @@ def overlap_profile(overlap: Any, metric: str, ax: Axes | None = None) -> Axes:
     lower to the upper quartile, no interval. Of a site's own metric the line is its interval over
     documents. A shared expert does not enter, as not all families have one. The second stage of a
     layer stands half a layer behind its first. Raises `ValueError` with the choices for an unknown
-    metric.
+    metric and for several steps of training.
     """
     rows = metric_rows(overlap, metric, *TABLES)
     index = [name for name in INDEX["pairs"] + INDEX["experts"] if name in rows]

@@ -10,9 +10,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis.plots.dots import GREY
-from analysis.plots.sites import APART, label_of
+from analysis.plots.sites import label_of
 from analysis.plots.style import canvas, model_styles
 from analysis.stats.pairs import check_columns
+from analysis.stats.relation import APART
 
 ALL, ALL_LOOK = "all", ("black", "d")
 BAND = "#D9D9D9"

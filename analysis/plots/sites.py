@@ -13,7 +13,6 @@ SHARED = -1  # the number of a shared expert in the tables (`analysis.overlap.ta
 INDEX = {"experts": ["expert"], "sites": [], "pairs": ["expert_i", "expert_j"]}
 SITE = [*CHECKPOINT, "layer", "stage"]
 NUMBERS = ["value", "low", "high", "null"]
-APART = ("token_js", "relative_distance")  # the more of these, the less in common
 LABELS = {
     "cka": "debiased CKA of outputs",
     "cka_permuted": "debiased CKA, tokens permuted",
@@ -36,8 +35,8 @@ def metric_rows(source: Any, metric: str, *tables: str) -> pd.DataFrame:
 
     source  an object with these tables as attributes, such as an Overlap, or one of its tables
 
-    Raises `ValueError` for other things, missing columns, tables without rows, and a metric that
-    none of the tables has, naming those that they have.
+    Raises `ValueError` for other things, missing columns, tables without rows, a metric that none
+    of the tables has, naming those that they have, and rows of several steps of training.
     """
     kinds = " or ".join(tables)
     if isinstance(source, pd.DataFrame):
@@ -55,7 +54,11 @@ def metric_rows(source: Any, metric: str, *tables: str) -> pd.DataFrame:
         raise ValueError(f"table {' or '.join(frames)} has no rows: nothing of it was measured")
     measured = {name: frame for frame in frames.values() for name in frame.metric.unique()}
     check_choice(f"metric of {kinds}", metric, measured)
-    return measured[metric][measured[metric].metric == metric]
+    rows = measured[metric][measured[metric].metric == metric]
+    if "step" in rows and rows.step.nunique() > 1:
+        steps = rows.step.unique().tolist()
+        raise ValueError(f"step has several values, {steps}; take one with .at(step)")
+    return rows
 
 
 def one_site(

@@ -18,6 +18,7 @@ from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns
 
 SITE = [*CHECKPOINT, "layer", "stage"]
 DAMAGES = ("per_mass", "damage")
+APART = ("token_js", "relative_distance")  # metrics: the more of these, the less in common
 LOAD, ALL = "load", "all"
 ROUNDING = 1e-9  # a share of the variance below which there is none
 LEAST = 2  # clusters that say something about their spread
@@ -62,8 +63,10 @@ def relation(
 
     Experts without weight are left out, and for a metric those for which it is NaN. What says the
     same as load (or nothing) has an r of NaN. Clusters of one checkpoint share its training, so an
-    interval from few checkpoints speaks for them: read num_models and min_seeds beside it. Raises
-    `ValueError` for missing columns, an unknown damage, and a metric that is damage itself.
+    interval from few checkpoints speaks for them: read num_models and min_seeds beside it. Damage
+    and metrics are measured on the same documents, so they share sampling noise: it adds to r, and
+    the ceiling, which is made of damage alone, does not know of it. Raises `ValueError` for missing
+    columns, an unknown damage, and a metric that is damage itself.
     """
     check_resampling(confidence, resamples)
     check_choice("damage", damage, DAMAGES)

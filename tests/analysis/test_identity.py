@@ -297,6 +297,7 @@ NOT_COMPUTING = {
     "analysis.models",
     "cartmoe.checkpoint",
     "cartmoe.corpora",
+    "cartmoe.factorial",
     "cartmoe.data",
     "cartmoe.duplicates",
     "cartmoe.files",

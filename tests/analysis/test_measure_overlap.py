@@ -1,19 +1,23 @@
 """The driver: every metric on every kind of model, units of documents, tables, errors."""
 
 import copy
+import dataclasses
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from analysis import measure_overlap
 from analysis.adapters.base import as_adapter
-from analysis.measure_overlap import Labels, packs_of
 from analysis.overlap import METRICS
 from analysis.overlap.base import KINDS as METRIC_KINDS
 from analysis.overlap.base import TABLES, Metric, estimate
-from analysis.overlap.tables import KEYS, SHARED, VALUES
+from analysis.overlap.tables import KEYS, SHARED, VALUES, Overlap
+from analysis.overlap.usage import UsageStream
+from analysis.probes import Labels, packs_of
+from cartmoe.data import IGNORE
 from cartmoe.hooks import capture_routing
 
 from .conftest import KINDS
@@ -149,11 +153,18 @@ def test_sites_are_chosen(model_of, shard):
 
 def test_the_first_token_can_be_left_out(model_of, shard):
     model = model_of("smoe")
-    whole, less = (
-        measure_overlap(model, shard, "load", skip_first=skip, progress=False).experts.value
-        for skip in (False, True)
-    )
-    assert not np.allclose(whole, less)
+    with torch.no_grad(), capture_routing(model.model) as captured:
+        model.model(shard.tokens_SL)
+    has_target_SL = shard.targets_SL >= 0
+    options = dict(batch_size=1, progress=False)
+    for skip in (False, True):
+        load = measure_overlap(model, shard, "load", skip_first=skip, **options).table("load")
+        for site, (routing,) in captured.items():
+            ids_SLK = routing.ids_TK.unflatten(0, has_target_SL.shape)[:, int(skip) :]
+            ids = ids_SLK[has_target_SL[:, int(skip) :]].flatten()
+            count_E = torch.bincount(ids, minlength=site.num_experts)
+            own = load[load.layer == site.layer].sort_values("expert")
+            np.testing.assert_array_equal(own.value, count_E / count_E.sum().double())
 
 
 def test_packs_are_whole_documents(shard):
@@ -171,11 +182,12 @@ def test_packs_are_whole_documents(shard):
 
 def test_labels_are_shuffled_by_document(shard):
     labels = Labels.of(shard, seed=0)
-    documents = np.array(shard.document_id)
-    for other_S in labels.other_RS:
-        taken = {d: set(documents[other_S][documents == d]) for d in set(documents)}
-        assert all(len(others) == 1 for others in taken.values())
-        assert {next(iter(others)) for others in taken.values()} == set(documents)
+    orders = {tuple(other_S.tolist()) for other_S in labels.other_RS}
+    assert len(orders) > 3
+    for order in orders:
+        assert sorted(order) == list(range(len(shard)))  # no label is lost or used twice
+        taken = [shard.document_id[other] for other in order]
+        assert len(list(itertools.groupby(taken))) == 4  # and documents stay in one piece
 
 
 def test_one_unit_has_no_interval(model_of, shard):
@@ -195,13 +207,45 @@ def test_the_jackknife_of_a_ratio():
     assert float(found.high - found.value) == pytest.approx(3.182446 * error, rel=1e-5)
 
 
-def test_no_hook_is_left(model_of, shard):
-    model = model_of("cartesian")
-    measure_overlap(model, shard, ["load", "cka", "substitution"], **QUIET)
-    with pytest.raises(ValueError, match="metric is 'nothing'"):
-        measure_overlap(model, shard, "nothing", **QUIET)
+def assert_no_hook(model):
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    assert all(not getattr(m, name) for m in model.model.modules() for name in hooks)
+    for module in model.model.modules():
+        assert not any(getattr(module, name) for name in hooks)
+        assert "forward" not in vars(module)
+
+
+def test_no_hook_is_left(model_of, shard, monkeypatch):
+    model = as_adapter(copy.deepcopy(model_of("cartesian").model))
+    names = ["load", "cka", "substitution"]
+    measure_overlap(model, shard, names, **QUIET)
+    assert_no_hook(model)
+    added = []
+
+    def add(stream, probe):
+        added.append(stream)
+        if len(added) == len(model.sites()) + 2:  # at the second site of the second batch
+            raise RuntimeError("in the middle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UsageStream, "add", add)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            measure_overlap(model, shard, names, **QUIET)
+    assert_no_hook(model)
+    model.router_rows(model.sites()[2]).data[:] = torch.nan
+    with pytest.raises(FloatingPointError):  # within the model's forward
+        measure_overlap(model, shard, names, **QUIET)
+    assert_no_hook(model)
+
+
+def test_transitions_between_unequal_sites_have_no_shared_expert(tiny_model, shard):
+    model, other = (tiny_model("smoe", moe_interval=1, num_experts=E) for E in (6, 4))
+    model.trunk.blocks[1].ffn = other.trunk.blocks[1].ffn
+    assert [site.num_experts for site in as_adapter(model).sites()] == [6, 4, 6]
+    rows = measure_overlap(model, shard, "transition", **QUIET).table("transition")
+    for layer, (F, E) in {1: (6, 4), 2: (4, 6)}.items():
+        own = rows[rows.layer == layer]
+        expected = set(itertools.product(range(F), range(E)))
+        assert set(zip(own.expert_i, own.expert_j, strict=True)) == expected
 
 
 @pytest.mark.parametrize(
@@ -215,6 +259,8 @@ def test_no_hook_is_left(model_of, shard):
         (dict(probe="none"), "probe is 'none'; choose one of 'all', 'routed', 'either'"),
         (dict(batch_size=0), "batch_size is 0"),
         (dict(minibatch=3), "minibatch is 3; it must be at least 4"),
+        (dict(seed=-1), "seed is -1; it must be at least 0"),
+        (dict(metrics="transition", sites="layer 0"), "metric for smoe is 'transition'"),
         (dict(confidence=1.0), "confidence is 1.0"),
     ],
 )
@@ -228,6 +274,13 @@ def test_what_cannot_be_measured(model_of, shard):
         measure_overlap(model_of("dense"), shard)
     with pytest.raises(ValueError, match="docs has no sequence"):
         measure_overlap(model_of("smoe"), shard[:0])
+    without = dataclasses.replace(shard, targets_SL=torch.full_like(shard.targets_SL, IGNORE))
+    with pytest.raises(ValueError, match="docs has no token to measure on, which is"):
+        measure_overlap(model_of("smoe"), without)
+    single = shard[6:]  # one sequence of one token
+    measure_overlap(model_of("smoe"), single, "load", **QUIET)
+    with pytest.raises(ValueError, match=r"has no token .* a target: skip_first leaves"):
+        measure_overlap(model_of("smoe"), single, "load", skip_first=True, **QUIET)
     with pytest.raises(ValueError, match="metric for hash is 'router_cosine'"):
         measure_overlap(model_of("hash"), shard, "router_cosine")
 
@@ -244,3 +297,9 @@ def test_tables_answer(overlap_of):
         everything.matrix("load", 0)
     with pytest.raises(ValueError, match="metric is 'substitution'; choose one of"):
         everything.table("substitution")
+    early, late = (everything.pairs.assign(step=step) for step in (100, 200))
+    none = everything.experts[:0]
+    np.testing.assert_array_equal(Overlap(none, none, early).matrix("cka", 0), square)
+    run = Overlap(none, none, pd.concat([early, late]))
+    with pytest.raises(ValueError, match=r"step has several values, \[100, 200\]; take one"):
+        run.matrix("cka", 0)

@@ -11,7 +11,7 @@ from analysis.adapters.base import State, as_adapter
 from analysis.measure_overlap import measure_overlap
 from analysis.overlap import composite
 from analysis.overlap.base import Probe, estimate
-from analysis.overlap.cka import linear_cka
+from analysis.overlap.cka import hsic, linear_cka
 from analysis.overlap.composite import (
     METRICS,
     CompositeStream,
@@ -128,6 +128,42 @@ def test_the_stream_sums_what_the_outputs_give(model, monkeypatch):
     cosines = torch.stack([cosine_RT[:, :few].sum(1), cosine_RT[:, 150:].sum(1)])
     torch.testing.assert_close(sums["cosine"], cosines, rtol=1e-5, atol=1e-4)
     assert sums["tokens"].tolist() == [few, 50]
+    # As everywhere, an HSIC counts as much as the tokens that it is made of.
+    pairs = outputs.flatten(0, 1)
+    expected = torch.stack([few * hsic(pairs[:, :few]), 50 * hsic(pairs[:, 150:])])
+    torch.testing.assert_close(sums["hsic"], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_sums_are_not_in_half_precision(model):
+    """What is left to bf16 is the model's own; its outputs are the reference."""
+    model = as_adapter(model.model.bfloat16())
+    first, second = model.sites()[:2]
+    u_TD = stream(150).bfloat16()
+    summed = CompositeStream(model, first, second, 1)
+    summed.add(probe(u_TD))
+    outputs = composed_outputs(model, first, second, u_TD)
+    assert outputs.dtype == torch.float32
+    squares, cosine = (summed.sums()[name][0] for name in ("squares", "cosine"))
+    torch.testing.assert_close(squares, two_way(outputs), rtol=1e-3, atol=1e-3)
+    expected = mean_cosines(outputs.double()).sum(1)
+    torch.testing.assert_close(cosine, expected, rtol=1e-3, atol=1e-2)
+    exact = mean_cosines(outputs.bfloat16().double()).float()
+    torch.testing.assert_close(mean_cosines(outputs.bfloat16()), exact, rtol=0, atol=1e-5)
+
+
+def test_pairs_are_of_the_first_experts(tiny_model, monkeypatch):
+    monkeypatch.setattr(composite, "PAIR_EXPERTS", 4)
+    model, u_TD = own(tiny_model), stream(composite.PAIR_TOKENS)
+    few = composed_outputs(model, *model.sites()[:2], u_TD)[:4, :4]
+    found = metrics_of(model, u_TD)
+    for number, relation in enumerate(composite.RELATIONS):
+        expected = mean_cosines(few)[number].mean().item()  # about the mean of these
+        assert found[f"composite_cosine_{relation}"][0] == pytest.approx(expected, abs=1e-5)
+        cka = linear_cka(few.flatten(0, 1))[related(4)[number]].mean().item()
+        assert found[f"composite_cka_{relation}"][0] == pytest.approx(cka, abs=1e-4)
+        for kind in ("cka", "cosine"):
+            about = METRICS[f"composite_{kind}_{relation}"].about
+            assert "those of the first 16 experts of each stage" in about
 
 
 def own_double(model):

@@ -215,7 +215,7 @@ def test_calibration_of_a_planted_frame():
     frame = frame.assign(**dict(zip(SITE, ["m", "smoe", 0, 2, 1], strict=True)))
     frame.loc[frame.chosen == "", "measured"] = np.nan
     (row,) = calibration(frame).to_dict("records")
-    assert row["layer"], row["stage"] == (2, 1)
+    assert (row["layer"], row["stage"]) == (2, 1)
     assert row["slope"] == pytest.approx(2)
     assert row["intercept"] == pytest.approx(0.25)
     assert row["rank_correlation"] == pytest.approx(1)
@@ -296,6 +296,12 @@ def test_the_perturbation(model_of, docs):
 def test_wrong_arguments(model_of, docs, options, message):
     with pytest.raises(ValueError, match=message):
         substitution(model_of("smoe"), docs, progress=False, **options)
+
+
+def test_an_only_expert_has_no_substitute(tiny_model, docs):
+    model = tiny_model("cartesian", num_experts=1, top_k=1)
+    with pytest.raises(ValueError, match=r"site is 'stage 1'; .* has no other expert"):
+        substitution(model, docs, "stage 1", progress=False)
 
 
 def test_dense(model_of, docs):

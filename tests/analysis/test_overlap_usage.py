@@ -98,8 +98,8 @@ def some(probe: Probe, rows: list[int] | slice) -> Probe:
     )
 
 
-def stream_of(*probes: Probe) -> UsageStream:
-    stream = UsageStream(RouterSite("router", 0, 0, E, 3), UNITS, V, Z)
+def stream_of(*probes: Probe, classes: bool = True) -> UsageStream:
+    stream = UsageStream(RouterSite("router", 0, 0, E, 3), UNITS, V, Z, classes)
     for probe in probes:
         stream.add(probe)
     return stream
@@ -387,6 +387,20 @@ def test_sums_do_not_grow():
         return sum(t.numel() for t in [*stream._sums.sums().values(), *stream._counts.values()])
 
     assert size(10) == size(1000)
+
+
+def test_classes_are_not_counted_for_what_has_units():
+    probes = probes_of("zeros")
+    whole, without = stream_of(*probes), stream_of(*probes, classes=False)
+    assert max(t.numel() for t in without._counts.values()) == R * (E + 1) * Z
+    for name, metric in METRICS.items():
+        if metric.units:
+            own, same = (estimate(metric, stream.sums()) for stream in (without, whole))
+            for got, expected in zip(own, same, strict=True):
+                close(got, expected, err_msg=name)
+        else:
+            with pytest.raises(KeyError):
+                estimate(metric, without.sums())
 
 
 def test_the_first_site_has_none_before_it():

@@ -1,11 +1,13 @@
 """Similarity of experts' parameters: planted experts, and every metric the slow way."""
 
 from itertools import permutations
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 
+from analysis.overlap import weights
 from analysis.overlap.weights import (
     METRICS,
     ExpertWeights,
@@ -148,6 +150,37 @@ def test_threads_are_left_as_they_were():
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(two_EE, matched_cosine(w), atol=1e-6, rtol=0)
+
+
+def test_weights_that_are_not_finite():
+    threads = torch.get_num_threads()
+    for matrix in range(3):
+        for bad in (torch.nan, torch.inf):
+            w = draw(5, 6, 5)
+            w[matrix][3, 2, 1] = bad
+            with pytest.raises(ValueError, match=r"weights are not finite: those of experts 3$"):
+                matched_cosine(w)
+    assert torch.get_num_threads() == threads
+
+
+def test_threads_are_left_as_they_were_by_an_error(monkeypatch):
+    """Threads to come start with the last number that any thread set."""
+
+    def fails(similarity_FF):
+        raise MemoryError
+
+    monkeypatch.setattr(weights, "_assigned", fails)
+    threads, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(MemoryError):
+            matched_cosine(draw(5, 6, 5))
+        thread = Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [2]
 
 
 def test_effective_rank():

@@ -338,6 +338,17 @@ def test_heatmap_errors_name_the_choices(overlap):
     assert figure.get_suptitle() == "smoe #1, layer 1, stage 0"
 
 
+@pytest.mark.parametrize("draw", [plots.overlap_heatmap, plots.overlap_profile])
+def test_steps_of_training_are_not_pooled(draw):
+    one = pairs(draws(0)).assign(step=100)
+    draw(one, "cka")
+    plt.close()
+    message = r"step has several values, \[100, 200\]; take one with \.at\(step\)"
+    with pytest.raises(ValueError, match=message):
+        draw(pd.concat([one, one.assign(step=200)]), "cka")
+    assert not plt.get_fignums()
+
+
 def test_scatter_has_an_experts_numbers_look_and_load(experts):
     ax = plots.damage_against_overlap(experts, "cka")
     drawn = {points.get_label(): points for points in ax.collections}

@@ -19,6 +19,7 @@ from cartmoe.checkpoint import save, step_folder
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import capture_routing
 from cartmoe.recipe import TrainConfig
+from cartmoe.routing import LinearGate
 from cartmoe.run import start_run
 from cartmoe.train import train
 
@@ -96,17 +97,33 @@ def used(model, docs):
     }
 
 
-@pytest.mark.parametrize("family", ["cartesian", "top_p"])
+def extreme(model):
+    """With gates so steep that a sigmoid is 0 or 1: of some tokens all scores are 0."""
+    with torch.no_grad():
+        for gate in (module for module in model.modules() if isinstance(module, LinearGate)):
+            gate.weight.mul_(1e4)
+    return model
+
+
+@pytest.mark.parametrize("family", ["cartesian", "top_p", "steep"])
 def test_against_sets(family, tiny_model, run_of, docs):
     """More checkpoints than are in memory at once; chance by pairing all tokens with all."""
-    models = {step: tiny_model(family, seed=step) for step in range(1, TOGETHER + 3)}
+    steps = range(1, TOGETHER + 3)
+    if family == "steep":
+        models = {step: extreme(tiny_model("smoe", step, score="sigmoid")) for step in steps}
+    else:
+        models = {step: tiny_model(family, seed=step) for step in steps}
     table = saturation(run_of(models), docs, batch_size=3, **QUIET)
     final = used(models[TOGETHER + 2], docs)
-    document_T = np.repeat(docs.document_id, (docs.targets_SL != IGNORE).sum(1))
+    assert any(not b for end in final.values() for b in end) == (family == "steep")
+    whole_T = np.repeat(docs.document_id, (docs.targets_SL != IGNORE).sum(1))
     assert len(table) == len(models) * len(final)
     for step in (1, TOGETHER + 1):
         for site, now in used(models[step], docs).items():
-            end = final[site]
+            document_T = whole_T[[bool(b) for b in final[site]]]
+            now, end = zip(
+                *((a, b) for a, b in zip(now, final[site], strict=True) if b), strict=True
+            )
             row = table[(table.step == step) & (table.layer == site.layer)]
             row = row[row.stage == site.stage].squeeze()
             share_T = np.array([len(a & b) / len(b) for a, b in zip(now, end, strict=True)])

@@ -12,9 +12,8 @@ from scipy.stats import spearmanr
 
 from analysis.overlap import Overlap
 from analysis.truth import (
-    mutual_information,
+    factor_information,
     profiles,
-    routers_and_factors,
     shared_truth,
     truth_scores,
 )
@@ -117,10 +116,13 @@ class TestScores:
                 relative_distance=truth,
                 co_activation=truth + skew - skew.T,  # both directions count
                 lift=truth[np.ix_(order, order)],
+                substitution=-truth,
                 jaccard=np.ones((8, 8)),
             )
         )
-        perfect = found.score[["cka", "matched_cosine", "token_js", "co_activation"]]
+        perfect = found.score[
+            ["cka", "matched_cosine", "token_js", "co_activation", "substitution"]
+        ]
         np.testing.assert_allclose(perfect, 1)
         assert (found.p[["cka", "token_js", "relative_distance"]] == 1 / 200).all()
         assert found.score["relative_distance"] == pytest.approx(-1)
@@ -227,7 +229,7 @@ class TestRouters:
         )
         domain = [d for d in CORPUS.domains for _ in range(4)]
         tokens = torch.tensor([[a if d.startswith("topic0") else b] * 5 for d in domain])
-        table = routers_and_factors(model, sequences_of(tokens, domain), CORPUS, shuffles=99)
+        table = factor_information(model, sequences_of(tokens, domain), CORPUS, shuffles=99)
         assert [(r.layer, r.stage) for r in table.itertuples()] == [
             (s.layer, s.stage) for s in model.sites()
         ]
@@ -254,7 +256,7 @@ class TestRouters:
         document = [f"d{s // 2}" for s in range(12)]
         domain = [CORPUS.domains[s // 2] for s in range(12)]
         docs = Sequences(tokens, targets, torch.arange(12), document, domain, torch.ones(12))
-        table = routers_and_factors(model, docs, CORPUS, shuffles=9, batch_size=5)
+        table = factor_information(model, docs, CORPUS, shuffles=9, batch_size=5)
         with torch.no_grad(), capture_routing(model.model) as seen:
             model.model(tokens)
         for row, site in zip(table.itertuples(), model.sites(), strict=True):
@@ -284,30 +286,21 @@ class TestRouters:
         domain = [d for d in CORPUS.domains for _ in range(5)]
         tokens = torch.randint(13, (30, 12), generator=torch.Generator().manual_seed(0))
         docs = sequences_of(tokens, domain)
-        table = routers_and_factors(model_of("cartesian"), docs, CORPUS, shuffles=199)
+        table = factor_information(model_of("cartesian"), docs, CORPUS, shuffles=199)
         ps = table[["mi_topic_p", "mi_style_p", "mi_pair_p"]].to_numpy()
         assert ps.min() > 0.005
         assert 0.2 < ps.mean() < 0.8
         # Miller and Madow alone does not know that slots of a document go together.
         assert (table.mi_pair_null > -0.01).all()
 
-    def test_mutual_information(self):
-        independent = np.outer([1, 2, 3], [4, 5])
-        same = np.diag([10, 10])
-        found = mutual_information(np.stack([independent]).astype(float))
-        assert found[0] == pytest.approx(-(6 - 3 - 2 + 1) / (2 * independent.sum()))
-        assert mutual_information(same[None].astype(float))[0] == pytest.approx(
-            math.log(2) - (2 - 2 - 2 + 1) / 40
-        )
-
     def test_what_cannot_be_asked(self, model_of):
         docs = sequences_of(torch.ones(2, 3, dtype=torch.int64), ["topic0 style0", "code"])
         model = model_of("cartesian")
         with pytest.raises(ValueError, match=r"domain of 'factorial:.*' is 'code'; choose one of"):
-            routers_and_factors(model, docs, CORPUS)
+            factor_information(model, docs, CORPUS)
         with pytest.raises(ValueError, match="docs has no sequence"):
-            routers_and_factors(model, docs[:0], CORPUS)
+            factor_information(model, docs[:0], CORPUS)
         with pytest.raises(ValueError, match="shuffles is 0"):
-            routers_and_factors(model, docs[:1], CORPUS, shuffles=0)
+            factor_information(model, docs[:1], CORPUS, shuffles=0)
         with pytest.raises(ValueError, match="it is dense"):
-            routers_and_factors(model_of("dense"), docs, CORPUS)
+            factor_information(model_of("dense"), docs, CORPUS)

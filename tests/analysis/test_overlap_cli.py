@@ -1,0 +1,113 @@
+"""`python -m analysis overlap`: tables, manifest, figures; mistakes are one line."""
+
+import json
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from analysis import measure_overlap, overlap_report
+from analysis.__main__ import app
+from analysis.models import documents, load
+from analysis.overlap import METRICS, Overlap
+
+pytestmark = pytest.mark.usefixtures("environment")
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint_of):
+    return [str(checkpoint_of(family)) for family in ("smoe_share", "cartesian")]
+
+
+def overlap(*words):
+    return CliRunner().invoke(app, ["overlap", *map(str, words), "--no-progress"])
+
+
+def test_everything_of_two_models(models, texts, tmp_path):
+    out = tmp_path / "deep" / "out"
+    done = overlap(*models, "--corpus", texts, "--documents", 6, "--length", 32, "--out", out)
+    assert done.exit_code == 0, done.output
+    tables = {name: pd.read_csv(out / f"{name}.csv") for name in ("experts", "sites", "pairs")}
+    for table in tables.values():
+        assert set(table.model) == {"smoe_share", "cartesian"}
+    assert "composite_a" in set(tables["sites"].metric)
+    assert "substitution" not in set(tables["pairs"].metric)  # damage, only where it is named
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert list(manifest["models"]) == models
+    assert "torch" in manifest["versions"]
+    named = set(done.stdout.split())
+    assert all((out / "figures" / f"{name}.png").stat().st_size for name in ("cka", "lift"))
+    assert str(out / "figures" / "cartesian-s5-usage.pdf") in named
+    assert {str(path) for path in out.rglob("*.*")} == named
+
+
+def test_one_metric(models, texts, tmp_path):
+    options = ["--corpus", texts, "--documents", 4, "--length", 32, "--metric", "substitution"]
+    done = overlap(models[0], *options, "--sites", "layer 0", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    table = pd.read_csv(tmp_path / "pairs.csv")
+    assert set(table.metric) == {"substitution"}
+    assert not (tmp_path / "sites.csv").exists()
+    assert (tmp_path / "figures" / "smoe_share-s5-substitution.png").is_file()
+
+
+COMPOSITES = [name for name, metric in METRICS.items() if metric.kind == "composite"]
+
+
+@pytest.mark.parametrize(
+    ("sites", "metrics", "figures"),
+    [
+        ("stage 1", ["lift"], {"lift", "cartesian-s5-lift"}),
+        ("stage 1", ["substitution", "domain_specialization"],
+         {"substitution", "cartesian-s5-substitution", "cartesian-s5-domains"}),
+        ("layer 1", ["domain_specialization"], {"cartesian-s5-domains"}),
+        ("layer 1", ["transition", *COMPOSITES], {"cartesian-s5-usage"}),
+        ("layer 1", ["transition", "composite_a"], set()),
+        ("stage 0", ["transition", *COMPOSITES], set()),  # of the layer before alone
+    ],
+)  # fmt: skip
+def test_figures_are_of_what_was_measured(checkpoint_of, texts, tmp_path, sites, metrics, figures):
+    model = checkpoint_of("cartesian", moe_interval=1)
+    options = ["--corpus", texts, "--documents", 4, "--length", 32, "--sites", sites]
+    options += [word for name in metrics for word in ("--metric", name)]
+    done = overlap(model, *options, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert {path.stem for path in tmp_path.glob("figures/*")} == figures
+
+
+def test_a_metric_that_one_of_the_models_lacks(models, checkpoint_of, texts, tmp_path):
+    found = []
+    for path, metric in (models[0], "router_cosine"), (checkpoint_of("hash"), "flat_cosine"):
+        model = load(path)
+        docs = documents(str(texts), model, length=32, limit=4)
+        found.append(measure_overlap(model, docs, metric, progress=False))
+    files = overlap_report.write(Overlap.join(found), tmp_path, {})
+    assert {path.stem for path in files if path.suffix == ".png"} == {
+        *("router_cosine", "smoe_share-s5-router_cosine"),
+        *("flat_cosine", "hash-s5-flat_cosine"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--metric", "cosine"], "metric is 'cosine'; choose one of"),
+        (["--probe", "no"], "probe is 'no'; choose one of"),
+        (["--sites", "layer 9"], "sites is 'layer 9'"),
+        (["--corpus", "nowhere"], "corpus is 'nowhere', which is no file or folder"),
+        (["--corpus", "factorial:topics=0"], "topics is 0"),
+    ],
+)
+def test_mistakes(models, texts, tmp_path, words, message):
+    options = [] if "--corpus" in words else ["--corpus", texts]
+    done = overlap(models[0], *options, *words, "--length", 32, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_model(tmp_path):
+    done = overlap(tmp_path / "nothing", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
