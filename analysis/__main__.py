@@ -19,7 +19,9 @@ app = typer.Typer(
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(
+    interrupted: str = "interrupted; the same command goes on from here",
+) -> Iterator[None]:
     """A mistake of the user's is a line or a few on stderr and exit code 2, never a traceback."""
     try:
         yield
@@ -27,7 +29,7 @@ def _one_line_errors() -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as interrupt:
-        message = str(interrupt) or "interrupted; the same command goes on from here"
+        message = str(interrupt) or interrupted
         typer.echo(f"\n{message}", err=True)
         raise typer.Exit(130) from None
 
@@ -128,32 +130,32 @@ def overlap(
     progress: bool = typer.Option(True, help="Show progress bars."),
 ) -> None:
     """Measure what the experts of models have in common; tables and figures."""
-    with _one_line_errors():
+    with _one_line_errors("interrupted; nothing that was measured is kept"):
         from analysis import overlap_report
         from analysis.measure_overlap import measure_overlap
         from analysis.models import documents as read_documents
-        from analysis.models import load
         from analysis.overlap import Overlap
 
-        loaded = [load(path) for path in models]
-        found = []
-        for model in loaded:
-            docs = read_documents(
-                corpus,
-                model,
-                length=length,
-                limit=documents,
-                max_tokens_per_document=length,
-            )
-            found.append(
-                measure_overlap(model, docs, metric or None, sites, probe, progress=progress)
-            )
+        loaded = overlap_report.named(models)
         asked = dict(
             models={str(path): m.identity for path, m in zip(models, loaded, strict=True)},
             **dict(corpus=corpus, documents=documents, length=length),
             **dict(metrics=metric, sites=sites, probe=probe),
         )
-        for path in overlap_report.write(Overlap.join(found), out, asked):
+        files = overlap_report.finished(out, asked)
+        if files is None:
+            limits = dict(length=length, limit=documents, max_tokens_per_document=length)
+            found = []
+            for model in loaded:
+                docs = read_documents(corpus, model, **limits)
+                if len(set(docs.document_id)) < 2:
+                    raise ValueError(f"corpus {corpus!r} has one document; intervals need several")
+                options = (metric or None, sites, probe)
+                found.append(measure_overlap(model, docs, *options, progress=progress))
+            files = overlap_report.write(Overlap.join(found), out, asked)
+        else:
+            typer.echo(f"{out} is finished")
+        for path in files:
             typer.echo(path)
 
 

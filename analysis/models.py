@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from analysis.adapters.base import Adapter
+from analysis.adapters.base import Adapter, as_adapter
 from analysis.adapters.cartmoe import CartMoEAdapter
 from cartmoe.checkpoint import checkpoint_sha256, newest, read_meta, read_tokenizer
 from cartmoe.checkpoint import load as load_checkpoint
@@ -54,7 +54,7 @@ def documents(
     corpus   a built-in one, of which the split is taken, or a path to text, of which all is
     length   tokens of a sequence;  limit   documents, spread over the domains
     """
-    tokenizer: Any = (model and model.tokenizer) or ByteTokenizer()
+    tokenizer: Any = (model and as_adapter(model).tokenizer) or ByteTokenizer()
     limits = dict(length=length, limit=limit, max_tokens_per_document=max_tokens_per_document)
     if not is_built_in(corpus):
         return sequences_from(read_corpus(corpus), tokenizer, **limits)

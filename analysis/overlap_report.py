@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,33 +15,71 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import plots
+from analysis.adapters.base import Adapter
 from analysis.identity import manifest
+from analysis.models import load
 from analysis.overlap import METRICS, Overlap
 from analysis.overlap.base import TABLES
 from analysis.plots.cartesian import SHARES, SIMILAR
 from cartmoe.files import write_atomically
 
+MANIFEST = "manifest.json"
 CHECKPOINT = ["model", "train_seed"]
 Picture = Callable[[], Axes | Figure]
+
+
+def named(paths: Sequence[Path]) -> list[Adapter]:
+    """The models of these checkpoints or runs, those that tables could not tell apart by family and
+    seed by the names of their folders. Raises `ValueError` where that does not help either."""
+    models = [load(path) for path in paths]
+    seen = Counter((model.name, model.train_seed) for model in models)
+    for path, model in zip(paths, models, strict=True):
+        if seen[model.name, model.train_seed] > 1:
+            model.name = path.resolve().name
+    again = Counter((model.name, model.train_seed) for model in models)
+    for (name, seed), number in again.items():
+        if number > 1:
+            raise ValueError(f"MODEL has {number} called {name!r} of train_seed {seed}")
+    return models
+
+
+def finished(out: Path, asked: dict[str, Any]) -> list[Path] | None:
+    """What is in `out` if all that is `asked` now was measured there; None if it is to be done.
+
+    Raises `ValueError` where it holds anything else, which would be lost.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    there = out / MANIFEST
+    known = json.loads(there.read_text()) if there.is_file() else {}
+    if any(known.get(name) != value for name, value in json.loads(json.dumps(asked)).items()):
+        raise ValueError(f"out is {str(out)!r}, which holds other results; choose another")
+    files = sorted(path for path in out.rglob("*.*") if path.is_file())
+    return files if known["finished"] else None
 
 
 def write(overlap: Overlap, out: Path, asked: dict[str, Any]) -> list[Path]:
     """Write experts.csv, sites.csv, pairs.csv, manifest.json (`asked` in it) and figures/, each
     whole or not at all; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
-    files = []
+    files = [out / MANIFEST]
+
+    def note(finished: bool) -> None:
+        said = asked | manifest() | {"finished": finished}
+        write_atomically(files[0], json.dumps(said, indent=1) + "\n")
+
+    note(False)
     for name in TABLES:
         table = getattr(overlap, name)
         if not table.empty:
             files.append(out / f"{name}.csv")
             write_atomically(files[-1], table.to_csv(index=False))
-    files.append(out / "manifest.json")
-    write_atomically(files[-1], json.dumps(asked | manifest(), indent=1) + "\n")
     for name, picture in _pictures(overlap):
         with plots.paper_style():
             drawing = picture()
             files += plots.save(drawing, out / "figures" / name)
             plt.close(getattr(drawing, "figure", drawing))
+    note(True)
     return files
 
 

@@ -59,11 +59,18 @@ class Plan:
         return cls(study, corpus, shards, calibration, threads)
 
     def check(self, models: Iterable[tuple[ModelSpec, ModelConfig]]) -> None:
-        """Raise `ValueError`, a line a mistake, for conditions that do not fit one of them."""
+        """Raise `ValueError`, a line a mistake, for conditions that do not fit one of them, and for
+        layers that none has. (Stages may be missing: most families have but one.)"""
         mistakes: dict[str, None] = {}
+        layers: set[int] = set()
         for spec, config in models:
             model, arms = self.arms(spec, config)
             mistakes |= dict.fromkeys(self._misfits(model, arms))
+            layers |= {site.layer for site in model.sites()}
+        for place in dict.fromkeys(condition.where for condition in self.study.conditions):
+            if place.layer is not None and place.layer not in layers:
+                have = ", ".join(map(str, sorted(layers))) or "none: all are dense"
+                mistakes[f"conditions: where is '{place}'; layers with a router are {have}"] = None
         if mistakes:
             raise ValueError("\n".join(f"{self.study.origin}: {m}" for m in mistakes))
 

@@ -45,7 +45,7 @@ def overlap_profile(overlap: Any, metric: str, ax: Axes | None = None) -> Axes:
             seen.add(model)
         ax.set_xticks(layers[:: max(1, round(len(layers) / 8))])
         ax.set_xlabel("layer")
-        ax.set_ylabel(label_of(metric))
+        ax.set_ylabel(label_of(metric) + ("\nmean, quartiles" if index else ""))
         handles = ax.get_legend_handles_labels()[0]
         if rows.null.notna().any():
             handles.append(Line2D([], [], color=GREY, lw=0.8, ls=":", label="null"))

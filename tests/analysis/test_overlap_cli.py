@@ -117,3 +117,36 @@ def test_no_model(tmp_path):
     done = overlap(tmp_path / "nothing", "--out", tmp_path / "out")
     assert done.exit_code == 2
     assert done.stderr.count("\n") == 1
+
+
+def test_the_same_again_is_finished_and_nothing_is_lost(models, texts, tmp_path):
+    words = [models[0], "--corpus", texts, "--documents", 4, "--length", 32, "--sites", "layer 0"]
+    first = overlap(*words, "--metric", "lift", "--out", tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    again = overlap(*words, "--metric", "lift", "--out", tmp_path)
+    assert again.exit_code == 0
+    assert again.stdout.splitlines()[0] == f"{tmp_path} is finished"
+    assert set(again.stdout.splitlines()[1:]) == set(first.stdout.splitlines())
+    other = overlap(*words, "--metric", "load", "--out", tmp_path)
+    assert other.exit_code == 2
+    assert "which holds other results; choose another" in other.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_two_of_one_family_and_seed(models, checkpoint_of, texts, tmp_path):
+    other = str(checkpoint_of("cartesian", num_experts=4))
+    options = ["--corpus", texts, "--documents", 4, "--length", 32, "--metric", "lift"]
+    done = overlap(models[1], other, *options, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    names = {path.rpartition("/")[2] for path in (models[1], other)}
+    assert set(pd.read_csv(tmp_path / "pairs.csv").model) == names
+    twice = overlap(models[1], models[1], *options, "--out", tmp_path / "twice")
+    assert twice.exit_code == 2
+    assert "MODEL has 2 called" in twice.stderr
+
+
+def test_one_document(models, tmp_path):
+    (tmp_path / "only.txt").write_text("A few words, and that is all.")
+    done = overlap(models[1], "--corpus", tmp_path / "only.txt", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "has one document; intervals need several" in done.stderr

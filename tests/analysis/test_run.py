@@ -576,6 +576,18 @@ def test_strengths_that_do_not_fit_are_found_before_training(study_dict_of, tmp_
     assert not (tmp_path / "models").exists()
 
 
+def test_a_layer_that_no_model_has_is_found_before_training(study_dict_of, tmp_path):
+    """A stage that only some have is none."""
+    places = ["layer 1", "layer 0 stage 1", "stage 1", "layer 99 stage 0"]
+    study = study_dict_of(conditions=[{"perturbation": "DropTop", "where": places}])
+    with pytest.raises(ValueError, match="layer") as caught:
+        run(Study.from_dict(study), tmp_path, progress=False)
+    lines = [line.partition("conditions: ")[2] for line in str(caught.value).splitlines()]
+    have = "layers with a router are 0"
+    assert lines == [f"where is '{place}'; {have}" for place in ("layer 1", "layer 99 stage 0")]
+    assert not (tmp_path / "models").exists()
+
+
 def test_a_part_of_a_compose_is_let_through(model_of, shard):
     """Weights that a later part has moved are no less weights than those that logits have moved."""
     p = Compose((GaussianNoise(1e-4), UniformWeights(1.0)))
