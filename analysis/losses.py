@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.adapters.base import Adapter
+from cartmoe.hooks import RouterSite
 from cartmoe.losses import IGNORE
 
 CHUNK_LOGITS = 2**21  # logits held at once while losses are taken: 8 MiB in fp32
@@ -44,6 +45,17 @@ def loss_gradient(model: Adapter, hidden_TD: Tensor, targets_T: Tensor) -> Tenso
             nll = F.cross_entropy(model.logits(hidden), targets_T[rows], reduction="sum")
         (gradient_TD[rows],) = torch.autograd.grad(nll, hidden)
     return gradient_TD
+
+
+def output_slopes(model: Adapter, site: RouterSite, x_TD: Tensor, gradient_TD: Tensor) -> Tensor:
+    """(T, E) <gradient, f_e(x)>, at least fp32: what more of each expert's output does to the loss,
+    to first order. One expert after the other, so that one's outputs are kept."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    slopes = [
+        (model.expert_outputs(site, x_TD, [e])[0] * gradient_TD).to(wide).sum(-1)
+        for e in range(site.num_experts)
+    ]
+    return torch.stack(slopes, -1)
 
 
 class CleanLosses(NamedTuple):

@@ -15,6 +15,8 @@ from torch import Tensor
 from analysis.adapters.base import Adapter, RoutedFlow, State
 from analysis.losses import loss_gradient
 from analysis.overlap.base import Probe
+from analysis.overlap.counts import used_mask
+from analysis.trace import clean_routing
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
@@ -44,7 +46,7 @@ class Labels:
 
     domains    names, in order of their numbers
     class_V    by token id the number of its class: the most frequent ones, and all others
-    other_RS   for each sequence, one of another document
+    other_RS   for each sequence, the one whose labels take the place of its own: R permutations
     """
 
     domains: list[str]
@@ -164,3 +166,17 @@ def _run(
     outputs = [flow.output_TD for flow in flows.values()]
     found = torch.autograd.grad(hidden_TD, outputs, end_TD)
     return flows, entered, dict(zip(flows, found, strict=True))
+
+
+def routed_tokens(model: Adapter, docs: Sequences, batch_size: int) -> dict[RouterSite, np.ndarray]:
+    """By site (S, E): tokens with a target, of each sequence, that use each expert."""
+    counts: dict[RouterSite, list[np.ndarray]] = {site: [] for site in model.sites()}
+    for first in range(0, len(docs), batch_size):
+        batch = docs[first : first + batch_size].to(model.device)
+        has_target_SL1 = (batch.targets_SL != IGNORE)[..., None]
+        decisions = zip(model.sites(), clean_routing(model, batch.tokens_SL), strict=True)
+        for site, routing in decisions:
+            used_TE = used_mask(routing.ids_TK, site.num_experts, routing.weights_TK)
+            used_SLE = used_TE.unflatten(0, has_target_SL1.shape[:2]) & has_target_SL1
+            counts[site].append(used_SLE.sum(1).cpu().numpy())
+    return {site: np.concatenate(parts) for site, parts in counts.items()}

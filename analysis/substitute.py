@@ -15,17 +15,17 @@ import torch
 from tqdm import tqdm
 
 from analysis.adapters.base import Adapter
-from analysis.clean import CleanPass
 from analysis.conditions import DOWNSTREAM, Condition, Where
 from analysis.context import RouterContext
 from analysis.measure import measure
 from analysis.measure_overlap import measure_overlap, sites_of
 from analysis.perturb import Perturbation
 from analysis.perturb.base import set_number
+from analysis.probes import routed_tokens
 from analysis.stats.bootstrap import Intervals, check_resampling, intervals
 from analysis.sweep import routed_adapter
 from cartmoe.config import check_choice, check_whole
-from cartmoe.data import IGNORE, Sequences
+from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Router, Routing
 
@@ -111,7 +111,8 @@ def substitution(
     options = dict(batch_size=batch_size, confidence=confidence, seed=seed, progress=progress)
     table = measure_overlap(model, docs, "substitution", site, **options).table("substitution")
     table = table.rename(columns=LINEAR)[[*SITE, "expert_i", "expert_j", *LINEAR.values()]]
-    routed = _routed(model, docs, batch_size)
+    by_site = routed_tokens(model, docs, batch_size)
+    routed = {(site.layer, site.stage): counts_SE for site, counts_SE in by_site.items()}
     tokens = [routed[p.layer, p.stage][:, p.expert_i].sum() for p in table.itertuples()]
     table = table.assign(measured=np.nan, low=np.nan, high=np.nan, num_tokens=np.int64(tokens))
     chosen = [_choose(pairs, lowest, random, seed) for _, pairs in table.groupby(SITE, sort=False)]
@@ -180,18 +181,6 @@ def _choose(pairs: pd.DataFrame, lowest: int, random: int, seed: int) -> pd.Data
     chosen = pd.Series("", pairs.index)
     chosen[low], chosen[drawn] = "lowest", "random"
     return pd.DataFrame({"chosen": chosen, "probability": probability})
-
-
-def _routed(model: Adapter, docs: Sequences, batch_size: int) -> dict[tuple[int, int], np.ndarray]:
-    """By layer and stage (S, E): tokens with a target, of each sequence, that use each expert."""
-    counts: dict[tuple[int, int], list[np.ndarray]] = {}
-    for first in range(0, len(docs), batch_size):
-        batch = docs[first : first + batch_size].to(model.device)
-        has_target_SL1 = (batch.targets_SL != IGNORE)[..., None]
-        for site, dense in CleanPass.of(model, batch).dense.items():
-            used_SLE = dense.used_TE.unflatten(0, has_target_SL1.shape[:2]) & has_target_SL1
-            counts.setdefault((site.layer, site.stage), []).append(used_SLE.sum(1).cpu().numpy())
-    return {place: np.concatenate(parts) for place, parts in counts.items()}
 
 
 def _changes(

@@ -13,14 +13,14 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
-from analysis.clean import CleanPass
 from analysis.overlap.information import mutual_information
 from analysis.overlap.tables import KEYS, Overlap
+from analysis.probes import routed_tokens
 from analysis.stats.bootstrap import CHUNK, check_resampling
 from analysis.stats.relation import APART
 from analysis.sweep import routed_adapter
 from cartmoe.config import check_choice, check_whole
-from cartmoe.data import IGNORE, Sequences
+from cartmoe.data import Sequences
 from cartmoe.factorial import Factorial
 
 SITE = ["model", "train_seed", "layer", "stage"]
@@ -180,7 +180,9 @@ def factor_information(
         raise ValueError("docs has no sequence")
     _, first_D, document_S = np.unique(docs.document_id, return_index=True, return_inverse=True)
     domain_D = _numbers([docs.domain[s] for s in first_D], factorial)
-    counts = _slots(model, docs, document_S, len(first_D), batch_size)
+    of_document_DS = np.arange(len(first_D))[:, None] == document_S
+    routed = routed_tokens(model, docs, batch_size)
+    counts = {site: of_document_DS @ counts_SE for site, counts_SE in routed.items()}
     rng = np.random.default_rng(seed)
     order_RD = rng.permuted(np.tile(np.arange(len(domain_D)), (shuffles, 1)), axis=1)
     order_RD = np.concatenate([np.arange(len(domain_D))[None], order_RD])
@@ -200,17 +202,3 @@ def factor_information(
             row[f"mi_{factor}_p"] = (1 + sum(null >= found - 1e-12)) / (1 + shuffles)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _slots(model, docs: Sequences, document_S: np.ndarray, documents: int, batch_size: int):
-    """By site (D, E) how many tokens of each document use each expert."""
-    counts = {site: np.zeros((documents, site.num_experts)) for site in model.sites()}
-    for first in range(0, len(docs), batch_size):
-        batch = docs[first : first + batch_size].to(model.device)
-        clean = CleanPass.of(model, batch)
-        used_SL1 = (batch.targets_SL != IGNORE)[..., None]
-        for site, dense in clean.dense.items():
-            used_SLE = dense.used_TE.view(*batch.targets_SL.shape, -1) & used_SL1
-            own_SE = used_SLE.sum(1).cpu().numpy()
-            np.add.at(counts[site], document_S[first : first + batch_size], own_SE)
-    return counts

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from analysis.adapters.base import Adapter, RoutedFlow
 from analysis.intervene import Intervention
-from analysis.losses import loss_gradient, token_nll
+from analysis.losses import loss_gradient, output_slopes, token_nll
 from analysis.noise import Noise
 from analysis.perturb.base import Identity, chosen_mask
 from analysis.perturb.flips import Flips, Worst
@@ -102,13 +102,7 @@ class _Task:
         self, site: RouterSite, flow: RoutedFlow, gradient_TD: Tensor, flips: Flips
     ) -> tuple[Tensor, Tensor]:
         x_TD, routing = flow.x_TD.detach(), Routing(*(t.detach() for t in flow.routing))
-        slope_TE = torch.stack(
-            [
-                (self.model.expert_outputs(site, x_TD, [e])[0] * gradient_TD).float().sum(-1)
-                for e in range(site.num_experts)
-            ],
-            -1,
-        )
+        slope_TE = output_slopes(self.model, site, x_TD, gradient_TD)
         gain_TKE = slope_TE[:, None] - slope_TE.gather(-1, routing.ids_TK)[..., None]
         gain_TKE = gain_TKE * routing.weights_TK[..., None]
         return self._only_flips(site, gain_TKE, routing, flips), routing.ids_TK

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from analysis.adapters.base import Adapter
 from analysis.doses import DenseRouting
+from analysis.losses import output_slopes
 from analysis.overlap.base import Metric, Probe, Sums, UnitSums
 from cartmoe.hooks import RouterSite
 
@@ -29,14 +30,6 @@ def linear_substitution(slopes_TE: Tensor, weights_TE: Tensor) -> Tensor:
     """
     sums = {name: value[None] for name, value in _sums(slopes_TE, weights_TE).items()}
     return _substitution(sums)[0]
-
-
-def output_slopes(model: Adapter, site: RouterSite, x_TD: Tensor, gradient_TD: Tensor) -> Tensor:
-    """(T, E) <gradient, f_e(x)>; one expert after the other, so that one's outputs are kept."""
-    experts = range(site.num_experts)
-    return torch.stack(
-        [(model.expert_outputs(site, x_TD, [e])[0] * gradient_TD).sum(-1) for e in experts], -1
-    )
 
 
 class SubstitutionStream:
