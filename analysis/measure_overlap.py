@@ -22,7 +22,7 @@ from analysis.overlap.base import (
     Stream,
     estimate,
 )
-from analysis.overlap.composite import CompositeStream
+from analysis.overlap.composite import CompositeStream, SecondStage
 from analysis.overlap.outputs import OutputStream
 from analysis.overlap.substitution import SubstitutionStream
 from analysis.overlap.tables import INDEX, KEYS, VALUES, rows_of
@@ -82,6 +82,9 @@ def measure_overlap(
     kinds = {METRICS[name].kind for name in wanted}
     options = dict(probe=probe, minibatch=minibatch, seed=seed)
     streams = {site: _streams(model, site, wanted, units, labels, options) for site in chosen}
+    if "composite" in kinds:
+        for site, stream in _composites(model, chosen, units).items():
+            streams[site]["composite"] = stream
     if any(streams.values()):
         with tqdm(total=len(docs), unit="sequence", disable=not progress) as bar:
             for number, rows in enumerate(packs):
@@ -133,7 +136,10 @@ def _wanted(model: Adapter, sites: list[RouterSite], metrics: str | Sequence[str
 def fits(model: Adapter, sites: list[RouterSite], name: str, metric: Metric) -> bool:
     """Whether the metric can be measured at these sites."""
     if metric.kind == "composite":
-        return any(composed(model, site) for site in sites)
+        seconds = {site: composed(model, site) for site in sites}
+        if metric.table == "pairs":  # of either stage, if the first is there
+            return all(second or site in seconds.values() for site, second in seconds.items())
+        return any(seconds.values())
     if name == "transition":  # from the site before
         return any(site != model.sites()[0] for site in sites)
     return name != "router_cosine" or all(model.router_rows(site) is not None for site in sites)
@@ -160,9 +166,18 @@ def _streams(
         streams["outputs"] = OutputStream(model, site, units, **options)
     if DAMAGE in kinds:
         streams[DAMAGE] = SubstitutionStream(model, site, units)
-    second = composed(model, site)
-    if "composite" in kinds and second is not None:
-        streams["composite"] = CompositeStream(model, site, second, units)
+    return streams
+
+
+def _composites(model: Adapter, sites: list[RouterSite], units: int) -> dict[RouterSite, Stream]:
+    """By site, the sums of the two-stage layers of which the first stage is among the sites."""
+    streams: dict[RouterSite, Stream] = {}
+    for first in sites:
+        second = composed(model, first)
+        if second is not None:
+            streams[first] = CompositeStream(model, first, second, units)
+            if second in sites:
+                streams[second] = SecondStage(streams[first])
     return streams
 
 
@@ -176,6 +191,7 @@ def _tables(
     confidence: float,
 ) -> Overlap:
     frames: dict[str, list[pd.DataFrame]] = {table: [] for table in TABLES}
+    seconds = {composed(model, site) for site in streams}
     unit = "batch of documents" if packs <= MAX_UNITS else "batches of documents"
     for site, own in streams.items():
         sums = {kind: stream.sums() for kind, stream in own.items()}
@@ -187,10 +203,12 @@ def _tables(
             elif metric.kind in sums:
                 if name == "transition" and "transition" not in sums["usage"]:
                     continue  # the first site has none before it
+                if metric.kind == "composite" and metric.table == "sites" and site in seconds:
+                    continue  # of the layer, which stands with its first stage
                 found = estimate(metric, sums[metric.kind], confidence)
                 how = (unit, units) if metric.units else ("none: classes are kept as one total", 0)
             else:
-                continue  # composites stand with the first stage alone
+                continue  # a composite, and this is no layer of two stages
             # A transition is from all experts of the site before, however many they are.
             shared = name != "transition" and found.value.shape[:1] > (site.num_experts,)
             domains = labels.domains if name == "domain_specialization" else ()

@@ -33,7 +33,7 @@ __all__ = ["PREDICTORS", "Relation", "expert_damage", "relate", "takeover"]
 
 PREDICTORS = (
     *("cka", "output_cosine", "matched_cosine", "flat_cosine", "router_cosine"),
-    *("co_activation", "lift", "token_js"),
+    *("co_activation", "lift", "token_js", "composite_cka"),
 )
 
 
@@ -124,7 +124,7 @@ def _predictors(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
         name
         for name, metric in METRICS.items()
         if metric.table == "pairs"
-        and metric.kind in ("usage", "weights", "outputs")
+        and metric.kind != "function"
         and name != "transition"  # whose pairs are of two sites
     ]
     for name in names:
@@ -142,8 +142,10 @@ def _with_heirs(clean: Mapping[RouterSite, CleanSums], overlap: Overlap, metric:
     parts = []
     for site, sums in clean.items():
         share_EE, E = sums.takeover_EE, site.num_experts
-        # A shared expert's row and column come last.
-        overlap_EE = overlap.matrix(metric, site.layer, site.stage)[:E, :E]
+        # A shared expert's row and column come last; composites may be of the first few alone.
+        known_EE = overlap.matrix(metric, site.layer, site.stage)[:E, :E]
+        overlap_EE = np.full((E, E), np.nan)
+        overlap_EE[: len(known_EE), : len(known_EE)] = known_EE
         # Who takes over nothing does not matter, though its overlap may not be defined.
         parts.append(sign * np.where(share_EE == 0, 0.0, share_EE * overlap_EE).sum(1))
     return np.concatenate(parts)

@@ -6,6 +6,11 @@
     [train]                 # models to train first: families x seeds, and fields of TrainConfig
     preset = "nano"
     families = ["dense", "cartesian"]
+    [train.model]           # fields of ModelConfig, of all of them
+    num_layers = 6
+    [train.variants.parallel]    # one more model, by its name; these fields beside those above
+    family = "cartesian"
+    composition = "parallel"
     [[models]]              # and, or instead, checkpoints there are
     path = "runs/mine"
     [measure]               # the fields of `Measure`

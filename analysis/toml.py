@@ -19,6 +19,7 @@ from analysis.perturb import (
     perturbation_class,
     perturbation_from_dict,
 )
+from analysis.reading import TableReader
 from analysis.results import of_one_name
 from analysis.stats.pairs import CONDITION, label_of
 from analysis.study import Contrasts, Data, Measure, ModelSpec, Only, Study, check_text
@@ -64,84 +65,48 @@ def study_from_table(table: Mapping[str, Any], origin: str, default_name: str) -
     return Study(name, data, measure, tuple(models), conditions, contrasts, only, origin)
 
 
-class _Reader:
-    """Reads the tables of a study, and goes on after a mistake so that all are reported at once."""
-
-    def __init__(self):
-        self.mistakes: list[str] = []
-
-    def known(self, where: str, table: Mapping, keys: Iterable[str]) -> None:
-        keys = sorted(keys)
-        for key in table:
-            if key not in keys:
-                self.mistakes.append(f"{where}{key}: no such key; choose one of {', '.join(keys)}")
-
-    def attempt(self, where: str, make, /, *args, **kwargs):
-        """make(...), or None with its mistake noted."""
-        try:
-            return make(*args, **kwargs)
-        except (ValueError, TypeError, OSError) as error:
-            # What a TypeError says names no parameter.
-            given = f" ({kwargs})" if isinstance(error, TypeError) else ""
-            self.mistakes.append(f"{where}: {error}{given}".removeprefix(": "))
-
-    def table(self, where: str, value: Any) -> Mapping:
-        """The value if it is a table; else an empty one."""
-        if isinstance(value, Mapping):
-            return value
-        self.mistakes.append(f"{where}: it is {value!r}; write a table, [{where}]")
-        return {}
-
-    def tables(self, name: str, value: Any) -> Iterable[tuple[str, Mapping]]:
-        """(where, table) for each of an array of tables."""
-        if isinstance(value, list) and all(isinstance(table, Mapping) for table in value):
-            return [(f"{name}[{i}]", table) for i, table in enumerate(value)]
-        self.mistakes.append(f"{name}: it is {value!r}; write tables, [[{name}]]")
-        return []
-
-    def items(self, where: str, value: Any) -> list[Any]:
-        """The items of a list, or the value as the only one."""
-        if value == []:
-            self.mistakes.append(f"{where}: the list is empty")
-        return value if isinstance(value, list) else [value]
-
-    def choices(self, where: str, name: str, value: Any, choices: Iterable[str]) -> list[str]:
-        """Those items that are choices."""
-        items, choices = self.items(where, value), list(choices)
-        for item in items:
-            self.attempt(where, check_choice, name, item, choices)
-        return [item for item in items if item in choices]
-
-    def build(self, name: str, cls, study: Mapping):
-        table = self.table(name, study.get(name, {}))
-        names = [f.name for f in fields(cls)]
-        self.known(f"{name}.", table, names)
-        return self.attempt(name, cls, **{k: v for k, v in table.items() if k in names})
+class _Reader(TableReader):
+    """What each section of a study means."""
 
     def trained(self, study: Mapping, data: Data) -> Iterable[ModelSpec]:
-        """families x seeds of [train]; corpus, tokenizer and length come from [data]."""
+        """families and variants x seeds of [train]; corpus, tokenizer, length come from [data]."""
         if "train" not in study:
             return
         table = dict(self.table("train", study["train"]))
         presets = self.choices("train.preset", "preset", table.pop("preset", "nano"), PRESETS)
+        options = self.table("train.model", table.pop("model", {}))
+        variants = self.table("train.variants", table.pop("variants", {}))
         families = table.pop("families", list(FAMILIES))
-        families = self.choices("train.families", "family", families, FAMILIES)
+        if families != [] or not variants:
+            families = self.choices("train.families", "family", families, FAMILIES)
         seeds = self.items("train.seeds", table.pop("seeds", [0]))
         for seed in seeds:
             self.attempt("train.seeds", check_whole, "seed", seed, 0)
-        options = self.table("train.model", table.pop("model", {}))
         allowed = {f.name for f in fields(TrainConfig)} - {"corpus", "tokenizer", "length", "seed"}
-        self.known("train.", table, allowed | {"preset", "families", "seeds", "model"})
+        taken = {"preset", "families", "seeds", "model", "variants"}
+        self.known("train.", table, allowed | taken)
         chosen = {k: v for k, v in table.items() if k in allowed}
         chosen |= dict(corpus=data.corpus, tokenizer=data.tokenizer, length=data.length)
         train = self.attempt("train", TrainConfig, **chosen)
-        for preset, family in itertools.product(presets[:1], families):
+        asked = [("train.model", family, family, options) for family in families]
+        asked += self.variants(variants, options)
+        for preset, (where, name, family, model) in itertools.product(presets[:1], asked):
             build = functools.partial(ModelConfig.preset, preset, family)
-            config = self.attempt("train.model", build, **options)
+            config = self.attempt(where, build, **model)
             if config and train:
                 # Seeds that are none are mistakes already.
                 for seed in (seed for seed in seeds if type(seed) is int and seed >= 0):
-                    yield ModelSpec(family, seed, None, config, replace(train, seed=seed))
+                    yield ModelSpec(name, seed, None, config, replace(train, seed=seed))
+
+    def variants(self, tables: Mapping, options: Mapping) -> Iterator[tuple[str, str, Any, dict]]:
+        """(where, name, family, fields of ModelConfig) for each table of [train.variants]."""
+        for name, table in tables.items():
+            where = f"train.variants.{name}"
+            model = {**options, **self.table(where, table)}
+            if name in ("", ".", "..") or Path(name).name != name:
+                self.mistakes.append(f"{where}: {name!r} becomes a directory; it must be its name")
+            else:
+                yield where, name, model.pop("family", "cartesian"), model
 
     def given(self, study: Mapping) -> Iterable[ModelSpec]:
         """[[models]] with path and, to tell them apart, name and train_seed."""

@@ -16,7 +16,8 @@ OUT = HERE / "runs" / "overlap" / "relation"
 
 
 def main() -> None:
-    models = [an.load(folder) for folder in sorted(MODELS.iterdir())]
+    # Folders are called MODEL-sSEED; a variant's own checkpoint knows its family alone.
+    models = [an.load(f, name=f.name.rsplit("-", 1)[0]) for f in sorted(MODELS.iterdir())]
     docs = an.documents("stdlib", models[0], length=256, limit=96, max_tokens_per_document=256)
     found = an.relate(models, docs, batch_size=8)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -26,7 +27,7 @@ def main() -> None:
     for damage in ("per_mass", "damage"):
         table = found.table(damage)
         table.to_csv(OUT / f"{damage}.csv", index=False)
-        print(table[table.family == "all"].round(3).to_string(index=False))
+        print(table[table.model == "all"].round(3).to_string(index=False))
         draw(f"relation_{damage}", an.plots.relation_dots(table))
     draw("damage_overlap", an.plots.damage_against_overlap(found.experts, "output_cosine"))
 

@@ -176,6 +176,21 @@ class CompositeStream:
         return self._sums.sums()
 
 
+class SecondStage:
+    """The same layer as its second stage sees it, whose experts come first in pairs."""
+
+    def __init__(self, layer: CompositeStream):
+        self._layer = layer
+
+    def add(self, probe: Probe) -> None:
+        """Nothing: the first stage has added the batch."""
+
+    def sums(self) -> Sums:
+        """hsic (U, P, P), of pairs (j, i)."""
+        hsic_UPP = self._layer.sums()["hsic"]
+        return {"hsic": _by_expert(hsic_UPP).permute(0, 2, 1, 4, 3).reshape(hsic_UPP.shape)}
+
+
 def _squares(block: _Block, outputs_ABTD: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, T, D) routed parts of the last row (of the mean, where it is fed), and (3,) `two_way` of
     all composed outputs; those of the first experts are written to `outputs_ABTD`. At least fp32.
@@ -234,14 +249,30 @@ def _cosine(relation: int) -> Callable[[Sums], Tensor]:
     return lambda sums: sums["cosine"][:, relation] / sums["tokens"]
 
 
+def _pairs_cka(sums: Sums) -> Tensor:
+    """(U, P, P)"""
+    hsic_UPP = sums["hsic"]
+    norm_UP = hsic_UPP.diagonal(dim1=1, dim2=2).sqrt()
+    return hsic_UPP / (norm_UP[:, :, None] * norm_UP[:, None])
+
+
+def _by_expert(pairs_UPP: Tensor) -> Tensor:
+    """(U, i, j, i', j'); both stages have as many experts."""
+    experts = round(pairs_UPP.shape[-1] ** 0.5)
+    return pairs_UPP.view(-1, *[experts] * 4)
+
+
 def _cka(relation: int) -> Callable[[Sums], Tensor]:
     def of(sums: Sums) -> Tensor:
-        hsic_UPP = sums["hsic"]
-        norm_UP = hsic_UPP.diagonal(dim1=1, dim2=2).sqrt()
-        cka_UPP = hsic_UPP / (norm_UP[:, :, None] * norm_UP[:, None])
-        return cka_UPP[:, related(round(hsic_UPP.shape[-1] ** 0.5))[relation]].mean(-1)
+        cka_UPP = _pairs_cka(sums)
+        return cka_UPP[:, related(round(cka_UPP.shape[-1] ** 0.5))[relation]].mean(-1)
 
     return of
+
+
+def _experts_cka(sums: Sums) -> Tensor:
+    """(U, i, i') means over j = j'."""
+    return _by_expert(_pairs_cka(sums)).diagonal(dim1=2, dim2=4).mean(-1)
 
 
 def _metrics() -> Iterator[tuple[str, Metric]]:
@@ -270,6 +301,12 @@ def _metrics() -> Iterator[tuple[str, Metric]]:
                 about += "; null: of those that share neither"
             metric = Metric("composite", "sites", make(relation), null, about)
             yield f"composite_{name}_{which}", metric
+    about = (
+        "mean debiased CKA of composed experts that differ in these two of one stage alone, over "
+    )
+    about += f"the other's experts, {few}; null: of those that share neither"
+    null = _cka(RELATIONS.index("unrelated"))
+    yield "composite_cka", Metric("composite", "pairs", _experts_cka, null, about)
 
 
 METRICS: dict[str, Metric] = dict(_metrics())

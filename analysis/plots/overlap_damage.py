@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.plots.dots import GREY
 from analysis.plots.sites import SITE, label_of
-from analysis.plots.style import DELTA, canvas, model_styles, widen_scale
+from analysis.plots.style import DELTA, canvas, marker_colors, model_styles, widen_scale
 from analysis.stats.pairs import check_choice, check_columns
 from analysis.stats.relation import APART
 
@@ -21,7 +21,7 @@ LARGEST = 60.0  # area of the marker of the most used expert, in square points
 def damage_against_overlap(
     experts: pd.DataFrame, metric: str, damage: str = "per_mass", ax: Axes | None = None
 ) -> Axes:
-    """A marker an expert, its look that of the family and its area the load.
+    """A marker an expert, its look that of the model and its area the load.
 
     experts  the table `experts` of `analysis.relate`; metric: a column of it, damage: "per_mass"
              (nats per unit of routed weight) or "damage" (nats per token)
@@ -38,17 +38,17 @@ def damage_against_overlap(
     numbers = experts.select_dtypes("number").columns
     bounds = ("_a", "_b", "_low", "_high")
     check_choice("metric", metric, [n for n in numbers if n not in keys and not n.endswith(bounds)])
-    styles = model_styles(experts)
     looks = {
-        family: styles[model] for model, family in zip(experts.model, experts.family, strict=True)
+        model: (style["marker"], *marker_colors(style))
+        for model, style in model_styles(experts).items()
     }
     most = experts.load.max()
     with canvas(ax, height=2.8) as ax:
-        for family, look in looks.items():
-            own = experts[experts.family == family].dropna(subset=[metric, damage])
+        for model, (marker, face, edge) in looks.items():
+            own = experts[experts.model == model].dropna(subset=[metric, damage])
             ax.scatter(
-                own[metric], own[damage], s=LARGEST * own.load / most, marker=look["marker"],
-                color=look["color"], alpha=0.75, ec="white", lw=0.3, label=family,
+                own[metric], own[damage], s=LARGEST * own.load / most, marker=marker,
+                fc=face, ec=edge, alpha=0.75, lw=0.3 if edge == "white" else 0.8, label=model,
             )  # fmt: skip
         ax.axhline(0, color=GREY, lw=0.6, zorder=0.5)
         widen_scale(ax.yaxis, experts[damage])
@@ -57,9 +57,9 @@ def damage_against_overlap(
         with_whom = "" if metric == "load" else "\nwith the experts that take over"
         ax.set_xlabel(sign + label_of(metric) + with_whom)
         ax.set_ylabel(DAMAGE[damage])
-        families = [
-            Line2D([], [], ls="", marker=look["marker"], color=look["color"], label=family)
-            for family, look in looks.items()
+        models = [
+            Line2D([], [], ls="", marker=marker, mfc=face, mec=edge, label=model)
+            for model, (marker, face, edge) in looks.items()
         ]
         loads = [
             Line2D(
@@ -68,7 +68,5 @@ def damage_against_overlap(
             )
             for share in (0.25, 1.0)
         ]  # fmt: skip
-        ax.legend(
-            handles=[*families, *loads], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3
-        )
+        ax.legend(handles=[*models, *loads], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return ax

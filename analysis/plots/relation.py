@@ -11,19 +11,19 @@ from matplotlib.patches import Patch
 
 from analysis.plots.dots import GREY
 from analysis.plots.sites import label_of
-from analysis.plots.style import canvas, model_styles
+from analysis.plots.style import canvas, marker_colors, model_styles
 from analysis.stats.pairs import check_columns
 from analysis.stats.relation import APART
 
-ALL, ALL_LOOK = "all", ("black", "d")
+ALL, ALL_STYLE = "all", {"color": "black", "marker": "d", "linestyle": "-"}
 BAND = "#D9D9D9"
-LINE, GAP = 0.08, 0.1  # inches of a family's line, and between metrics
+LINE, GAP = 0.08, 0.1  # inches of a model's line, and between metrics
 WRAP = 18  # characters of a metric's name in one line
 COLUMNS = ["r", "low", "high", "null_low", "null_high", "ceiling"]
 
 
 def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Rank correlations of damage and overlap, a row a metric and in it a line a family.
+    """Rank correlations of damage and overlap, a row a metric and in it a line a model.
 
     table  of `stats.relation`, or several of them concatenated. Dots are r with its interval,
            "all" first and largest; grey bands the null by permutation; ticks at both sides the
@@ -32,14 +32,12 @@ def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Where r is NaN nothing is drawn but the band and the ceiling. Raises `ValueError` for missing
     columns and a table without rows.
     """
-    check_columns("relation", table, ["metric", "damage", "family", *COLUMNS])
+    check_columns("relation", table, ["metric", "damage", "model", "family", *COLUMNS])
     if table.empty:
         raise ValueError("table relation has no rows: nothing of it was measured")
-    families = sorted(table.family.unique(), key=lambda family: family != ALL)  # stable
-    styles = model_styles(table.assign(model=table.family))
-    looks = {f: (styles[f]["color"], styles[f]["marker"]) for f in families}
-    if ALL in looks:
-        looks[ALL] = ALL_LOOK
+    models = sorted(table.model.unique(), key=lambda model: model != ALL)  # stable
+    styles = {ALL: ALL_STYLE} | model_styles(table[table.model != ALL])
+    looks = {model: _look(styles[model], main=model == ALL) for model in models}
     several = table.damage.nunique() > 1
     keys = list(dict.fromkeys(zip(table.metric, table.damage, strict=True)))
     names = [
@@ -48,21 +46,21 @@ def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         for metric, damage in keys
     ]
     lines = max(name.count("\n") for name in names) + 1
-    row = max(GAP + LINE * len(families), 0.14 * lines)
-    height = 0.9 + 0.13 * (-(-(len(families) + 2) // 3)) + row * len(keys)
+    row = max(GAP + LINE * len(models), 0.14 * lines)
+    height = 0.9 + 0.13 * (-(-(len(models) + 2) // 3)) + row * len(keys)
     with canvas(ax, height) as ax:
         for _, found in table.iterrows():
-            i, j = keys.index((found.metric, found.damage)), families.index(found.family)
-            y = i + LINE / row * (j - (len(families) - 1) / 2)
-            color, marker = looks[found.family]
-            main = found.family == ALL
+            i, j = keys.index((found.metric, found.damage)), models.index(found.model)
+            y = i + LINE / row * (j - (len(models) - 1) / 2)
+            look = looks[found.model]
+            color, lw = look["color"], 1.6 if found.model == ALL else 0.8
             width = found.null_high - found.null_low
             ax.barh(y, width, LINE / row, found.null_low, color=BAND, lw=0, zorder=0.6)
             if found.ceiling > 0:
                 ends = [-found.ceiling, found.ceiling]
                 ax.plot(ends, [y, y], "|", color=color, ms=4, mew=0.8, zorder=1.5)
-            ax.plot([found.low, found.high], [y, y], color=color, lw=1.6 if main else 0.8)
-            ax.plot(found.r, y, marker, color=color, ms=5 if main else 3, mec="white", mew=0.3)
+            ax.plot([found.low, found.high], [y, y], color=color, lw=lw)
+            ax.plot(found.r, y, **look)
         ax.axvline(0, color=GREY, lw=0.6, zorder=0.8)
         for i in range(1, len(keys)):
             ax.axhline(i - 0.5, color="#E5E5E5", lw=0.5, zorder=0.4)
@@ -71,16 +69,20 @@ def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.set_ylim(len(keys) - 0.5, -0.5)
         ax.set_xlim(-1.03, 1.03)
         ax.set_xlabel("rank correlation with damage,\nwithin sites" + _given(table))
-        handles = [
-            Line2D([], [], color=color, marker=marker, ms=5 if f == ALL else 3, label=f)
-            for f, (color, marker) in looks.items()
-        ]
+        handles = [Line2D([], [], **look, label=model) for model, look in looks.items()]
         handles += [
             Patch(fc=BAND, label="null"),
             Line2D([], [], color=GREY, marker="|", ls="", label="noise ceiling"),
         ]
         ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
     return ax
+
+
+def _look(style: dict[str, str], main: bool) -> dict[str, object]:
+    face, edge = marker_colors(style)
+    edged = 0.3 if edge == "white" else 0.8
+    look = dict(color=style["color"], marker=style["marker"], mfc=face, mec=edge, mew=edged)
+    return look | dict(ms=5 if main else 3)
 
 
 def _given(table: pd.DataFrame) -> str:

@@ -128,6 +128,13 @@ def model_styles(frame: pd.DataFrame) -> dict[str, dict[str, str]]:
     return styles
 
 
+def marker_colors(style: dict[str, str]) -> tuple[str, str]:
+    """Face and edge where there are no lines to tell models of one family apart by: all but its
+    first are hollow."""
+    solid = style["linestyle"] == LINES[0]
+    return (style["color"], "white") if solid else ("white", style["color"])
+
+
 def widen_scale(axis: Any, values: Iterable[float]) -> None:
     """Make an axis symlog if a linear one would press half of the values into a twentieth.
 

@@ -41,9 +41,9 @@ def relation(
     metrics  names of such columns; more of it must mean more in common
     damage   "per_mass" or "damage"
 
-    A row a family ("all", then each) and metric, the last one being the load alone:
+    A row a model ("all", then each) and metric, the last one being the load alone:
 
-    metric, damage, family
+    metric, damage, model, family
     r            partial Spearman correlation: ranks within each site, centered and as shares of its
                  experts, pooled over sites, less what goes with a cubic polynomial of the ranks of
                  load and with log load (where load drives both, its rank alone leaves an r of up to
@@ -54,7 +54,7 @@ def relation(
     null_low, null_high   where r lies if overlap is as good as drawn by lot: quantiles over
                  permutations within sites of the damage that is left when load is taken away
                  (Freedman and Lane, Journal of Business and Economic Statistics 1, 1983)
-    p, p_holm    of |r| among them, and adjusted by Holm's method over the metrics of a family
+    p, p_holm    of |r| among them, and adjusted by Holm's method over the metrics of a model
     reliability, ceiling  the correlation of the damage in two halves of the documents, treated
                  like r, stepped up to all documents by Spearman and Brown (2 r / (1 + r)), and its
                  root: the r of a perfect predictor
@@ -78,13 +78,15 @@ def relation(
         raise ValueError(f"metrics has {', '.join(itself)}, which is damage: it predicts itself")
     used = experts[(experts.mass > 0) & experts[damage].notna()]
     tables = []
-    for family in (ALL, *experts.family.unique()):
-        own = used if family == ALL else used[used.family == family]
+    families = {ALL: ALL} | dict(zip(experts.model, experts.family, strict=True))
+    for model, family in families.items():
+        own = used if model == ALL else used[used.model == model]
+        keys = {"damage": damage, "model": model, "family": family}
         rows = []
         for metric in (*(name for name in metrics if name != LOAD), LOAD):
             known = own[own[metric].notna()]
             found = _relate(known, metric, damage, halves, resamples, confidence, seed)
-            rows.append({"metric": metric, "damage": damage, "family": family} | found)
+            rows.append({"metric": metric} | keys | found)
         table = pd.DataFrame(rows)
         defined = table.p.notna()
         table.loc[defined, "p_holm"] = holm(table.p[defined].to_numpy())

@@ -15,6 +15,7 @@ from analysis.overlap.cka import hsic, linear_cka
 from analysis.overlap.composite import (
     METRICS,
     CompositeStream,
+    SecondStage,
     composed_outputs,
     mean_cosines,
     related,
@@ -22,6 +23,7 @@ from analysis.overlap.composite import (
 )
 
 E = 6
+SITES = [name for name, metric in METRICS.items() if metric.table == "sites"]
 LAYERS = {
     "cartesian": dict(),
     "routed only": dict(shared_experts=False),
@@ -53,7 +55,7 @@ def metrics_of(model, *streams):
     summed = CompositeStream(model, first, second, len(streams))
     for unit, u_TD in enumerate(streams):
         summed.add(probe(u_TD, unit))
-    found = {name: estimate(metric, summed.sums()) for name, metric in METRICS.items()}
+    found = {name: estimate(METRICS[name], summed.sums()) for name in SITES}
     return {name: (e.value.item(), e.null.item()) for name, e in found.items()}
 
 
@@ -223,6 +225,43 @@ def test_a_stage_of_equal_experts_has_no_share(model, stage):
         assert found[f"composite_{kind}_{apart}"] == pytest.approx((other, other), abs=1e-4)
 
 
+def experts_cka(model, u_TD):
+    """The metric of pairs at both stages, and its null at each."""
+    first, second = model.sites()[:2]
+    summed = CompositeStream(model, first, second, 1)
+    summed.add(probe(u_TD))
+    stages = summed, SecondStage(summed)
+    return [estimate(METRICS["composite_cka"], stage.sums()) for stage in stages]
+
+
+def test_experts_of_each_stage_against_loops(model):
+    u_TD = stream(composite.PAIR_TOKENS)
+    outputs = composed_outputs(own_double(model), *model.sites()[:2], u_TD.double())
+    expected = np.zeros((2, E, E))
+    for i, j, other in itertools.product(range(E), repeat=3):
+        a = linear_cka(torch.stack([outputs[i, other], outputs[j, other]]))
+        b = linear_cka(torch.stack([outputs[other, i], outputs[other, j]]))
+        expected[:, i, j] += np.array([a[0, 1], b[0, 1]]) / E
+    found = metrics_of(model, u_TD)
+    for got, values, relation in zip(
+        experts_cka(model, u_TD), expected, ("column", "row"), strict=True
+    ):
+        np.testing.assert_allclose(got.value, values, atol=2e-5)
+        pairs = got.value[~np.eye(E, dtype=bool)]
+        assert pairs.mean() == pytest.approx(found[f"composite_cka_{relation}"][0])
+        assert got.null == pytest.approx(found["composite_cka_unrelated"][0])
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_duplicated_experts_make_equal_composites(model, stage):
+    for weight in model.expert_weights(model.sites()[stage]):
+        weight.data[4] = weight.data[1].clone()
+    here, other = experts_cka(model, stream())[:: 1 - 2 * stage]
+    assert here.value[1, 4] == pytest.approx(1, abs=1e-4)
+    assert here.value[1, 3] < 0.95
+    assert (other.value[~np.eye(E, dtype=bool)] < 0.95).all()
+
+
 def test_relations_against_loops():
     found = related(3)
     for p, q in itertools.product(range(9), range(9)):
@@ -275,7 +314,7 @@ def test_some_tokens_stand_for_a_batch(tiny_model):
     model = own(tiny_model)
     u_TD = stream(composite.TOKENS + 30)
     whole, part = metrics_of(model, u_TD), metrics_of(model, u_TD[: composite.TOKENS])
-    assert all(part[name] == pytest.approx(whole[name], rel=0, nan_ok=True) for name in METRICS)
+    assert all(part[name] == pytest.approx(whole[name], rel=0, nan_ok=True) for name in SITES)
 
 
 def test_too_few_tokens_for_cka_add_nothing(tiny_model):
@@ -289,13 +328,20 @@ def test_too_few_tokens_for_cka_add_nothing(tiny_model):
 
 def test_the_table(model_of, shard):
     model = model_of("cartesian")
-    table = measure_overlap(model, shard, list(METRICS), batch_size=3, progress=False).sites
-    assert len(table) == 2 * len(METRICS)  # of the first stage of each layer
+    found = measure_overlap(model, shard, list(METRICS), batch_size=3, progress=False)
+    table, pairs = found.sites, found.pairs
+    assert len(table) == 2 * len(SITES)  # of the first stage of each layer
     assert (table.stage == 0).all()
     shares = table[table.metric.isin(["composite_a", "composite_b", "composite_interaction"])]
     assert shares.groupby("layer").value.sum().to_numpy() == pytest.approx([1, 1])
     assert (table.low <= table.value).all()
     assert (table.value <= table.high).all()
+    assert pairs.groupby(["layer", "stage"]).size().to_dict() == {
+        (layer, stage): E * (E - 1) for layer in (0, 2) for stage in (0, 1)
+    }
+    assert (pairs.low <= pairs.value).all()
+    with pytest.raises(ValueError, match="metric for cartesian is 'composite_cka'"):
+        measure_overlap(model, shard, "composite_cka", "stage 1", progress=False)
     with pytest.raises(ValueError, match="metric for smoe is 'composite_a'"):
         measure_overlap(model_of("smoe"), shard, "composite_a", progress=False)
 

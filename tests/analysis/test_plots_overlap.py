@@ -112,7 +112,15 @@ def correlations():
     """The table of a relation."""
     rng = np.random.default_rng(4)
     rows = [
-        dict(metric=metric, damage="per_mass", family=family, r=r, low=r - 0.1, high=r + 0.1)
+        dict(
+            metric=metric,
+            damage="per_mass",
+            model=family,
+            family=family,
+            r=r,
+            low=r - 0.1,
+            high=r + 0.1,
+        )
         | dict(null_low=-0.2, null_high=0.25, ceiling=0.85)
         for family in ("smoe", "all", "cartesian")
         for metric, r in zip(("cka", "token_js", "load"), rng.uniform(-0.6, 0.6, 3), strict=True)
@@ -367,6 +375,28 @@ def test_scatter_has_an_experts_numbers_look_and_load(experts):
     assert plots.damage_against_overlap(experts, "load").get_xlabel() == "load"
 
 
+def test_a_second_model_of_a_family_is_hollow(experts, correlations):
+    def also(table):
+        other = table[table.model == "cartesian"].assign(model="parallel")
+        return pd.concat([table, other], ignore_index=True)
+
+    ax = plots.damage_against_overlap(also(experts), "cka")
+    drawn = {points.get_label(): points for points in ax.collections}
+    color = FAMILY_STYLE["cartesian"][0]
+    looks = {"cartesian": (color, "#FFFFFF"), "parallel": ("#FFFFFF", color)}
+    for model, (face, edge) in looks.items():
+        points = drawn[model]
+        colors = points.get_facecolor()[0], points.get_edgecolor()[0]
+        assert tuple(to_hex(c).upper() for c in colors) == (face, edge)
+    ax = plots.relation_dots(also(correlations))
+    for handle in ax.get_legend().legend_handles:
+        if handle.get_label() in looks:
+            colors = handle.get_markerfacecolor(), handle.get_markeredgecolor()
+            assert tuple(to_hex(c).upper() for c in colors) == looks[handle.get_label()]
+    dots = [line for line in ax.get_lines() if line.get_marker() not in ("None", "|")]
+    assert len(dots) == len(also(correlations))
+
+
 def test_scatter_leaves_out_what_is_not_known(experts):
     unknown = experts.assign(cka=experts.cka.where(experts.expert > 3))
     ax = plots.damage_against_overlap(unknown, "cka")
@@ -405,7 +435,7 @@ def test_relation_has_all_first_the_null_behind_and_the_ceiling(correlations):
     assert set(zip(correlations.low, correlations.high, strict=True)) <= bars
     largest = max(dots, key=lambda line: line.get_markersize())
     first = [line for line in dots if line.get_markersize() == largest.get_markersize()]
-    every = correlations[correlations.family == "all"]
+    every = correlations[correlations.model == "all"]
     assert [line.get_xdata()[0] for line in first] == every.r.tolist()
     for i, line in enumerate(first):  # above its row's others
         others = [d.get_ydata()[0] for d in dots if i - 0.5 < d.get_ydata()[0] < i + 0.5]

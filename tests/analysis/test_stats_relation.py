@@ -38,15 +38,15 @@ def planted(rng, E, noise=0.0, slope=-1.0):
             "damage": per_mass * load}  # fmt: skip
 
 
-def row_of(table, metric="overlap", family="all"):
-    return table[(table.metric == metric) & (table.family == family)].squeeze()
+def row_of(table, metric="overlap", model="all"):
+    return table[(table.metric == metric) & (table.model == model)].squeeze()
 
 
 def test_overlap_that_explains_all():
     experts = frame(planted)
     table = relation(experts, "overlap", **FEW)
-    for family, sites in (("all", 24), ("smoe", 12), ("cartesian", 12)):
-        row = row_of(table, family=family)
+    for model, sites in (("all", 24), ("smoe", 12), ("cartesian", 12)):
+        row = row_of(table, model=model)
         assert [row.r, row.low, row.high] == pytest.approx([-1] * 3, abs=1e-6)
         assert row.p == 1 / 200
         assert row.p_holm == 2 / 200  # beside the load
@@ -232,10 +232,10 @@ def test_order_and_names_do_not_matter():
     pd.testing.assert_frame_equal(base, relation(moved, "overlap", **FEW))
 
 
-def test_holm_over_the_metrics_of_a_family():
+def test_holm_over_the_metrics_of_a_model():
     experts = frame(lambda g, E: planted(g, E, 3.0) | {"lot": g.random(E)})
     table = relation(experts, ["overlap", "lot"], **FEW)
-    for _, rows in table.groupby("family"):
+    for _, rows in table.groupby("model"):
         np.testing.assert_allclose(rows.p_holm, holm(rows.p.to_numpy()))
 
 

@@ -1,6 +1,7 @@
 """Study files: what they mean, and every mistake named at once."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,25 @@ def test_studies_of_the_project_can_be_read(name):
     assert got.models
     assert got.conditions
     assert study_dict(got)["name"] == got.name
+
+
+def test_variants_are_models_of_a_name():
+    train = {"families": ["smoe"], "seeds": [0, 1], "steps": 2, "model": {"num_experts": 8}}
+    parallel = {"family": "cartesian", "composition": "parallel", "num_experts": 4}
+    got = study(train=train | {"variants": {"control": parallel}})
+    assert [(m.name, m.train_seed) for m in got.models] == [
+        *[("smoe", 0), ("smoe", 1)],
+        *[("control", 0), ("control", 1)],
+    ]
+    config = got.models[2].config
+    assert (config.family, config.composition, config.num_experts) == ("cartesian", "parallel", 4)
+    assert got.models[0].config.num_experts == 8
+    assert got.models[3].train == replace(got.models[2].train, seed=1)
+    alone = study(train=train | {"families": [], "variants": {"control": parallel}})
+    assert alone.models == got.models[2:]
+    only = {"perturbation": "DropTop", "m": 1, "models": ["control"]}
+    got = study(train=train | {"variants": {"control": parallel}}, conditions=[only])
+    assert got.only[got.conditions[0]].models == ("control",)
 
 
 def test_families_and_seeds():
@@ -284,6 +304,15 @@ MISTAKES = [
     ({"train": {"model": {"d_model": "x"}}}, "train.model: d_model is 'x'; it must be a whole num"),
     ({"train": {"model": {"top_p": "x"}}}, "train.model: "),
     ({"train": {"model": {"d_model": 30}}}, "train.model: d_model is 30; it must be a multiple of"),
+    ({"train": {"variants": []}}, "train.variants: it is []; write a table, [train.variants]"),
+    ({"train": {"variants": {"a": 3}}}, "train.variants.a: it is 3; write a table, ["),
+    ({"train": {"variants": {"a": {"width": 3}}}}, "train.variants.a: field of ModelConfig is 'w"),
+    ({"train": {"variants": {"a": {"family": "x"}}}}, "train.variants.a: family is 'x'; choose"),
+    ({"train": {"variants": {"a": {"family": []}}}}, "train.variants.a: "),
+    ({"train": {"variants": {"smoe": {}}}}, "models: 'smoe' with seed 0 stands twice"),
+    ({"train": {"variants": {"a/b": {}}}}, "train.variants.a/b: 'a/b' becomes a directory; it m"),
+    ({"train": {"variants": {"..": {}}}}, "train.variants...: '..' becomes a directory; it must"),
+    ({"train": {"variants": {"": {}}}}, "train.variants.: '' becomes a directory; it must be its "),
     # models
     ({"models": [{}]}, "models[0].path: '' is no checkpoint or run directory"),
     ({"models": [{"path": "/none"}]}, "models[0].path: '/none' is no checkpoint or run directory"),

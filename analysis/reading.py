@@ -1,0 +1,64 @@
+"""Tables of a file that people write, read to the end: mistakes are noted, not raised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from cartmoe.config import check_choice
+
+
+class TableReader:
+    """Reads the tables of a file, and goes on after a mistake so that all are reported at once."""
+
+    def __init__(self):
+        self.mistakes: list[str] = []
+
+    def known(self, where: str, table: Mapping, keys: Iterable[str]) -> None:
+        keys = sorted(keys)
+        for key in table:
+            if key not in keys:
+                self.mistakes.append(f"{where}{key}: no such key; choose one of {', '.join(keys)}")
+
+    def attempt(self, where: str, make, /, *args, **kwargs):
+        """make(...), or None with its mistake noted."""
+        try:
+            return make(*args, **kwargs)
+        except (ValueError, TypeError, OSError) as error:
+            # What a TypeError says names no parameter.
+            given = f" ({kwargs})" if isinstance(error, TypeError) else ""
+            self.mistakes.append(f"{where}: {error}{given}".removeprefix(": "))
+
+    def table(self, where: str, value: Any) -> Mapping:
+        """The value if it is a table; else an empty one."""
+        if isinstance(value, Mapping):
+            return value
+        self.mistakes.append(f"{where}: it is {value!r}; write a table, [{where}]")
+        return {}
+
+    def tables(self, name: str, value: Any) -> Iterable[tuple[str, Mapping]]:
+        """(where, table) for each of an array of tables."""
+        if isinstance(value, list) and all(isinstance(table, Mapping) for table in value):
+            return [(f"{name}[{i}]", table) for i, table in enumerate(value)]
+        self.mistakes.append(f"{name}: it is {value!r}; write tables, [[{name}]]")
+        return []
+
+    def items(self, where: str, value: Any) -> list[Any]:
+        """The items of a list, or the value as the only one."""
+        if value == []:
+            self.mistakes.append(f"{where}: the list is empty")
+        return value if isinstance(value, list) else [value]
+
+    def choices(self, where: str, name: str, value: Any, choices: Iterable[str]) -> list[str]:
+        """Those items that are choices."""
+        items, choices = self.items(where, value), list(choices)
+        for item in items:
+            self.attempt(where, check_choice, name, item, choices)
+        return [item for item in items if item in choices]
+
+    def build(self, name: str, cls, study: Mapping):
+        table = self.table(name, study.get(name, {}))
+        names = [f.name for f in fields(cls)]
+        self.known(f"{name}.", table, names)
+        return self.attempt(name, cls, **{k: v for k, v in table.items() if k in names})
