@@ -24,6 +24,7 @@ from torch import Tensor
 from analysis.adapters.base import Adapter
 from analysis.overlap.base import Metric, Probe, Sums, UnitSums
 from analysis.overlap.cka import hsic_sums
+from analysis.overlap.cores import on_cores
 from cartmoe.hooks import RouterSite
 
 TOKENS = 1024  # of a batch that are used, drawn at random: P outputs of each are dear
@@ -153,14 +154,18 @@ class CompositeStream:
         step = max(1, BLOCK_ROWS // A)
         few = min(T, -(-PAIR_TOKENS // step) * step)
         pairs_ABTD = _wide(u_TD.new_empty(min(A, PAIR_EXPERTS), min(B, PAIR_EXPERTS), few, D))
-        for start in range(0, T, step):
+
+        def measure(start: int) -> dict[str, Tensor]:
             some = slice(start, start + step)
             block = self._layer.block(u_TD[some], a_ATD[:, some], with_mean=start < few)
-            last_BTD, squares_3 = _squares(block, pairs_ABTD[:, :, some] if start < few else None)
-            self._sums.add(probe.unit, squares=squares_3)
-            if start < few:
-                null_2 = _effects(_wide(a_ATD[:, some]), last_BTD)
-                self._sums.add(probe.unit, null=F.pad(null_2, (0, 1)))
+            if start >= few:
+                return dict(squares=_squares(block)[1])
+            last_BTD, squares_3 = _squares(block, pairs_ABTD[:, :, some])
+            null_2 = _effects(_wide(a_ATD[:, some]), last_BTD)
+            return dict(squares=squares_3, null=F.pad(null_2, (0, 1)))
+
+        for sums in on_cores(measure, range(0, T, step)):
+            self._sums.add(probe.unit, **sums)
         self._compare(probe.unit, pairs_ABTD)
 
     def _compare(self, unit: int, outputs_ABTD: Tensor) -> None:
@@ -191,7 +196,7 @@ class SecondStage:
         return {"hsic": _by_expert(hsic_UPP).permute(0, 2, 1, 4, 3).reshape(hsic_UPP.shape)}
 
 
-def _squares(block: _Block, outputs_ABTD: Tensor | None) -> tuple[Tensor, Tensor]:
+def _squares(block: _Block, outputs_ABTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(B, T, D) routed parts of the last row (of the mean, where it is fed), and (3,) `two_way` of
     all composed outputs; those of the first experts are written to `outputs_ABTD`. At least fp32.
 

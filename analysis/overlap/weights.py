@@ -9,7 +9,6 @@ Shapes: E experts, F neurons, D model.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from analysis.adapters.base import Adapter
 from analysis.overlap.base import Metric
+from analysis.overlap.cores import on_cores
 from cartmoe.hooks import RouterSite
 
 BLOCK = 8  # experts that one is compared with at a time: their similarities stay in the cache
@@ -101,24 +101,20 @@ def matched_cosine(w: ExpertWeights) -> Tensor:
         raise ValueError(f"weights are not finite: those of experts {', '.join(map(str, bad))}")
     E = len(square_E)
 
-    def matched(i: int, first: int) -> tuple[int, int, list[float]]:
+    def matched(pair: tuple[int, int]) -> list[float]:
         """Expert i with a few from `first` on."""
+        i, first = pair
         others = slice(first, first + BLOCK)
         similarity = (rest_EFC[others].flatten(0, 1) @ rest_EFC[i].T).abs_()
         similarity.addmm_(gate_EFD[others].flatten(0, 1), gate_EFD[i].T)
         blocks_JFF = similarity.unflatten(0, (-1, gate_EFD.shape[1])).cpu()
-        return i, first, [_assigned(block_FF) for block_FF in blocks_JFF]
+        return [_assigned(block_FF) for block_FF in blocks_JFF]
 
     blocks = [(i, first) for i in range(E) for first in range(i + 1, E, BLOCK)]
     sum_EE = torch.zeros(E, E, dtype=torch.float64)
-    threads = torch.get_num_threads()
-    # A worker's products run on its own thread: the assignments keep every core busy.
-    try:
-        with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
-            for i, first, sums in pool.map(matched, *zip(*blocks, strict=True)) if blocks else ():
-                sum_EE[i, first : first + BLOCK] = torch.tensor(sums, dtype=torch.float64)
-    finally:
-        torch.set_num_threads(threads)  # of threads to come, which start with the last number set
+    # A worker's products run on its own core: the assignments keep every core busy.
+    for (i, first), sums in zip(blocks, on_cores(matched, blocks), strict=True):
+        sum_EE[i, first : first + BLOCK] = torch.tensor(sums, dtype=torch.float64)
     sum_EE = sum_EE + sum_EE.T + torch.diag(square_E.cpu().double())
     return _normalized(sum_EE)
 
