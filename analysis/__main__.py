@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +23,12 @@ app = typer.Typer(
 def _one_line_errors(
     interrupted: str = "interrupted; the same command goes on from here",
 ) -> Iterator[None]:
-    """A mistake of the user's is a line or a few on stderr and exit code 2, never a traceback."""
+    """A mistake of the user's is a line or a few on stderr and exit code 2, never a traceback; a
+    warning is a line."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
+            yield
     except (ValueError, OSError, FloatingPointError, ImportError, sqlite3.Error) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

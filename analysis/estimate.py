@@ -29,6 +29,7 @@ from analysis.study import ModelSpec, Study
 from analysis.task import autocast, numerics
 from cartmoe.checkpoint import load, read_meta, run_checkpoints
 from cartmoe.distributed import Ranks
+from cartmoe.folders import check_directory
 from cartmoe.model import LanguageModel
 from cartmoe.objective import Gradient
 from cartmoe.precision import probe_precision
@@ -61,6 +62,7 @@ class Estimate:
 def dry_run(study: Study, out: str | Path, workers: int = 1, threads: int | None = None) -> str:
     """What `run` would do with so many workers, as text. Raises as `run` does for mistakes."""
     out = Path(out)
+    check_directory(out)
     check_sources(study)
     plan = Plan.of(study, threads_of(study, None, threads))
     found = [find(study, spec, plan.corpus, out) for spec in study.models]

@@ -9,6 +9,7 @@ import pandas as pd
 from analysis.saved import read
 from cartmoe.config import check_choice
 from cartmoe.files import sync, temporary
+from cartmoe.folders import check_directory
 
 FORMATS = ("parquet", "csv")
 
@@ -31,6 +32,7 @@ def export(
     if results.has_conditions:
         tables["damage"] = results.damage()
     folder = Path(directory) / "export" if out is None else Path(out)
+    check_directory(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return [_write(table, folder / f"{name}.{format}") for name, table in tables.items()]
 

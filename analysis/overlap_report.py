@@ -22,6 +22,7 @@ from analysis.overlap import METRICS, Overlap
 from analysis.overlap.base import TABLES
 from analysis.plots.cartesian import SHARES, SIMILAR
 from cartmoe.files import write_atomically
+from cartmoe.folders import check_directory
 
 MANIFEST = "manifest.json"
 CHECKPOINT = ["model", "train_seed"]
@@ -46,9 +47,11 @@ def named(paths: Sequence[Path]) -> list[Adapter]:
 def finished(out: Path, asked: dict[str, Any]) -> list[Path] | None:
     """What is in `out` if all that is `asked` now was measured there; None if it is to be done.
 
-    Raises `ValueError` where it holds anything else, which would be lost.
+    Raises `ValueError` where it holds anything else, which would be lost, and `FileExistsError`
+    where it is a file.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    check_directory(out)
+    if not out.exists() or not any(out.iterdir()):
         return None
     there = out / MANIFEST
     known = json.loads(there.read_text()) if there.is_file() else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -181,9 +182,16 @@ class Plan:
 
 
 def documents_of(study: Study) -> tuple[Corpus, Sequences]:
-    """(the study's corpus, what of it is measured on)."""
+    """(the study's corpus, what of it is measured on). Warns if that is less than was asked for."""
     data = study.data
     corpus = prepare(data.corpus, data.tokenizer)
+    have = len(corpus.split(data.split))
+    if data.documents is not None and data.documents > have:
+        warnings.warn(
+            f"documents is {data.documents}; corpus {corpus.name!r} has only {have} {data.split} "
+            "documents, and all of them are taken",
+            stacklevel=2,
+        )
     docs = sequences(corpus, split=data.split, limit=data.documents, **_limits(study))
     return corpus, docs.by_group(corpus) if is_built_in(data.corpus) else docs
 

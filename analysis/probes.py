@@ -46,7 +46,8 @@ class Labels:
 
     domains    names, in order of their numbers
     class_V    by token id the number of its class: the most frequent ones, and all others
-    other_RS   for each sequence, the one whose labels take the place of its own: R permutations
+    other_RS   for each sequence, the one whose labels take the place of its own: R permutations, of
+               a single document none, as they would leave everything as it is
     """
 
     domains: list[str]
@@ -67,8 +68,10 @@ class Labels:
         num_classes = len(frequent) + (len(counts_V) > len(frequent))
         rng = np.random.default_rng([seed, 1])
         document_S = np.unique(docs.document_id, return_inverse=True)[1]
-        other_RS = np.stack([_shuffled(document_S, rng) for _ in range(SHUFFLES)])
-        return cls(domains, domain_S, class_V, num_classes, torch.from_numpy(other_RS))
+        shuffles = SHUFFLES if document_S.any() else 0
+        others = [_shuffled(document_S, rng) for _ in range(shuffles)]
+        other_RS = torch.from_numpy(np.array(others, np.int64).reshape(-1, len(docs)))
+        return cls(domains, domain_S, class_V, num_classes, other_RS)
 
 
 def _shuffled(document_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -107,8 +110,8 @@ class Probes:
         order = torch.from_numpy(np.random.default_rng(self.key).permutation(len(counted)))
         counted = counted[order.to(counted.device)]
         tokens_T, domain_T = self._tokens(torch.tensor(self.rows), counted)
-        others = [self._tokens(other_S, counted) for other_S in self.labels.other_RS[:, self.rows]]
-        other_tokens_RT, other_domain_RT = map(torch.stack, zip(*others, strict=True))
+        others_RS = self.labels.other_RS[:, self.rows]
+        other_tokens_RT, other_domain_RT = self._tokens(others_RS, counted)
         before: Routing | None = None
         for site in self.model.sites():
             x_TD, routing = flows[site].x_TD.detach(), flows[site].routing
@@ -132,15 +135,16 @@ class Probes:
             before = routing
 
     def _tokens(self, rows_S: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """Token classes and domains of these sequences at the counted places; a sequence that is
-        shorter is begun again."""
+        """Token classes and domains, (..., T), of these sequences, (..., S), at the counted places;
+        a sequence that is shorter is begun again."""
         L = self.docs.tokens_SL.shape[1]
         length_S1 = (self.docs.targets_SL[rows_S] != IGNORE).sum(-1, keepdim=True)
-        place_SL = torch.arange(L)[None] % length_S1.clamp(min=1)
+        place_SL = torch.arange(L) % length_S1.clamp(min=1)
         tokens_SL = self.docs.tokens_SL[rows_S].gather(-1, place_SL)
-        domain_SL = self.labels.domain_S[rows_S, None].expand(-1, L)
+        domain_SL = self.labels.domain_S[rows_S, None].expand_as(tokens_SL)
         at = counted.cpu()
-        return self.labels.class_V[tokens_SL.flatten()[at]], domain_SL.flatten()[at]
+        tokens_T, domain_T = (x_SL.flatten(-2)[..., at] for x_SL in (tokens_SL, domain_SL))
+        return self.labels.class_V[tokens_T], domain_T
 
 
 def _run(

@@ -24,7 +24,7 @@ from analysis.measure import measure
 from analysis.measure_overlap import sites_of
 from analysis.perturb import DropExperts
 from analysis.stats.bootstrap import check_resampling, intervals
-from analysis.stats.relation import SITE
+from analysis.stats.pairs import SITE
 from analysis.sweep import routed_adapter
 from analysis.trace import clean_routing
 from cartmoe.config import check_whole

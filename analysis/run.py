@@ -31,6 +31,7 @@ from analysis.store import Store
 from analysis.study import Study, study_dict
 from analysis.task import Task
 from cartmoe.files import write_atomically
+from cartmoe.folders import check_directory
 
 __all__ = ["plan_path", "read", "run"]
 
@@ -58,6 +59,7 @@ def run(
     out = Path(out)
     say = (lambda text: tqdm.write(text)) if progress else (lambda text: None)
     # What can fail at once comes before training, which may take hours.
+    check_directory(out)
     check_sources(study)
     out.mkdir(parents=True, exist_ok=True)
     plan = Plan.of(study, threads_of(study, executor, threads))

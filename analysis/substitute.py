@@ -23,13 +23,13 @@ from analysis.perturb import Perturbation
 from analysis.perturb.base import set_number
 from analysis.probes import routed_tokens
 from analysis.stats.bootstrap import Intervals, check_resampling, intervals
+from analysis.stats.pairs import SITE
 from analysis.sweep import routed_adapter
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Router, Routing
 
-SITE = ["model", "family", "train_seed", "layer", "stage"]
 LINEAR = {"value": "linear", "low": "linear_low", "high": "linear_high"}
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cartmoe.folders import damage, read_manifest, write_folder
+from cartmoe.folders import check_new, damage, read_manifest, write_folder
 
 KIND = "trace"  # the manifest's key, so that another folder is not taken for one
 META, SEQUENCES, TOKENS = "trace.json", "sequences.i8", "tokens.i4"
@@ -99,8 +99,7 @@ def write_trace(
         meta = {"origin": origin, "places": [place._asdict() for place in places]}
         (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
-    if path.exists():  # before anything is computed
-        raise FileExistsError(f"{path} exists already; nothing is overwritten")
+    check_new(path)  # before anything is computed
     write_folder(path, fill, KIND)
 
 

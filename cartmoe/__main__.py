@@ -104,6 +104,7 @@ def train_command(
     checkpoint_every: Annotated[int | None, typer.Option(help="In steps.")] = None,
     compile: Annotated[bool | None, typer.Option("--compile", help="Use torch.compile.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
     set_: Set = None,
 ) -> None:
     """Train a model, or go on with a run that was stopped; also under torchrun."""
@@ -128,7 +129,7 @@ def train_command(
             raise ValueError(f"{', '.join(sorted(twice))} is given as an option and with --set")
         model_config = _build(ModelConfig.preset, preset, family, **model_changes)
         train_config = _build(TrainConfig.preset, preset, **given, **train_changes)
-        train(model_config, train_config, out, device=device)
+        train(model_config, train_config, out, device=device, progress=progress)
 
 
 @app.command()

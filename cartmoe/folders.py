@@ -20,13 +20,27 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 
+def check_directory(path: Path) -> None:
+    """Raise `FileExistsError` where a file is in the way of a directory at the path."""
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            below = "" if part == path else f" is below {part}, which"
+            raise FileExistsError(f"{path}{below} is a file; name a directory")
+
+
+def check_new(folder: Path) -> None:
+    """Raise `FileExistsError` if there is something at the path, or a file above it."""
+    check_directory(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; nothing is overwritten")
+
+
 def write_folder(folder: Path, fill: Callable[[Path], None], key: Any = None) -> None:
     """Make the folder with the files that `fill(path)` writes, and its manifest.
 
-    A crash leaves nothing under its name. Raises `FileExistsError` if there is one.
+    A crash leaves nothing under its name. Raises as `check_new`.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already; nothing is overwritten")
+    check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with temporary(folder) as new:
         new.mkdir()

@@ -18,7 +18,7 @@ from typing import Any
 
 from cartmoe.checkpoint import CHECKPOINTS, newest, run_checkpoints, step_of
 from cartmoe.files import remove_leftovers, write_atomically
-from cartmoe.folders import remove_folder
+from cartmoe.folders import check_directory, remove_folder
 
 RUN = "run.json"
 
@@ -29,6 +29,7 @@ def locked(out: Path) -> Iterator[None]:
 
     Raises `ValueError` if another process trains there.
     """
+    check_directory(out)
     (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("a+") as file:
         try:

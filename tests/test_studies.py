@@ -71,8 +71,9 @@ def test_three_seeds_for_overlap():
     study = Study.read(OVERLAP)
     routed = [family for family in FAMILIES if family != "dense"]
     assert [(m.name, m.train_seed) for m in study.models] == [
-        (family, seed) for family in routed for seed in (0, 1, 2)
+        (name, seed) for name in (*routed, "parallel") for seed in (0, 1, 2)
     ]
+    assert study.models[-1].config.composition == "parallel"
     quick = Study.read(ROOT / "studies" / "quick.toml")
     assert study.models[0].train == quick.models[1].train
 

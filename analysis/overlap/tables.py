@@ -10,12 +10,10 @@ import pandas as pd
 
 from analysis.adapters.base import Adapter
 from analysis.overlap.base import TABLES, Estimate
-from analysis.stats.pairs import check_choice
+from analysis.stats.pairs import INDEX, SHARED, SITE, check_choice
 from cartmoe.hooks import RouterSite
 
-SHARED = -1  # the number of a shared expert, where it has a row
-INDEX = {"experts": ["expert"], "sites": [], "pairs": ["expert_i", "expert_j"]}
-KEYS = ["model", "family", "train_seed", "layer", "stage", "metric"]
+KEYS = [*SITE, "metric"]
 VALUES = ["value", "low", "high", "null", "unit", "num_units"]
 
 

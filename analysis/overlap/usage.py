@@ -57,6 +57,11 @@ __all__ = [
     "vocabulary_specialization",
 ]
 
+NOTHING = torch.tensor([math.nan], dtype=torch.float64)
+OTHER_TOKENS = "null: token labels of other documents, NaN where there is one document"
+OTHER_DOMAINS = "null: domains of other documents, NaN where there is one domain"
+TOTALS = "no interval, as classes are not kept by unit"
+
 
 def _loads(sums: Sums) -> Tensor:
     return loads_of(sums["pairs"])
@@ -137,6 +142,11 @@ def _even_share(sums: Sums) -> Tensor:
     return torch.tensor([1 / _experts(sums)], dtype=torch.float64)
 
 
+def _of_other_domains(found_UR: Tensor, sums: Sums) -> Tensor:
+    """The mean over shuffles; NaN where there is no second domain, so that they change nothing."""
+    return found_UR.mean(-1) if sums["domain_tokens"].shape[-1] > 1 else NOTHING
+
+
 def _metric(
     table: str,
     of: Callable[[Sums], Tensor],
@@ -148,17 +158,18 @@ def _metric(
 
 
 def _of_classes(table: str, function: Callable[[Tensor, Tensor], Tensor], about: str) -> Metric:
-    """A function of (classes (E, V), class_tokens (V,)); its null is the mean over shuffles."""
+    """A function of (classes (E, V), class_tokens (V,)); its null is the mean over shuffles, NaN
+    where there are none."""
 
     def of(sums: Sums) -> Tensor:
         return function(sums["classes"][0], sums["class_tokens"][0])[None]
 
     def null(sums: Sums) -> Tensor:
         others = zip(sums["other_classes"][0], sums["other_class_tokens"][0], strict=True)
-        return torch.stack([function(*other) for other in others]).mean(0, keepdim=True)
+        found = [function(*other) for other in others]
+        return torch.stack(found).mean(0, keepdim=True) if found else NOTHING
 
-    about += "; null: token labels of other documents; no interval, as classes are not kept by unit"
-    return _metric(table, of, null, about, units=False)
+    return _metric(table, of, null, f"{about}; {OTHER_TOKENS}; {TOTALS}", units=False)
 
 
 METRICS = {
@@ -252,23 +263,21 @@ METRICS = {
     "mi_domain": _metric(
         "sites",
         lambda sums: mutual_information(sums["domains"]),
-        lambda sums: mutual_information(sums["other_domains"]).mean(-1),
-        "I(expert; domain) of a use, nats, Miller-Madow; null: domains of other documents",
+        lambda sums: _of_other_domains(mutual_information(sums["other_domains"]), sums),
+        f"I(expert; domain) of a use, nats, Miller-Madow; {OTHER_DOMAINS}",
     ),
     "mi_token": _metric(
         "sites",
         lambda sums: mutual_information(sums["classes"]),
         lambda sums: mutual_information(sums["other_classes"]).mean(-1),
-        "I(expert; token id) of a use, nats, Miller-Madow; null: token labels of other documents; "
-        "no interval, as classes are not kept by unit",
+        f"I(expert; token id) of a use, nats, Miller-Madow; {OTHER_TOKENS}; {TOTALS}",
         units=False,
     ),
     "mi_domain_given_token": _metric(
         "sites",
         lambda sums: sums["mi_domain_given_token"],
-        lambda sums: sums["other_mi_domain_given_token"].mean(-1),
-        "I(expert; domain | token id) of a use, nats, Miller-Madow; null: domains of other "
-        "documents; no interval, as classes are not kept by unit",
+        lambda sums: _of_other_domains(sums["other_mi_domain_given_token"], sums),
+        f"I(expert; domain | token id) of a use, nats, Miller-Madow; {OTHER_DOMAINS}; {TOTALS}",
         units=False,
     ),
 }

@@ -1,7 +1,7 @@
 """Sums of which experts the tokens of one site use, from the decisions of the real run.
 
 Shapes: U units, T tokens, E experts, K slots, F experts of the site before, V classes of tokens, Z
-domains, R shuffles of labels over documents.
+domains, R shuffles of labels over documents, none of a single one.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class UsageStream:
             "other_class_tokens": self._counts["other_class_tokens"],
             "other_domains": other_REVZ.sum(-2),
             "mi_domain_given_token": given[0],
-            "other_mi_domain_given_token": torch.stack(given[1:]),
+            "other_mi_domain_given_token": torch.tensor(given[1:], dtype=torch.float64),
         }
 
     def _add_to_unit(self, probe: Probe, dense: DenseRouting, ids_KT: Tensor) -> None:

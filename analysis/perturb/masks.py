@@ -210,14 +210,18 @@ class _DropRandom(Perturbation):
     def __post_init__(self) -> None:
         set_number(self, "m", int)
 
+    def check(self, sites: Sequence[RouterSite]) -> None:
+        """`ValueError` for more experts than a router has."""
+        check_experts("m is", self.m, sites)
+
     def _drop(self, logits_TE: Tensor, among_TE: Tensor, ctx: RouterContext) -> Tensor:
         if self.m == 0:
             return logits_TE
-        E = logits_TE.shape[-1]
+        self.check([ctx.site])
         among_TE = among_TE & (logits_TE != -torch.inf)  # after a mask, in a Compose
         # The same draw whichever group it is for: only `among` tells the controls apart.
-        priority_TE = ctx.noise.uniform(E, "drop").masked_fill(~among_TE, 0.0)
-        ids_TM = stable_topk(priority_TE, min(self.m, E))
+        priority_TE = ctx.noise.uniform(logits_TE.shape[-1], "drop").masked_fill(~among_TE, 0.0)
+        ids_TM = stable_topk(priority_TE, self.m)
         fill = torch.where(among_TE.gather(-1, ids_TM), -torch.inf, logits_TE.gather(-1, ids_TM))
         return logits_TE.scatter(-1, ids_TM, fill)
 

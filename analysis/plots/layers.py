@@ -8,10 +8,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.plots.dots import GREY
+from analysis.plots.sites import depth, depth_axis
 from analysis.plots.style import DELTA, canvas, model_styles, rows_of, table_of, widen_scale
 from analysis.stats.pairs import CHECKPOINT, check_choice
 
-WHOLES = ("sum", "joint")
+PART, WHOLES = r"layer (?P<layer>\d+) stage (?P<stage>\d+)", ("sum", "joint")
 
 
 def layer_profile(
@@ -22,7 +23,8 @@ def layer_profile(
     frame       the table of `stats.additivity`, or a Results
     condition   the label of the joint condition, by default the first
 
-    The second stage of a layer stands half a layer behind its first. Intervals over documents.
+    The second stage of a layer stands half a layer behind its first, at a short tick. Intervals
+    over documents.
     """
     frame = table_of(frame, "additivity", ["condition", "part", "delta_nats"])
     styles = model_styles(frame)
@@ -30,32 +32,29 @@ def layer_profile(
     check_choice("condition", condition, frame.condition.unique())
     frame = rows_of(frame, condition)
     frame = frame[frame.part != "joint - sum"]
-    site = frame.part.str.extract(r"layer (\d+) stage (\d+)").astype(float)
-    stages = site[1].max() + 1
-    frame = frame.assign(x=site[0] + site[1] / stages)
-    layers = sorted(set(site[0].dropna().astype(int)))
-    step = max(1.0, 0.15 * (layers[-1] - layers[0]))
-    places = {name: layers[-1] + step * (i + 1.5) for i, name in enumerate(WHOLES)}
+    sites = frame.part.str.extract(PART).dropna().astype(int)
+    frame = frame.assign(x=depth(sites))
+    last = sites.layer.max()
+    step = max(1.0, 0.15 * (last - sites.layer.min()))
+    places = {name: last + step * (i + 1.5) for i, name in enumerate(WHOLES)}
     models = list(styles)
     with canvas(ax, height=2.5) as ax:
         for (model, _, _), rows in frame.groupby(CHECKPOINT, sort=False):
-            look, shift = styles[model], 0.0
+            look, shift = styles[model], 0.0  # of a layer, so that a site is nearest to its tick
             if len(models) > 1:
-                shift = 0.3 * step * (models.index(model) / (len(models) - 1) - 0.5)
+                shift = 0.3 * (models.index(model) / (len(models) - 1) - 0.5)
             own = f"_{model}" if model in ax.get_legend_handles_labels()[1] else model
             alone = rows[rows.x.notna()].sort_values("x")
             ax.plot(alone.x + shift, alone.delta_nats, label=own, **look)
             ends = rows[rows.x.isna()]
-            x_ends = ends.part.map(places) + shift
+            x_ends = ends.part.map(places) + step * shift
             ax.plot(x_ends, ends.delta_nats, color=look["color"], marker=look["marker"], ls="")
             for x, part in ((alone.x + shift, alone), (x_ends, ends)):
                 ax.vlines(x, part.low, part.high, color=look["color"], lw=0.8)
         ax.axhline(0, color=GREY, lw=0.6, zorder=0.5)
-        ax.axvline(layers[-1] + 0.9 * step, color="#A0A0A0", lw=0.6, ls=":")
+        ax.axvline(last + 0.9 * step, color="#A0A0A0", lw=0.6, ls=":")
         widen_scale(ax.yaxis, frame.delta_nats)
-        shown = layers[:: max(1, round(len(layers) / 6))]
-        ax.set_xticks([*shown, *places.values()], [*map(str, shown), *WHOLES])
-        ax.set_xlabel(f"layer at which {condition} acts alone")
+        depth_axis(ax, sites, f"layer at which {condition} acts alone", places)
         ax.set_ylabel(DELTA)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return ax

@@ -9,9 +9,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis.plots.dots import GREY
-from analysis.plots.sites import SITE, label_of
+from analysis.plots.sites import label_of
 from analysis.plots.style import DELTA, canvas, marker_colors, model_styles, widen_scale
-from analysis.stats.pairs import check_choice, check_columns
+from analysis.stats.pairs import SITE, check_choice, check_columns
 from analysis.stats.relation import APART
 
 DAMAGE = {"per_mass": "change of loss\n(nats per unit of routed weight)", "damage": DELTA}

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from analysis.plots.dots import GREY
-from analysis.plots.sites import INDEX, SHARED, depth, label_of, metric_rows
+from analysis.plots.sites import INDEX, SHARED, depth, depth_axis, label_of, metric_rows
 from analysis.plots.style import canvas, model_styles
 from analysis.stats.pairs import CHECKPOINT
 
@@ -24,15 +24,14 @@ def overlap_profile(overlap: Any, metric: str, ax: Axes | None = None) -> Axes:
     Of pairs or experts it is the mean over them, and the vertical line is their spread: from the
     lower to the upper quartile, no interval. Of a site's own metric the line is its interval over
     documents. A shared expert does not enter, as not all families have one. The second stage of a
-    layer stands half a layer behind its first. Raises `ValueError` with the choices for an unknown
-    metric and for several steps of training.
+    layer stands half a layer behind its first, at a short tick. Raises `ValueError` with the
+    choices for an unknown metric and for several steps of training.
     """
     rows = metric_rows(overlap, metric, *TABLES)
     index = [name for name in INDEX["pairs"] + INDEX["experts"] if name in rows]
     rows = rows[(rows[index] != SHARED).all(axis=1)] if index else rows
     styles = model_styles(rows)
     sites = _sites(rows.assign(x=depth(rows)), many=bool(index))
-    layers = sorted(rows.layer.unique())
     models, seen = list(styles), set()
     with canvas(ax, height=2.5) as ax:
         for (model, *_), line in sites.groupby(CHECKPOINT, sort=False):
@@ -43,8 +42,7 @@ def overlap_profile(overlap: Any, metric: str, ax: Axes | None = None) -> Axes:
             ax.vlines(x, line.low, line.high, color=look["color"], lw=0.8)
             ax.plot(x, line.null, color=look["color"], lw=0.8, ls=":", marker="_", ms=5)
             seen.add(model)
-        ax.set_xticks(layers[:: max(1, round(len(layers) / 8))])
-        ax.set_xlabel("layer")
+        depth_axis(ax, rows, "layer")
         ax.set_ylabel(label_of(metric) + ("\nmean, quartiles" if index else ""))
         handles = ax.get_legend_handles_labels()[0]
         if rows.null.notna().any():

@@ -9,9 +9,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis.plots.dots import GREY
-from analysis.plots.sites import SITE
 from analysis.plots.style import canvas, model_styles
-from analysis.stats.pairs import check_columns
+from analysis.stats.pairs import SITE, check_columns
 
 STAGES = ["-", "--", "-.", ":"]
 PALEST = 0.55  # share of white in the color of the first layer

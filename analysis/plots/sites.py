@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 
-from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns
+from analysis.stats.pairs import INDEX, SHARED, SITE, check_choice, check_columns
 
-SHARED = -1  # the number of a shared expert in the tables (`analysis.overlap.tables`)
-INDEX = {"experts": ["expert"], "sites": [], "pairs": ["expert_i", "expert_j"]}
-SITE = [*CHECKPOINT, "layer", "stage"]
 NUMBERS = ["value", "low", "high", "null"]
 LABELS = {
     "cka": "debiased CKA of outputs",
@@ -105,3 +103,23 @@ def label_of(metric: str) -> str:
 def depth(rows: pd.DataFrame) -> pd.Series:
     """Where sites stand on an axis of layers: a second stage half a layer behind its first."""
     return rows.layer + rows.stage / (rows.stage.max() + 1)
+
+
+def depth_axis(
+    ax: Axes, rows: pd.DataFrame, label: str, ends: Mapping[str, float] | None = None
+) -> None:
+    """Tell on the x axis where `depth` puts these sites: a long tick at each layer, with numbers as
+    far as there is room, a short one at each later stage, which the label explains.
+
+    ends   names behind the last layer, and where
+    """
+    layers, ends = sorted(rows.layer.unique()), ends or {}
+    step = max(1, round((len(layers) + 2 * len(ends)) / 8))
+    numbers = ["" if i % step else str(layer) for i, layer in enumerate(layers)]
+    ax.set_xticks([*layers, *ends.values()], [*numbers, *ends])
+    later = rows.stage > 0
+    if later.any():
+        ax.set_xticks(depth(rows)[later].unique(), minor=True)
+        stages = sorted(rows.stage[later].unique())
+        label += f"\n(short ticks: stage {', '.join(map(str, stages))})"
+    ax.set_xlabel(label)

@@ -14,9 +14,8 @@ from scipy.special import stdtrit
 
 from analysis.stats.bootstrap import check_resampling
 from analysis.stats.contrasts import holm
-from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns
+from analysis.stats.pairs import CHECKPOINT, SITE, check_choice, check_columns
 
-SITE = [*CHECKPOINT, "layer", "stage"]
 DAMAGES = ("per_mass", "damage")
 APART = ("token_js", "relative_distance")  # metrics: the more of these, the less in common
 LOAD, ALL = "load", "all"

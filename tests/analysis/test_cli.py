@@ -1,12 +1,14 @@
 """python -m analysis: what it prints, its exit codes, and errors without a traceback."""
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -211,10 +213,38 @@ def test_several_mistakes_are_a_line_each(tmp_path):
 
 
 def test_an_out_that_cannot_be(small, tmp_path):
-    path, _, _ = small
-    (tmp_path / "file").write_text("x")
-    assert "exists" in error_of("run", path, "--out", tmp_path / "file")
-    assert "Not a directory" in error_of("run", path, "--out", tmp_path / "file" / "out")
+    path, out, _ = small
+    file, model = tmp_path / "file", out / "models" / "cartesian-s0"
+    file.write_text("x")
+    for command in (
+        ["run", path],
+        ["run", path, "--dry-run"],
+        ["export", out, "--format", "csv"],
+        ["record", model, "--study", path, "--no-progress"],
+        ["overlap", model],
+    ):
+        assert error_of(*command, "--out", file) == f"{file} is a file; name a directory"
+        below = error_of(*command, "--out", file / "out")
+        assert below == f"{file / 'out'} is below {file}, which is a file; name a directory"
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_fewer_documents_than_asked_for(small, write_study, tmp_path, more):
+    _, out, _ = small
+    study = dict(
+        train=None, models=[{"path": str(out / "models" / "cartesian-s0")}], conditions=[],
+        data={"documents": 500},
+    )  # fmt: skip
+    path = write_study(tmp_path / "s.toml", **study)
+    result = call("run", path, "--out", tmp_path / "out", "--no-progress", *more)
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    said = r"has only (\d+) validation documents, and all of them are taken"
+    have = re.fullmatch(rf"warning: documents is 500; corpus 'texts\d*' {said}", line)[1]
+    if not more:
+        clean = pd.read_csv(tmp_path / "out" / "tables" / "clean.csv")
+        assert clean.num_documents.item() == int(have)
 
 
 def test_an_out_of_another_study(small, write_study, tmp_path):

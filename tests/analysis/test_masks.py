@@ -205,7 +205,7 @@ def test_fewer_than_m_to_drop(context_of):
     clean, got = decide(router, DropUnchosen(5), logits_TE, context_of)
     assert masked(got).equal(~chosen_mask(clean))
     assert got.ids_TK.equal(clean.ids_TK)
-    clean, got = decide(router, DropChosen(50), logits_TE, context_of)
+    clean, got = decide(router, DropChosen(6), logits_TE, context_of)
     assert masked(got).equal(chosen_mask(clean))
 
 

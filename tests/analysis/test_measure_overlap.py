@@ -190,6 +190,21 @@ def test_labels_are_shuffled_by_document(shard):
         assert len(list(itertools.groupby(taken))) == 4  # and documents stay in one piece
 
 
+def test_no_null_where_shuffles_change_nothing(model_of, shard):
+    """One document has no other labels, and documents of one domain no other domain."""
+    of_tokens = ["token_jaccard", "token_js", "vocabulary_specialization", "mi_token"]
+    of_domains = ["mi_domain", "mi_domain_given_token"]
+    one = shard[:3]
+    one_domain = shard.take([0, 1, 2, 5])  # of two documents
+    for docs, without in ((one, of_tokens + of_domains), (one_domain, of_domains), (shard, [])):
+        for names in (of_tokens + of_domains, ["mi_domain"]):  # with counts by class, and without
+            found = measure_overlap(model_of("smoe"), docs, names, progress=False)
+            for name in names:
+                rows = found.table(name).dropna(subset="value")
+                assert len(rows)
+                assert (rows.null.isna() == (name in without)).all()
+
+
 def test_one_unit_has_no_interval(model_of, shard):
     rows = measure_overlap(model_of("smoe"), shard, "lift", batch_size=100, progress=False).pairs
     assert rows.low.isna().all()

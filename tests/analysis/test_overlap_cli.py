@@ -57,7 +57,7 @@ def test_one_metric(models, texts, tmp_path):
     assert (tmp_path / "figures" / "smoe_share-s5-substitution.png").is_file()
 
 
-COMPOSITES = [name for name, metric in METRICS.items() if metric.kind == "composite"]
+COMPOSITES = [name for name, m in METRICS.items() if (m.kind, m.table) == ("composite", "sites")]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,7 @@ COMPOSITES = [name for name, metric in METRICS.items() if metric.kind == "compos
         ("layer 1", ["domain_specialization"], {"cartesian-s5-domains"}),
         ("layer 1", ["transition", *COMPOSITES], {"cartesian-s5-usage"}),
         ("layer 1", ["transition", "composite_a"], set()),
+        ("layer 1", ["composite_cka"], {"composite_cka", "cartesian-s5-composite_cka"}),
         ("stage 0", ["transition", *COMPOSITES], set()),  # of the layer before alone
     ],
 )  # fmt: skip

@@ -14,7 +14,8 @@ from analysis.measure import measure
 from analysis.measure_overlap import measure_overlap
 from analysis.overlap.substitution import linear_substitution
 from analysis.removal import expert_damage
-from analysis.substitute import SITE, Substitute, _choose, calibration, substitution
+from analysis.stats.pairs import SITE
+from analysis.substitute import Substitute, _choose, calibration, substitution
 from cartmoe.data import IGNORE, Sequences
 
 QUIET = dict(progress=False, resamples=99)

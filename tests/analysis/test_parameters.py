@@ -193,6 +193,8 @@ def test_wrong_parameters(make, message):
     ("p", "message"),
     [
         (DropTop(7), "m is 7; .* has only 6 experts"),
+        (DropChosen(7), "m is 7; .* has only 6 experts"),
+        (DropUnchosen(7), "m is 7; .* has only 6 experts"),
         (KeepRanks((7,)), "ranks has 7; .* has only 6 experts"),
         (TopK(7), "k is 7; .* has only 6 experts"),
         (SwapRanks(1, 7), "ranks r, s have 7; .* has only 6 experts"),

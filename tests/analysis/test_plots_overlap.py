@@ -629,10 +629,24 @@ def test_profile_has_means_and_quartiles_of_the_routed_experts_pairs(overlap):
         color = to_hex(lines[family].get_color()).upper()
         assert (color, lines[family].get_marker()) == FAMILY_STYLE[family]
     np.testing.assert_allclose(np.diff(lines["cartesian"].get_xdata()), [0.5, 1.5, 0.5])
+    assert ax.get_xticks(minor=True).tolist() == [1.5, 3.5]
+    assert ax.get_xlabel() == "layer\n(short ticks: stage 1)"
     dotted = [line for line in ax.get_lines() if line.get_linestyle() == ":"]
     assert len(dotted) == len(FAMILIES)
     assert all(np.allclose(line.get_ydata(), 0.05) for line in dotted)
     assert names(ax.get_legend().get_texts()) == [*FAMILIES, "null"]
+
+
+def test_a_profile_of_many_layers_has_a_tick_at_each_site():
+    stages = [site("cartesian", layer, stage) for layer in range(12) for stage in (0, 1)]
+    rows = pd.DataFrame(stages).assign(metric="gini", value=0.3, low=0.2, high=0.4, null=0.0)
+    ax = plots.overlap_profile(rows, "gini")
+    assert [*ax.get_xticks(), *ax.get_xticks(minor=True)] == [*range(12), *np.arange(12) + 0.5]
+    assert [name for name in names(ax.get_xticklabels()) if name] == ["0", "2", "4", "6", "8", "10"]
+    (line,) = (line for line in ax.get_lines() if line.get_label() == "cartesian")
+    np.testing.assert_allclose(line.get_xdata(), np.arange(0, 12, 0.5))
+    plain = plots.overlap_profile(rows[rows.stage == 0], "gini")
+    assert (plain.get_xlabel(), plain.get_xticks(minor=True).size) == ("layer", 0)
 
 
 def test_profile_of_a_sites_own_number_has_its_interval(overlap):

@@ -180,9 +180,12 @@ def test_layers_in_order_with_the_second_stage_between_and_the_wholes_at_the_end
     additivity = table("additivity")
     ax = plots.layer_profile(additivity)
     assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "2", "sum", "joint"]
+    assert ax.get_xticks(minor=True).tolist() == [0.5, 2.5]
+    assert ax.get_xlabel() == "layer at which DropTop(1) acts alone\n(short ticks: stage 1)"
     lines = {line.get_label(): line for line in ax.get_lines()}
     np.testing.assert_allclose(np.diff(lines["cartesian"].get_xdata()), [0.5, 1.5, 0.5])
     np.testing.assert_allclose(np.diff(lines["smoe_share"].get_xdata()), [2.0])
+    assert np.abs(lines["cartesian"].get_xdata() - [0, 0.5, 2, 2.5]).max() < 0.25
     drawn = additivity[additivity.part != "joint - sum"]
     assert {round(v, 9) for v in drawn.delta_nats} <= shown(ax)
 

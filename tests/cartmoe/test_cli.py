@@ -71,6 +71,12 @@ def test_train(train_args, tmp_path):
     assert "is finished" in result.stdout
 
 
+def test_train_without_a_bar(train_args, tmp_path):
+    result = invoke(*train_args("--steps", 1, "--no-progress"))
+    assert (result.exit_code, result.output) == (0, "")
+    assert read_meta(tmp_path / "run")["step"] == 1
+
+
 def test_ctrl_c_and_the_same_command_again(train_args, tmp_path):
     args = train_args("--steps", 8, "--checkpoint-every", 1)
     thread = signal_after(2, tmp_path / "run", signal.SIGINT)
@@ -103,6 +109,13 @@ def test_ctrl_c_and_the_same_command_again(train_args, tmp_path):
 )
 def test_train_refuses(train_args, more, message):
     assert message in refused(*train_args(*more))
+
+
+def test_an_out_that_is_a_file(train_args, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert refused(*train_args("--out", tmp_path / "file")).endswith(
+        "file is a file; name a directory"
+    )
 
 
 @pytest.mark.filterwarnings("default")
@@ -211,6 +224,8 @@ def test_import(tmp_path):
     logits = load(tmp_path / "out")(tensors["input_ids"])
     torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=1e-5)
     assert "out exists already" in refused("import", tmp_path, "--out", tmp_path / "out")
+    file = tmp_path / "config.json"
+    assert "is a file; name a directory" in refused("import", tmp_path, "--out", file)
     assert "has no config.json" in refused("import", tmp_path / "no", "--out", tmp_path / "b")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from cartmoe import folders
 from cartmoe.files import remove_leftovers, temporary, write_atomically
-from cartmoe.folders import cached_folder, damage, remove_folder, write_folder
+from cartmoe.folders import cached_folder, check_directory, damage, remove_folder, write_folder
 
 NAMES = ["plain.json", "a-b.partial-c", "[1]*", "-", "ünï code"]
 
@@ -119,6 +119,17 @@ def test_the_faster_process_stays(tmp_path):
     folder = cached_folder(tmp_path, "name", 1, fill_late)
     assert (folder / "a.txt").read_text() == "text"
     assert names(tmp_path) == [folder.name]
+
+
+def test_a_file_in_the_way_of_a_directory(tmp_path):
+    (tmp_path / "file").write_text("x")
+    check_directory(tmp_path)
+    check_directory(tmp_path / "not" / "there")
+    with pytest.raises(FileExistsError, match=r"file is a file; name a directory$"):
+        check_directory(tmp_path / "file")
+    with pytest.raises(FileExistsError, match=r"a/b is below \S*/file, which is a file; name a"):
+        write_folder(tmp_path / "file" / "a" / "b", fill)
+    assert names(tmp_path) == ["file"]
 
 
 def test_what_cannot_be_made_raises(tmp_path):
