@@ -1,6 +1,7 @@
 """What every test runs under, and the tiny models that most of them use."""
 
 import os
+import signal
 import sys
 
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -14,6 +15,8 @@ from cartmoe import FAMILIES, LanguageModel, ModelConfig
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
+# Also where the tests were started in the background, for which shells have Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 TINY = dict(vocab_size=13, d_model=16, ffn_width=32, num_layers=3, num_heads=2, num_experts=6)

@@ -1,21 +1,16 @@
-"""Composed experts of a Cartesian layer: what (a_i, then b_j) adds to the residual stream.
+"""How far composed experts of a Cartesian layer are from additive, and how much alike they are.
 
-With u the stream, h = norm(u), mix and shared expert as in the layer, and gates of 1,
+How far o_ij (`analysis.overlap.composed`) is from additive is the interaction of a two-way analysis
+of variance over (i, j); of B fed the mean of v over i it is 0, and what A and B then are is their
+null.
 
-    a_i = combine(h, f_i(h)),  v_i = u + a_i,  o_ij = v_i + combine(norm(v_i), F_j(norm(v_i))) - u.
-
-In a parallel layer B reads h too, and o_ij = a_i + combine(h, F_j(h)) is additive. How far o_ij is
-from additive is the interaction of a two-way analysis of variance over (i, j); of B fed the mean
-of v over i it is 0, and what A and B then are is their null.
-
-Shapes: U units, T tokens, D model, F expert width, A and B experts of the two stages, P pairs of
-them (i, j), N sets of tokens that enter B, R rows (N * T) or relations, C = A * T * D.
+Shapes: U units, T tokens, D model, A and B experts of the two stages, P pairs of them (i, j), N
+sets of tokens that enter B, R relations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +19,7 @@ from torch import Tensor
 from analysis.adapters.base import Adapter
 from analysis.overlap.base import Metric, Probe, Sums, UnitSums
 from analysis.overlap.cka import hsic_sums
+from analysis.overlap.composed import Block, Layer, wide
 from analysis.overlap.cores import on_cores
 from cartmoe.hooks import RouterSite
 
@@ -33,14 +29,6 @@ PAIR_TOKENS = 64  # of a batch (to whole blocks) that pairs are compared and the
 PAIR_EXPERTS = 16  # the first of each stage, that are compared: P x P numbers are kept a unit
 PARTS = ("a", "b", "interaction")
 RELATIONS = ("row", "column", "unrelated")
-
-
-@torch.no_grad()
-def composed_outputs(model: Adapter, first: RouterSite, second: RouterSite, u_TD: Tensor) -> Tensor:
-    """(A, B, T, D) that each composed expert adds to the stream u."""
-    layer = _Layer(model, first, second)
-    block = layer.block(u_TD, layer.first_outputs(u_TD))
-    return torch.stack([block.rows_ATD + block.routed(j) for j in range(second.num_experts)], 1)
 
 
 def two_way(outputs_ABTD: Tensor) -> Tensor:
@@ -57,7 +45,7 @@ def mean_cosines(outputs_ABTD: Tensor) -> Tensor:
     """(R, T) mean cosine of two composed experts' outputs about the token's mean of those that are
     given: of two that share a row (the same a_i), a column (the same b_j), nothing."""
     A, B = outputs_ABTD.shape[:2]
-    outputs_ABTD = _wide(outputs_ABTD)
+    outputs_ABTD = wide(outputs_ABTD)
     n_ABTD = F.normalize(outputs_ABTD - outputs_ABTD.mean((0, 1)), dim=-1)
     n_ATD, n_BTD = n_ABTD.sum(1), n_ABTD.sum(0)
     own_T, row_T = n_ABTD.square().sum((0, 1, 3)), n_ATD.square().sum((0, 2))
@@ -65,74 +53,6 @@ def mean_cosines(outputs_ABTD: Tensor) -> Tensor:
     sums_RT = torch.stack([row_T - own_T, column_T - own_T, all_T - row_T - column_T + own_T])
     counts_R1 = A * B * sums_RT.new_tensor([[B - 1], [A - 1], [(A - 1) * (B - 1)]])
     return sums_RT / counts_R1
-
-
-class _Layer:
-    """Two stages; `parallel` if both read the same stream."""
-
-    def __init__(self, model: Adapter, first: RouterSite, second: RouterSite):
-        self.model, self.first, self.second = model, first, second
-        self.parallel = any({first, second} <= set(segment.sites) for segment in model.segments())
-
-    def first_outputs(self, u_TD: Tensor) -> Tensor:
-        """(A, T, D) a_i."""
-        h_TD = self.model.stage_input(self.first, u_TD)
-        share_TD, rest_TD = branches(self.model, self.first, h_TD)
-        return rest_TD + share_TD * self.model.expert_outputs(self.first, h_TD)
-
-    def block(self, u_TD: Tensor, a_ATD: Tensor, with_mean: bool = False) -> _Block:
-        """These tokens as B sees them. with_mean: B is fed the mean of v too, behind all v_i."""
-        if self.parallel:
-            x_NTD = self.model.stage_input(self.first, u_TD)[None]
-        else:
-            v_NTD = u_TD + a_ATD
-            if with_mean:
-                v_NTD = torch.cat([v_NTD, v_NTD.mean(0, keepdim=True)])
-            x_NTD = self.model.stage_input(self.second, v_NTD)
-        share_RD, rest_RD = branches(self.model, self.second, x_NTD.flatten(0, 1))
-        rows_ATD = _wide(a_ATD + rest_RD.view_as(x_NTD)[: len(a_ATD)])
-        experts = self.model.expert_weights(self.second)
-        R, F = len(share_RD), experts[0].shape[1]
-        scratch = tuple(u_TD.new_empty(R, width) for width in (F, F, u_TD.shape[1]))
-        return _Block(rows_ATD, x_NTD, share_RD.view_as(x_NTD), experts, scratch)
-
-
-class _Block(NamedTuple):
-    """Some tokens: o_ij = rows_i + share_i F_j(x_i), F_j without the layer's mix.
-
-    rows_ATD   a_i and, of B, the shared expert's part, at least fp32
-    x_NTD, share_NTD   for each i, and behind them for the mean of v; or one for all i
-    experts    of B: gate (B, F, D), up (B, F, D), down (B, D, F)
-    scratch    (R, F) twice and (R, D), which every `routed` overwrites
-    """
-
-    rows_ATD: Tensor
-    x_NTD: Tensor
-    share_NTD: Tensor
-    experts: tuple[Tensor, Tensor, Tensor]
-    scratch: tuple[Tensor, Tensor, Tensor]
-
-    def routed(self, j: int) -> Tensor:
-        """(N, T, D) share_i F_j(x_i); one expert on the rows of all i at once, in place."""
-        gate_FD, up_FD, down_DF = (weight[j] for weight in self.experts)
-        gate_RF, up_RF, y_RD = self.scratch
-        x_RD = self.x_NTD.flatten(0, 1)
-        torch.mm(x_RD, gate_FD.T, out=gate_RF)
-        torch.mm(x_RD, up_FD.T, out=up_RF)
-        torch.mm(F.silu(gate_RF, inplace=True).mul_(up_RF), down_DF.T, out=y_RD)
-        return y_RD.view_as(self.x_NTD).mul_(self.share_NTD)
-
-
-def branches(model: Adapter, site: RouterSite, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """(share, rest), (T, D) each: `combine` is the map routed -> share * routed + rest.
-
-    So rest is its value at 0 and share its derivative; a shared expert runs once.
-    """
-    routed_TD = torch.zeros_like(x_TD).requires_grad_()
-    with torch.enable_grad():
-        rest_TD = model.combine(site, x_TD, routed_TD)
-        (share_TD,) = torch.autograd.grad(rest_TD.sum(), routed_TD)
-    return share_TD, rest_TD.detach()
 
 
 class CompositeStream:
@@ -143,7 +63,7 @@ class CompositeStream:
     """
 
     def __init__(self, model: Adapter, first: RouterSite, second: RouterSite, units: int):
-        self._layer, self._sums = _Layer(model, first, second), UnitSums(units)
+        self._layer, self._sums = Layer(model, first, second), UnitSums(units)
 
     @torch.no_grad()
     def add(self, probe: Probe) -> None:
@@ -153,7 +73,7 @@ class CompositeStream:
         (A, T, D), B = a_ATD.shape, self._layer.second.num_experts
         step = max(1, BLOCK_ROWS // A)
         few = min(T, -(-PAIR_TOKENS // step) * step)
-        pairs_ABTD = _wide(u_TD.new_empty(min(A, PAIR_EXPERTS), min(B, PAIR_EXPERTS), few, D))
+        pairs_ABTD = wide(u_TD.new_empty(min(A, PAIR_EXPERTS), min(B, PAIR_EXPERTS), few, D))
 
         def measure(start: int) -> dict[str, Tensor]:
             some = slice(start, start + step)
@@ -161,7 +81,7 @@ class CompositeStream:
             if start >= few:
                 return dict(squares=_squares(block)[1])
             last_BTD, squares_3 = _squares(block, pairs_ABTD[:, :, some])
-            null_2 = _effects(_wide(a_ATD[:, some]), last_BTD)
+            null_2 = _effects(wide(a_ATD[:, some]), last_BTD)
             return dict(squares=squares_3, null=F.pad(null_2, (0, 1)))
 
         for sums in on_cores(measure, range(0, T, step)):
@@ -196,7 +116,7 @@ class SecondStage:
         return {"hsic": _by_expert(hsic_UPP).permute(0, 2, 1, 4, 3).reshape(hsic_UPP.shape)}
 
 
-def _squares(block: _Block, outputs_ABTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _squares(block: Block, outputs_ABTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(B, T, D) routed parts of the last row (of the mean, where it is fed), and (3,) `two_way` of
     all composed outputs; those of the first experts are written to `outputs_ABTD`. At least fp32.
 
@@ -207,7 +127,7 @@ def _squares(block: _Block, outputs_ABTD: Tensor | None = None) -> tuple[Tensor,
     square, row_ATD = 0.0, torch.zeros_like(block.rows_ATD)
     q_BTD, column_BTD = row_ATD.new_empty(2, B, *row_ATD.shape[1:])
     for j in range(B):
-        routed_NTD = _wide(block.routed(j))
+        routed_NTD = wide(block.routed(j))
         if outputs_ABTD is not None and j < outputs_ABTD.shape[1]:
             rows = slice(len(outputs_ABTD))
             torch.add(block.rows_ATD[rows], routed_NTD[:A][rows], out=outputs_ABTD[:, j])
@@ -226,11 +146,6 @@ def _effects(a_ATD: Tensor, b_BTD: Tensor) -> Tensor:
     """(2,) sums of squares of A and B over all i and j."""
     a_ATD, b_BTD = a_ATD - a_ATD.mean(0), b_BTD - b_BTD.mean(0)
     return torch.stack([len(b_BTD) * _square(a_ATD), len(a_ATD) * _square(b_BTD)])
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least fp32; x itself if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _square(x: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from analysis.measure_overlap import measure_overlap
 from analysis.overlap import composite
 from analysis.overlap.base import Probe, estimate
 from analysis.overlap.cka import hsic, linear_cka
+from analysis.overlap.composed import composed_outputs
 from analysis.overlap.composite import (
     METRICS,
     CompositeStream,
     SecondStage,
-    composed_outputs,
     mean_cosines,
     related,
     two_way,
