@@ -22,7 +22,7 @@ from analysis.overlap.base import (
     Stream,
     estimate,
 )
-from analysis.overlap.composite import CompositeStream, SecondStage
+from analysis.overlap.composite import PAIR_EXPERTS, CompositeStream, SecondStage
 from analysis.overlap.outputs import OutputStream
 from analysis.overlap.substitution import SubstitutionStream
 from analysis.overlap.tables import INDEX, KEYS, VALUES, rows_of
@@ -138,7 +138,8 @@ def fits(model: Adapter, sites: list[RouterSite], name: str, metric: Metric) -> 
     if metric.kind == "composite":
         seconds = {site: composed(model, site) for site in sites}
         if metric.table == "pairs":  # of either stage, if the first is there
-            return all(second or site in seconds.values() for site, second in seconds.items())
+            few = all(site.num_experts <= PAIR_EXPERTS for site in sites)
+            return few and all(seconds[site] or site in seconds.values() for site in sites)
         return any(seconds.values())
     if name == "transition":  # from the site before
         return any(site != model.sites()[0] for site in sites)
@@ -191,7 +192,6 @@ def _tables(
     confidence: float,
 ) -> Overlap:
     frames: dict[str, list[pd.DataFrame]] = {table: [] for table in TABLES}
-    seconds = {composed(model, site) for site in streams}
     unit = "batch of documents" if packs <= MAX_UNITS else "batches of documents"
     for site, own in streams.items():
         sums = {kind: stream.sums() for kind, stream in own.items()}
@@ -203,7 +203,7 @@ def _tables(
             elif metric.kind in sums:
                 if name == "transition" and "transition" not in sums["usage"]:
                     continue  # the first site has none before it
-                if metric.kind == "composite" and metric.table == "sites" and site in seconds:
+                if metric.table == "sites" and isinstance(own[metric.kind], SecondStage):
                     continue  # of the layer, which stands with its first stage
                 found = estimate(metric, sums[metric.kind], confidence)
                 how = (unit, units) if metric.units else ("none: classes are kept as one total", 0)

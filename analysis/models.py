@@ -7,7 +7,13 @@ from typing import Any
 
 from analysis.adapters.base import Adapter, as_adapter
 from analysis.adapters.cartmoe import CartMoEAdapter
-from cartmoe.checkpoint import checkpoint_sha256, newest, read_meta, read_tokenizer
+from cartmoe.checkpoint import (
+    CHECKPOINTS,
+    checkpoint_sha256,
+    newest,
+    read_meta,
+    read_tokenizer,
+)
 from cartmoe.checkpoint import load as load_checkpoint
 from cartmoe.corpora import is_built_in, read_corpus
 from cartmoe.data import Sequences, prepare, sequences, sequences_from
@@ -18,15 +24,22 @@ from cartmoe.tokenizers import ByteTokenizer, Tokenizer
 def load(path: str | Path, *, name: str | None = None) -> CartMoEAdapter:
     """The model of a checkpoint, or of the newest good checkpoint of a run.
 
+    Without a name it has that of the run's folder where a study trained it (NAME-sSEED), and that
+    of its family elsewhere.
+
     Raises `FileNotFoundError` where there is none, `cartmoe.checkpoint.CheckpointError` naming the
     file of a damaged one.
     """
-    folder = newest(path)
+    folder = newest(path).resolve()
+    train_seed = read_meta(folder).get("train_seed", 0)
+    run, ending = folder.parent.parent, f"-s{train_seed}"
+    if name is None and folder.parent.name == CHECKPOINTS and run.name.endswith(ending):
+        name = run.name.removesuffix(ending) or None
     return CartMoEAdapter(
         load_checkpoint(folder).eval(),
         read_tokenizer(folder),
         name=name,
-        train_seed=read_meta(folder).get("train_seed", 0),
+        train_seed=train_seed,
         identity=checkpoint_sha256(folder),
     )
 

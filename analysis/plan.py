@@ -188,8 +188,8 @@ def documents_of(study: Study) -> tuple[Corpus, Sequences]:
     have = len(corpus.split(data.split))
     if data.documents is not None and data.documents > have:
         warnings.warn(
-            f"documents is {data.documents}; corpus {corpus.name!r} has only {have} {data.split} "
-            "documents, and all of them are taken",
+            f"corpus {corpus.name!r} has only {have} {data.split} documents (at most "
+            f"{data.documents} were asked for), and all of them are taken",
             stacklevel=2,
         )
     docs = sequences(corpus, split=data.split, limit=data.documents, **_limits(study))

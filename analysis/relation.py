@@ -142,10 +142,8 @@ def _with_heirs(clean: Mapping[RouterSite, CleanSums], overlap: Overlap, metric:
     parts = []
     for site, sums in clean.items():
         share_EE, E = sums.takeover_EE, site.num_experts
-        # A shared expert's row and column come last; composites may be of the first few alone.
-        known_EE = overlap.matrix(metric, site.layer, site.stage)[:E, :E]
-        overlap_EE = np.full((E, E), np.nan)
-        overlap_EE[: len(known_EE), : len(known_EE)] = known_EE
+        # A shared expert's row and column come last.
+        overlap_EE = overlap.matrix(metric, site.layer, site.stage)[:E, :E]
         # Who takes over nothing does not matter, though its overlap may not be defined.
         parts.append(sign * np.where(share_EE == 0, 0.0, share_EE * overlap_EE).sum(1))
     return np.concatenate(parts)

@@ -8,7 +8,9 @@
     families = ["dense", "cartesian"]
     [train.model]           # fields of ModelConfig, of all of them
     num_layers = 6
-    [train.variants.parallel]    # one more model, by its name; these fields beside those above
+    # One more model, by its name; these fields beside those above. Without a family it is
+    # Cartesian; with families = [] variants are all there is.
+    [train.variants.parallel]
     family = "cartesian"
     composition = "parallel"
     [[models]]              # and, or instead, checkpoints there are

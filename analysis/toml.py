@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -22,10 +23,12 @@ from analysis.perturb import (
 from analysis.reading import TableReader
 from analysis.results import of_one_name
 from analysis.stats.pairs import CONDITION, label_of
+from analysis.stats.relation import ALL
 from analysis.study import Contrasts, Data, Measure, ModelSpec, Only, Study, check_text
 from cartmoe.config import FAMILIES, PRESETS, ModelConfig, check_choice, check_whole
 from cartmoe.train import TrainConfig
 
+NAME = r"[\w+-]{1,100}"  # of a variant and its directory
 SECTIONS = ("name", "data", "measure", "train", "models", "conditions", "contrasts")
 
 
@@ -102,11 +105,17 @@ class _Reader(TableReader):
         """(where, name, family, fields of ModelConfig) for each table of [train.variants]."""
         for name, table in tables.items():
             where = f"train.variants.{name}"
-            model = {**options, **self.table(where, table)}
-            if name in ("", ".", "..") or Path(name).name != name:
-                self.mistakes.append(f"{where}: {name!r} becomes a directory; it must be its name")
+            own = dict(self.table(where, table))
+            known = {f.name for f in fields(ModelConfig)}
+            self.known(f"{where}.", own, known)
+            if not re.fullmatch(NAME, name) or name == ALL:
+                self.mistakes.append(
+                    f"{where}: {name!r} must be 1 to 100 letters, digits and _ - +, and not 'all'"
+                )
             else:
-                yield where, name, model.pop("family", "cartesian"), model
+                family = own.pop("family", "cartesian")
+                model = {**options, **{k: v for k, v in own.items() if k in known}}
+                yield where, name, family, model
 
     def given(self, study: Mapping) -> Iterable[ModelSpec]:
         """[[models]] with path and, to tell them apart, name and train_seed."""

@@ -16,8 +16,7 @@ OUT = HERE / "runs" / "overlap" / "relation"
 
 
 def main() -> None:
-    # Folders are called MODEL-sSEED; a variant's own checkpoint knows its family alone.
-    models = [an.load(f, name=f.name.rsplit("-", 1)[0]) for f in sorted(MODELS.iterdir())]
+    models = [an.load(folder) for folder in sorted(MODELS.iterdir())]
     docs = an.documents("stdlib", models[0], length=256, limit=96, max_tokens_per_document=256)
     found = an.relate(models, docs, batch_size=8)
     OUT.mkdir(parents=True, exist_ok=True)

@@ -223,8 +223,9 @@ def _metrics() -> Iterator[tuple[str, Metric]]:
             yield f"composite_{name}_{which}", metric
     about = (
         "mean debiased CKA of composed experts that differ in these two of one stage alone, over "
+        f"the other's experts; of stages of at most {PAIR_EXPERTS} experts, the first of which is "
+        "among the sites; null: of those that share neither"
     )
-    about += f"the other's experts, {few}; null: of those that share neither"
     null = _cka(RELATIONS.index("unrelated"))
     yield "composite_cka", Metric("composite", "pairs", _experts_cka, null, about)
 

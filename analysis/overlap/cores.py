@@ -6,7 +6,7 @@ temporaries travel between caches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ import torch
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def on_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def on_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """work(item) for each in order, without gradients; `torch.get_num_threads()` at once."""
     threads = torch.get_num_threads()
 
@@ -25,6 +25,6 @@ def on_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
 
     try:
         with ThreadPoolExecutor(threads, initializer=start) as pool:
-            yield from pool.map(work, items)
+            return list(pool.map(work, items))
     finally:
         torch.set_num_threads(threads)  # of threads to come, which start with the last number set

@@ -13,6 +13,7 @@ from analysis.stats.pairs import INDEX, SHARED, SITE, check_choice, check_column
 NUMBERS = ["value", "low", "high", "null"]
 LABELS = {
     "cka": "debiased CKA of outputs",
+    "composite_cka": "CKA of composed experts",
     "cka_permuted": "debiased CKA, tokens permuted",
     "co_activation": "co-activation P(j | i)",
     "lift": "lift of joint choice",

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns
@@ -31,6 +32,7 @@ FAMILY_STYLE = {
     "cartesian": ("#D55E00", "o"),
 }
 OTHER_STYLE = [("#595959", "X"), ("#8C6D31", "h"), ("#A6A6A6", "*"), ("#5E3C99", "p")]
+FACES = [1.0, 0.0, 0.5, 0.25]  # how much of the color a marker's face has, beside each of
 LINES = ["-", "--", ":", "-."]  # models of one family share its colour and marker
 
 DELTA = "change of loss (nats per token)"
@@ -129,10 +131,11 @@ def model_styles(frame: pd.DataFrame) -> dict[str, dict[str, str]]:
 
 
 def marker_colors(style: dict[str, str]) -> tuple[str, str]:
-    """Face and edge where there are no lines to tell models of one family apart by: all but its
-    first are hollow."""
-    solid = style["linestyle"] == LINES[0]
-    return (style["color"], "white") if solid else ("white", style["color"])
+    """Face and edge where there are no lines to tell models of one family apart by: solid, hollow,
+    then two tints."""
+    share = FACES[LINES.index(style["linestyle"])]
+    face = 1 - share * (1 - np.array(to_rgb(style["color"])))
+    return to_hex(face), "white" if share == 1 else style["color"]
 
 
 def widen_scale(axis: Any, values: Iterable[float]) -> None:

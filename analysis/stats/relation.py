@@ -65,7 +65,7 @@ def relation(
     interval from few checkpoints speaks for them: read num_models and min_seeds beside it. Damage
     and metrics are measured on the same documents, so they share sampling noise: it adds to r, and
     the ceiling, which is made of damage alone, does not know of it. Raises `ValueError` for missing
-    columns, an unknown damage, and a metric that is damage itself.
+    columns, an unknown damage, a metric that is damage itself, and a model called "all".
     """
     check_resampling(confidence, resamples)
     check_choice("damage", damage, DAMAGES)
@@ -75,6 +75,10 @@ def relation(
     itself = [name for name in metrics if name.removesuffix("_a").removesuffix("_b") in DAMAGES]
     if itself:
         raise ValueError(f"metrics has {', '.join(itself)}, which is damage: it predicts itself")
+    if (experts.model == ALL).any():
+        raise ValueError(
+            f"experts has a model called {ALL!r}, as all together are; name it otherwise"
+        )
     used = experts[(experts.mass > 0) & experts[damage].notna()]
     tables = []
     families = {ALL: ALL} | dict(zip(experts.model, experts.family, strict=True))

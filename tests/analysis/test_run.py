@@ -126,7 +126,8 @@ def test_what_a_study_leaves(done, tiny):
 
 def test_results_are_those_of_measure(done, tiny):
     """The study's numbers against a sweep over the same model and documents."""
-    model = analysis.load(done / "models" / "cartesian-s0", name="cartesian")
+    model = analysis.load(done / "models" / "cartesian-s0")
+    assert model.name == "cartesian"
     assert (model.family, model.train_seed) == ("cartesian", 0)
     corpus = prepare(tiny.data.corpus)
     docs = sequences(corpus, 64, limit=4, max_tokens_per_document=128)

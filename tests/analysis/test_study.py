@@ -306,13 +306,15 @@ MISTAKES = [
     ({"train": {"model": {"d_model": 30}}}, "train.model: d_model is 30; it must be a multiple of"),
     ({"train": {"variants": []}}, "train.variants: it is []; write a table, [train.variants]"),
     ({"train": {"variants": {"a": 3}}}, "train.variants.a: it is 3; write a table, ["),
-    ({"train": {"variants": {"a": {"width": 3}}}}, "train.variants.a: field of ModelConfig is 'w"),
+    ({"train": {"variants": {"a": {"width": 3}}}}, "train.variants.a.width: no such key; choose o"),
     ({"train": {"variants": {"a": {"family": "x"}}}}, "train.variants.a: family is 'x'; choose"),
     ({"train": {"variants": {"a": {"family": []}}}}, "train.variants.a: "),
     ({"train": {"variants": {"smoe": {}}}}, "models: 'smoe' with seed 0 stands twice"),
-    ({"train": {"variants": {"a/b": {}}}}, "train.variants.a/b: 'a/b' becomes a directory; it m"),
-    ({"train": {"variants": {"..": {}}}}, "train.variants...: '..' becomes a directory; it must"),
-    ({"train": {"variants": {"": {}}}}, "train.variants.: '' becomes a directory; it must be its "),
+    ({"train": {"variants": {"a": {"name": "x"}}}}, "train.variants.a.name: no such key; choose o"),
+    *(
+        ({"train": {"variants": {name: {}}}}, f"train.variants.{name}: {name!r} must be 1 to 100")
+        for name in ("a/b", "..", "", " ", "x, y", "a\0b", "n" * 101, "all")
+    ),
     # models
     ({"models": [{}]}, "models[0].path: '' is no checkpoint or run directory"),
     ({"models": [{"path": "/none"}]}, "models[0].path: '/none' is no checkpoint or run directory"),
