@@ -32,7 +32,8 @@ catalogue: study
 	done
 	$(BIN)/python -m analysis run studies/catalogue.toml --out runs/catalogue
 
-# Three training seeds of the routed families, and whether overlap says what dropping an expert costs.
+# Three training seeds of the routed families and of a parallel Cartesian layer, and whether overlap
+# says what dropping an expert costs.
 overlap: study
 	mkdir -p runs/overlap/models
 	for family in $(ROUTED); do \

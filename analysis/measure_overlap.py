@@ -22,7 +22,14 @@ from analysis.overlap.base import (
     Stream,
     estimate,
 )
-from analysis.overlap.composite import PAIR_EXPERTS, CompositeStream, SecondStage
+from analysis.overlap.composite import (
+    PAIR_EXPERTS,
+    PAIR_TOKENS,
+    SHARES,
+    TOKENS,
+    CompositeStream,
+    SecondStage,
+)
 from analysis.overlap.outputs import OutputStream
 from analysis.overlap.substitution import SubstitutionStream
 from analysis.overlap.tables import INDEX, KEYS, VALUES, rows_of
@@ -83,7 +90,9 @@ def measure_overlap(
     options = dict(probe=probe, minibatch=minibatch, seed=seed)
     streams = {site: _streams(model, site, wanted, units, labels, options) for site in chosen}
     if "composite" in kinds:
-        for site, stream in _composites(model, chosen, units).items():
+        squares = any(name in SHARES for name in wanted)
+        tokens = TOKENS if squares else PAIR_TOKENS
+        for site, stream in _composites(model, chosen, units, tokens).items():
             streams[site]["composite"] = stream
     if any(streams.values()):
         with tqdm(total=len(docs), unit="sequence", disable=not progress) as bar:
@@ -170,13 +179,15 @@ def _streams(
     return streams
 
 
-def _composites(model: Adapter, sites: list[RouterSite], units: int) -> dict[RouterSite, Stream]:
+def _composites(
+    model: Adapter, sites: list[RouterSite], units: int, tokens: int
+) -> dict[RouterSite, Stream]:
     """By site, the sums of the two-stage layers of which the first stage is among the sites."""
     streams: dict[RouterSite, Stream] = {}
     for first in sites:
         second = composed(model, first)
         if second is not None:
-            streams[first] = CompositeStream(model, first, second, units)
+            streams[first] = CompositeStream(model, first, second, units, tokens)
             if second in sites:
                 streams[second] = SecondStage(streams[first])
     return streams

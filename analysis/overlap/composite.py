@@ -28,6 +28,7 @@ BLOCK_ROWS = 1024  # that an expert of B runs at once, so that temporaries stay 
 PAIR_TOKENS = 64  # of a batch (to whole blocks) that pairs are compared and the null is taken on
 PAIR_EXPERTS = 16  # the first of each stage, that are compared: P x P numbers are kept a unit
 PARTS = ("a", "b", "interaction")
+SHARES = tuple(f"composite_{part}" for part in PARTS)
 RELATIONS = ("row", "column", "unrelated")
 
 
@@ -56,19 +57,28 @@ def mean_cosines(outputs_ABTD: Tensor) -> Tensor:
 
 
 class CompositeStream:
-    """Sums for the metrics below over the tokens of one two-stage layer; of fixed size.
+    """Sums for the metrics below over the tokens of one two-stage layer; of fixed size. `tokens` of
+    a batch are used; `PAIR_TOKENS` are enough for all but shares of squares.
 
     Shares of squares are of all composed experts. Pairs (cosine and CKA) are of those of the first
     16 experts of each stage: with more than 16, the order of experts decides which these are.
     """
 
-    def __init__(self, model: Adapter, first: RouterSite, second: RouterSite, units: int):
+    def __init__(
+        self,
+        model: Adapter,
+        first: RouterSite,
+        second: RouterSite,
+        units: int,
+        tokens: int = TOKENS,
+    ):
         self._layer, self._sums = Layer(model, first, second), UnitSums(units)
+        self._tokens = tokens
 
     @torch.no_grad()
     def add(self, probe: Probe) -> None:
         """Add a batch; the probe is that of the first stage."""
-        u_TD = probe.stream_TD[:TOKENS]
+        u_TD = probe.stream_TD[: self._tokens]
         a_ATD = self._layer.first_outputs(u_TD)
         (A, T, D), B = a_ATD.shape, self._layer.second.num_experts
         step = max(1, BLOCK_ROWS // A)

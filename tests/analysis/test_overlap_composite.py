@@ -317,6 +317,30 @@ def test_some_tokens_stand_for_a_batch(tiny_model):
     assert all(part[name] == pytest.approx(whole[name], rel=0, nan_ok=True) for name in SITES)
 
 
+def test_pairs_alone_take_fewer_tokens(model_of, shard):
+    """And are the same as with all that is measured."""
+    model = model_of("cartesian")
+    options = dict(batch_size=3, progress=False)
+    alone = measure_overlap(model, shard, "composite_cka", **options).pairs
+    both = measure_overlap(model, shard, ["composite_cka", "composite_a"], **options).pairs
+    np.testing.assert_allclose(alone.value, both.value, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_blocks_on_several_cores(model, threads, monkeypatch):
+    """The same sums, and as many threads as before."""
+    monkeypatch.setattr(composite, "BLOCK_ROWS", 20 * E)
+    one = metrics_of(model, stream())
+    torch.set_num_threads(threads)
+    try:
+        several = metrics_of(model, stream())
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+    for name, values in one.items():
+        assert several[name] == pytest.approx(values, rel=1e-4, abs=1e-6, nan_ok=True)
+
+
 def test_too_few_tokens_for_cka_add_nothing(tiny_model):
     model = own(tiny_model)
     whole, with_few = metrics_of(model, stream(64)), metrics_of(model, stream(64), stream(3))

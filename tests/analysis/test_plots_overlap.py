@@ -397,6 +397,13 @@ def test_a_second_model_of_a_family_is_hollow(experts, correlations):
     assert len(dots) == len(also(correlations))
 
 
+def test_each_of_four_models_of_a_family_has_its_look(experts):
+    one = experts[experts.model == "cartesian"]
+    four = pd.concat([one.assign(model=name) for name in "abcd"], ignore_index=True)
+    ax = plots.damage_against_overlap(four, "cka")
+    assert len({to_hex(points.get_facecolor()[0]) for points in ax.collections}) == 4
+
+
 def test_scatter_leaves_out_what_is_not_known(experts):
     unknown = experts.assign(cka=experts.cka.where(experts.expert > 3))
     ax = plots.damage_against_overlap(unknown, "cka")

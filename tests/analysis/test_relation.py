@@ -289,6 +289,16 @@ def test_its_table(related):
     assert related.table(metrics="cka", resamples=9).metric.tolist() == ["cka", "load"] * 3
 
 
+def test_composites_of_many_experts_do_not_fit(tiny_model, docs):
+    """Of the first few alone, heirs would not be known."""
+    model = tiny_model("cartesian", num_experts=18)
+    found = relate(model, docs, ["composite_cka", "flat_cosine"], sites="layer 0", **FEW)
+    assert found.experts.composite_cka.isna().all()
+    assert set(found.overlap.pairs.metric) == {"flat_cosine"}
+    with pytest.raises(ValueError, match="metric for cartesian is 'composite_cka'"):
+        measure_overlap(model, docs, "composite_cka", **QUIET)
+
+
 def test_one_model_and_what_is_measured_by_default(tiny_model, docs):
     found = relate(tiny_model("cartesian"), docs, sites="layer 0", **FEW)
     assert found.metrics == PREDICTORS

@@ -232,6 +232,20 @@ def test_order_and_names_do_not_matter():
     pd.testing.assert_frame_equal(base, relation(moved, "overlap", **FEW))
 
 
+def test_models_of_one_family_are_not_pooled():
+    """The second has the opposite slope."""
+    experts = frame(planted)
+    one = experts[experts.family == "cartesian"]
+    other = one.assign(model="parallel", per_mass=-one.per_mass)
+    table = relation(pd.concat([one, other], ignore_index=True), "overlap", **FEW)
+    assert table.model.drop_duplicates().tolist() == ["all", "cartesian", "parallel"]
+    assert table.family.drop_duplicates().tolist() == ["all", "cartesian"]
+    slopes = [row_of(table, model=model).r for model in ("cartesian", "parallel", "all")]
+    assert slopes == pytest.approx([-1, 1, 0], abs=1e-6)
+    with pytest.raises(ValueError, match="experts has a model called 'all'"):
+        relation(other.assign(model="all"), "overlap", **FEW)
+
+
 def test_holm_over_the_metrics_of_a_model():
     experts = frame(lambda g, E: planted(g, E, 3.0) | {"lot": g.random(E)})
     table = relation(experts, ["overlap", "lot"], **FEW)
