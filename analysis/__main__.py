@@ -126,7 +126,7 @@ def overlap(
     models: list[Path] = typer.Argument(metavar="MODEL...", help="Checkpoints or runs."),
     out: Path = typer.Option(help="Directory for tables and figures."),
     corpus: str = typer.Option("stdlib", help="A built-in corpus, or a path to text."),
-    documents: int = typer.Option(60, help="Documents to measure on.", min=1),
+    documents: int = typer.Option(60, help="Documents to measure on, at most.", min=1),
     length: int = typer.Option(256, help="Tokens of a sequence.", min=1),
     metric: list[str] = typer.Option(None, help="Of these alone; may be given several times."),
     sites: str = typer.Option(None, help='Routers, such as "layer 2"; all by default.'),

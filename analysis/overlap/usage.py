@@ -12,6 +12,12 @@ import torch
 from torch import Tensor
 
 from analysis.overlap.base import Metric, Sums
+from analysis.overlap.chance import (
+    chance_co_activation,
+    chance_jaccard,
+    chance_lift,
+    share_of_tokens,
+)
 from analysis.overlap.counts import (
     co_activation,
     co_activation_of,
@@ -67,11 +73,6 @@ def _loads(sums: Sums) -> Tensor:
     return loads_of(sums["pairs"])
 
 
-def _share_of_tokens(sums: Sums) -> Tensor:
-    """(U, E) f: the share of tokens that use the expert."""
-    return _loads(sums) / sums["tokens"][:, None]
-
-
 def _load(sums: Sums) -> Tensor:
     return _loads(sums) / _loads(sums).sum(-1, keepdim=True)
 
@@ -82,35 +83,6 @@ def _routed_weight(sums: Sums) -> Tensor:
 
 def _lift(sums: Sums) -> Tensor:
     return lift_of(sums["pairs"], sums["tokens"][:, None, None])
-
-
-def _chance(sums: Sums) -> Tensor:
-    """(U, E, E) share of tokens that would use i and j both, had experts no taste in company.
-
-    Who uses i uses m_i others; they are drawn by load: P_ij = f_i m_i f_j / sum_{l != i} f_l, mean
-    of both orders. Independence would give f_i f_j, which k experts of E drawn without replacement
-    do not reach: with even loads m_i / sum_{l != i} f_l = (k - 1) E / ((E - 1) k).
-    """
-    f_UE = _share_of_tokens(sums)
-    both_UEE = sums["pairs"] / sums["tokens"][:, None, None]
-    company_UE = both_UEE.sum(-1) - f_UE  # f_i m_i: the diagonal is f
-    drawn_UE = company_UE / (f_UE.sum(-1, keepdim=True) - f_UE)
-    one_way_UEE = drawn_UE[..., None] * f_UE[..., None, :]
-    return (one_way_UEE + one_way_UEE.mT) / 2
-
-
-def _chance_co_activation(sums: Sums) -> Tensor:
-    return _chance(sums) / _share_of_tokens(sums)[..., None]
-
-
-def _chance_lift(sums: Sums) -> Tensor:
-    f_UE = _share_of_tokens(sums)
-    return _chance(sums) / (f_UE[..., None] * f_UE[..., None, :])
-
-
-def _chance_jaccard(sums: Sums) -> Tensor:
-    f_UE, both_UEE = _share_of_tokens(sums), _chance(sums)
-    return both_UEE / (f_UE[..., None] + f_UE[..., None, :] - both_UEE)
 
 
 def _transition(sums: Sums) -> Tensor:
@@ -127,7 +99,7 @@ def _router_entropy(sums: Sums) -> Tensor:
 
 def _used_experts(sums: Sums) -> Tensor:
     """(U,) mean number of experts that a token uses."""
-    return _share_of_tokens(sums).sum(-1)
+    return share_of_tokens(sums).sum(-1)
 
 
 def _experts(sums: Sums) -> int:
@@ -176,28 +148,28 @@ METRICS = {
     "co_activation": _metric(
         "pairs",
         lambda sums: co_activation_of(sums["pairs"]),
-        _chance_co_activation,
+        chance_co_activation,
         "of the tokens that use i, the share that uses j too (OLMoE, arXiv 2409.02060, eq. 6); "
         "null: company drawn by load, without replacement",
     ),
     "lift": _metric(
         "pairs",
         _lift,
-        _chance_lift,
+        chance_lift,
         "P_ij / (P_i P_j) of using i and j; null: company drawn by load, without replacement, "
         "which is below 1",
     ),
     "jaccard": _metric(
         "pairs",
         lambda sums: jaccard_of(sums["pairs"]),
-        _chance_jaccard,
+        chance_jaccard,
         "of the tokens that use i or j, the share that uses both; null: company drawn by load, "
         "without replacement",
     ),
     "transition": _metric(
         "pairs",
         _transition,
-        _share_of_tokens,
+        share_of_tokens,
         "of the tokens that use i at the site before, the share that uses j at this one; null: j's "
         "share of all tokens",
     ),
@@ -219,7 +191,7 @@ METRICS = {
     "domain_specialization": _metric(
         "experts",
         _domain_specialization,
-        lambda sums: _share_of_tokens(sums)[..., None],
+        lambda sums: share_of_tokens(sums)[..., None],
         "of a domain's tokens, the share that uses the expert (OLMoE, arXiv 2409.02060, eq. 7); "
         "null: the share over all domains",
     ),

@@ -15,7 +15,7 @@ LABELS = {
     "cka": "debiased CKA of outputs",
     "composite_cka": "CKA of composed experts",
     "cka_permuted": "debiased CKA, tokens permuted",
-    "co_activation": "co-activation P(j | i)",
+    "co_activation": "co-activation P(j|i)",
     "lift": "lift of joint choice",
     "token_jaccard": "Jaccard of token sets",
     "token_js": "Jensen-Shannon div. of tokens",
@@ -25,7 +25,7 @@ LABELS = {
     "output_cosine": "cosine of outputs",
     "relative_distance": "relative distance of outputs",
     "substitution": "rise of loss (nats per routed token)",
-    "transition": "P(j | i)",
+    "transition": "P(j|i)",
 }
 
 
