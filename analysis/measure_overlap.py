@@ -32,10 +32,11 @@ from analysis.overlap.composite import (
 )
 from analysis.overlap.outputs import OutputStream
 from analysis.overlap.substitution import SubstitutionStream
-from analysis.overlap.tables import INDEX, KEYS, VALUES, rows_of
+from analysis.overlap.tables import KEYS, VALUES, rows_of
 from analysis.overlap.usage import UsageStream
 from analysis.probes import Labels, Probes, packs_of
 from analysis.stats.bootstrap import check_resampling
+from analysis.stats.experts import INDEX
 from analysis.sweep import routed_adapter
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import IGNORE, Sequences
@@ -71,8 +72,9 @@ def measure_overlap(
     skip_first  leave out the first token of each sequence, on which all attention dwells
 
     Routing is that of the real run, as the experts were given it. Memory does not grow with the
-    documents. Raises `ValueError` for a dense model, unknown names, metrics that do not fit the
-    model, documents without a token to measure on, and numbers out of range.
+    documents, only with the number of domains that they are of. Raises `ValueError` for a dense
+    model, unknown names, metrics that do not fit the model, documents without a token to measure
+    on, and numbers out of range.
     """
     model = routed_adapter(model)
     chosen = sites_of(model, sites)
@@ -156,9 +158,12 @@ def fits(model: Adapter, sites: list[RouterSite], name: str, metric: Metric) -> 
 
 
 def composed(model: Adapter, site: RouterSite) -> RouterSite | None:
-    """The second stage of the two-stage layer of which this site is the first; None elsewhere."""
+    """The second stage, of as many experts, of the two-stage layer of which this site is the first;
+    None elsewhere."""
     layer = [other for other in model.sites() if other.layer == site.layer]
-    return layer[1] if len(layer) == 2 and layer[0] == site else None
+    if len(layer) == 2 and layer[0] == site and layer[1].num_experts == site.num_experts:
+        return layer[1]
+    return None
 
 
 def _streams(

@@ -64,7 +64,8 @@ class Relation:
     ) -> pd.DataFrame:
         """Rank correlations within sites, given load; see `analysis.stats.relation`."""
         options = dict(resamples=resamples, confidence=confidence, seed=seed)
-        return relation(self.experts, metrics or self.metrics, damage, **options)
+        names = self.metrics if metrics is None else metrics
+        return relation(self.experts, names, damage, **options)
 
 
 def relate(
@@ -88,8 +89,8 @@ def relate(
     refill    see `expert_damage`; who takes over is what the router would decide in either case
 
     The other parameters are those of `expert_damage` and `measure_overlap`. Raises `ValueError` as
-    they do, for metrics that are not of pairs of one site, or are damage themselves, and for two
-    models of one name and train_seed.
+    they do, for metrics that are not of pairs of one site, or are damage themselves, for sites of
+    one expert, and for two models of one name and train_seed.
     """
     names = _predictors(metrics)
     check_resampling(confidence, resamples)
@@ -97,6 +98,11 @@ def relate(
     frames, heirs, overlaps = {}, [], []
     for model in models if isinstance(models, Iterable) else [models]:
         model, chosen = checked(model, docs, sites, batch_size)
+        alone = [site.name for site in chosen if site.num_experts == 1]
+        if alone:
+            raise ValueError(
+                f"{', '.join(alone)} of {model.name}: one expert, nobody can take over"
+            )
         key = model.name, model.train_seed
         if key in frames:
             raise ValueError(f"models has two called {key[0]!r} of train_seed {key[1]}; name them")

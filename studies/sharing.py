@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import analysis as an
 from analysis.measure_overlap import measure_overlap
-from analysis.overlap.tables import SHARED
 from analysis.plots.style import model_styles
+from analysis.stats.experts import SHARED
 from analysis.truth import factor_information, truth_scores
 from cartmoe import ModelConfig
 from cartmoe.factorial import Factorial

@@ -23,6 +23,7 @@ from torch import Tensor
 from analysis.overlap.base import Sums
 
 MIN_TOKENS = 4  # of one HSIC_1, which divides by T - 3
+CONSTANT = 1e-12  # of the mean's square; variance below that is rounding in fp32
 FEW = 8  # experts centred at a time: the copy of their outputs stays in the cache
 
 
@@ -70,14 +71,18 @@ def biased_cka(outputs_ETD: Tensor) -> Tensor:
 
 
 def _grams(outputs_ETD: Tensor) -> Tensor:
-    """(E, T, T) Gram matrices of outputs with mean 0 over the tokens, at least fp32."""
+    """(E, T, T) Gram matrices of outputs with mean 0 over the tokens, at least fp32; all 0 of
+    outputs that do not change but for rounding."""
     E, T, _ = outputs_ETD.shape
     dtype = torch.promote_types(outputs_ETD.dtype, torch.float32)
     grams_ETT = outputs_ETD.new_empty(E, T, T, dtype=dtype)
     for some_ETD, out_ETT in zip(outputs_ETD.split(FEW), grams_ETT.split(FEW), strict=True):
         some_ETD = some_ETD.to(dtype)
-        centred_ETD = some_ETD - some_ETD.mean(1, keepdim=True)
+        mean_E1D = some_ETD.mean(1, keepdim=True)
+        centred_ETD = some_ETD - mean_E1D
         torch.bmm(centred_ETD, centred_ETD.mT, out=out_ETT)
+        about_mean_E = out_ETT.diagonal(dim1=1, dim2=2).mean(1)
+        out_ETT[about_mean_E < CONSTANT * mean_E1D.square().sum((1, 2))] = 0
     return grams_ETT
 
 

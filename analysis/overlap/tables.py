@@ -10,7 +10,8 @@ import pandas as pd
 
 from analysis.adapters.base import Adapter
 from analysis.overlap.base import TABLES, Estimate
-from analysis.stats.pairs import INDEX, SHARED, SITE, check_choice
+from analysis.stats.experts import INDEX, SHARED, check_one_step, square
+from analysis.stats.pairs import SITE, check_choice
 from cartmoe.hooks import RouterSite
 
 KEYS = [*SITE, "metric"]
@@ -59,14 +60,10 @@ class Overlap:
         rows = rows[(rows.layer == layer) & (rows.stage == stage)]
         if rows.model.nunique() > 1 or rows.train_seed.nunique() > 1:
             raise ValueError("several models were measured; take the rows of one")
-        if "step" in rows and rows.step.nunique() > 1:
-            steps = rows.step.unique().tolist()
-            raise ValueError(f"step has several values, {steps}; take one with .at(step)")
+        check_one_step(rows)
         if "expert_i" not in rows:
             raise ValueError(f"metric is {metric!r}, which is not of pairs")
-        square = rows.pivot(index="expert_i", columns="expert_j", values=column)
-        order = sorted(square.index, key=lambda e: (e == SHARED, e))
-        return square.loc[order, [e for e in order if e in square.columns]].to_numpy()
+        return square(rows, column).to_numpy()
 
 
 def rows_of(

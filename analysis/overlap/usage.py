@@ -64,6 +64,7 @@ __all__ = [
 ]
 
 NOTHING = torch.tensor([math.nan], dtype=torch.float64)
+NO_TASTE = "null: experts without a taste in company (quasi-independence, Goodman 1968)"
 OTHER_TOKENS = "null: token labels of other documents, NaN where there is one document"
 OTHER_DOMAINS = "null: domains of other documents, NaN where there is one domain"
 TOTALS = "no interval, as classes are not kept by unit"
@@ -150,21 +151,19 @@ METRICS = {
         lambda sums: co_activation_of(sums["pairs"]),
         chance_co_activation,
         "of the tokens that use i, the share that uses j too (OLMoE, arXiv 2409.02060, eq. 6); "
-        "null: company drawn by load, without replacement",
+        f"{NO_TASTE}",
     ),
     "lift": _metric(
         "pairs",
         _lift,
         chance_lift,
-        "P_ij / (P_i P_j) of using i and j; null: company drawn by load, without replacement, "
-        "which is below 1",
+        f"P_ij / (P_i P_j) of using i and j; {NO_TASTE}, below 1",
     ),
     "jaccard": _metric(
         "pairs",
         lambda sums: jaccard_of(sums["pairs"]),
         chance_jaccard,
-        "of the tokens that use i or j, the share that uses both; null: company drawn by load, "
-        "without replacement",
+        f"of the tokens that use i or j, the share that uses both; {NO_TASTE}",
     ),
     "transition": _metric(
         "pairs",

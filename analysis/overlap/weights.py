@@ -53,12 +53,18 @@ class ExpertWeights(NamedTuple):
         """Experts of independent normal entries, each matrix with the standard deviation that it
         has here; no router. The same seed gives the same ones on every device."""
         rng = np.random.default_rng(seed)
+        return ExpertWeights(*(_normal(rng, matrix, _spread(matrix)) for matrix in self[:3]))
 
-        def drawn(matrix_EXY: Tensor) -> Tensor:
-            normal_EXY = torch.from_numpy(rng.standard_normal(matrix_EXY.shape, np.float32))
-            return normal_EXY.to(matrix_EXY) * matrix_EXY.std((1, 2), keepdim=True)
 
-        return ExpertWeights(*map(drawn, self[:3]))
+def _spread(matrix_EXY: Tensor) -> Tensor:
+    """(E, 1, 1) standard deviation of each expert's entries."""
+    return matrix_EXY.std((1, 2), keepdim=True)
+
+
+def _normal(rng: np.random.Generator, like_EXY: Tensor, spread: Tensor) -> Tensor:
+    """(E, X, Y) independent normal entries of this spread."""
+    normal_EXY = torch.from_numpy(rng.standard_normal(like_EXY.shape, np.float32))
+    return normal_EXY.to(like_EXY) * spread
 
 
 @torch.no_grad()
@@ -149,8 +155,11 @@ def effective_rank(matrix_EXY: Tensor) -> Tensor:
 
 
 def _matched_null(w: ExpertWeights) -> Tensor:
-    few = ExpertWeights(*(matrix[:NULL_EXPERTS] for matrix in w[:3]))
-    matched_EE = matched_cosine(few.reinitialized(0))
+    """Of a few experts with the root mean square of all experts' spreads: the order of experts does
+    not matter."""
+    rng = np.random.default_rng(0)
+    few = [_normal(rng, m[:NULL_EXPERTS], _spread(m).square().mean().sqrt()) for m in w[:3]]
+    matched_EE = matched_cosine(ExpertWeights(*few))
     return matched_EE[~torch.eye(len(matched_EE), dtype=torch.bool)].mean()
 
 

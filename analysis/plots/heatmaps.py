@@ -20,8 +20,9 @@ from analysis.plots.matrices import (
     ratio_scale,
     sheet,
 )
-from analysis.plots.sites import SHARED, label_of, metric_rows, one_site, square
+from analysis.plots.sites import label_of, metric_rows, one_site
 from analysis.plots.style import COLUMN_WIDTH
+from analysis.stats.experts import SHARED, square
 from analysis.stats.relation import APART
 
 RATIOS = ("lift",)  # metrics on a log scale around their null

@@ -16,8 +16,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from analysis.plots.sites import SHARED
 from analysis.plots.style import paper_style
+from analysis.stats.experts import SHARED
 
 PAGE_WIDTH = 6.8  # inches, both columns of a paper
 

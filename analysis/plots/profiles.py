@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from analysis.plots.dots import GREY
-from analysis.plots.sites import INDEX, SHARED, depth, depth_axis, label_of, metric_rows
+from analysis.plots.sites import depth, depth_axis, label_of, metric_rows
 from analysis.plots.style import canvas, model_styles
+from analysis.stats.experts import INDEX, SHARED
 from analysis.stats.pairs import CHECKPOINT
 
 TABLES = ("pairs", "experts", "sites")

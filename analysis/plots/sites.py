@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.stats.pairs import INDEX, SHARED, SITE, check_choice, check_columns
+from analysis.stats.experts import INDEX, check_one_step
+from analysis.stats.pairs import SITE, check_choice, check_columns
 
 NUMBERS = ["value", "low", "high", "null"]
 LABELS = {
@@ -54,9 +55,7 @@ def metric_rows(source: Any, metric: str, *tables: str) -> pd.DataFrame:
     measured = {name: frame for frame in frames.values() for name in frame.metric.unique()}
     check_choice(f"metric of {kinds}", metric, measured)
     rows = measured[metric][measured[metric].metric == metric]
-    if "step" in rows and rows.step.nunique() > 1:
-        steps = rows.step.unique().tolist()
-        raise ValueError(f"step has several values, {steps}; take one with .at(step)")
+    check_one_step(rows)
     return rows
 
 
@@ -83,17 +82,6 @@ def one_site(
     first = rows.iloc[0]
     checkpoint = f"{first.model} #{first.train_seed}" if seeds else first.model
     return rows, f"{checkpoint}, layer {first.layer}, stage {first.stage}"
-
-
-def square(rows: pd.DataFrame, column: str = "value") -> pd.DataFrame:
-    """Experts i by experts j of one site's pairs, a shared expert last; NaN where there is none."""
-    table = rows.pivot(index="expert_i", columns="expert_j", values=column)
-    return table.reindex(index=shared_last(table.index), columns=shared_last(table.columns))
-
-
-def shared_last(experts: Iterable[int]) -> list[Hashable]:
-    """Numbers of experts in order, that of a shared one at the end."""
-    return sorted(experts, key=lambda expert: (expert == SHARED, expert))
 
 
 def label_of(metric: str) -> str:

@@ -18,8 +18,9 @@ from analysis.plots.matrices import (
     name_experts,
     sheet,
 )
-from analysis.plots.sites import label_of, metric_rows, one_site, square
+from analysis.plots.sites import label_of, metric_rows, one_site
 from analysis.plots.style import COLUMN_WIDTH, model_styles
+from analysis.stats.experts import square
 from analysis.stats.pairs import SITE, check_columns
 
 CHOSEN = {"lowest": ("lowest estimates", True), "random": ("at random", False)}  # name, filled

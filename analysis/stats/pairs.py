@@ -17,10 +17,6 @@ UNIT = ["document_id", "sequence_id"]
 SUMS = ["num_tokens", "num_bytes", "nll_sum", "kl_sum", "num_agree"]
 OTHER = ["condition", "expects", "eval_seed", "delta_max"]
 
-# In tables of overlap: the number of a shared expert, and by table what a row is of besides a site.
-SHARED = -1
-INDEX = {"experts": ["expert"], "sites": [], "pairs": ["expert_i", "expert_j"]}
-
 # What a condition has unless it says otherwise, and what a label therefore leaves out.
 PLAIN = {"where": "all", "point": "logits", "effect": "full", "downstream": "reroute"}
 

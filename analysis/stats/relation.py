@@ -17,6 +17,7 @@ from analysis.stats.contrasts import holm
 from analysis.stats.pairs import CHECKPOINT, SITE, check_choice, check_columns
 
 DAMAGES = ("per_mass", "damage")
+PARTS = tuple(f"{damage}_" for damage in DAMAGES)  # of halves of the documents, ends of intervals
 APART = ("token_js", "relative_distance")  # metrics: the more of these, the less in common
 LOAD, ALL = "load", "all"
 ROUNDING = 1e-9  # a share of the variance below which there is none
@@ -72,7 +73,7 @@ def relation(
     metrics = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
     halves = [f"{damage}_a", f"{damage}_b"]
     check_columns("experts", experts, [*SITE, LOAD, "mass", damage, *halves, *metrics])
-    itself = [name for name in metrics if name.removesuffix("_a").removesuffix("_b") in DAMAGES]
+    itself = [name for name in metrics if name in DAMAGES or name.startswith(PARTS)]
     if itself:
         raise ValueError(f"metrics has {', '.join(itself)}, which is damage: it predicts itself")
     if (experts.model == ALL).any():
@@ -177,8 +178,11 @@ def _interval(
         return np.nan, np.nan
     rng = np.random.default_rng([seed, 1])
     counts_RC = rng.multinomial(clusters - 1, np.full(clusters, 1 / clusters), size=resamples)
-    # A resample of clusters in which nothing varies says nothing.
-    spread = np.nanstd(_fisher(_partial(np.tensordot(counts_RC, moments_CMM, 1))))
+    r_R = _partial(np.tensordot(counts_RC, moments_CMM, 1))
+    r_R = r_R[~np.isnan(r_R)]  # resamples of clusters in which nothing varies say nothing
+    if not len(r_R):
+        return np.nan, np.nan
+    spread = np.std(_fisher(r_R))
     half = spread * stdtrit(clusters - 1, (1 + confidence) / 2)
     return float(np.tanh(_fisher(r) - half)), float(np.tanh(_fisher(r) + half))
 

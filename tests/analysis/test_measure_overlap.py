@@ -9,14 +9,16 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import measure_overlap
+from analysis import measure_overlap, probes
 from analysis.adapters.base import as_adapter
 from analysis.overlap import METRICS
 from analysis.overlap.base import KINDS as METRIC_KINDS
 from analysis.overlap.base import TABLES, Metric, estimate
-from analysis.overlap.tables import KEYS, SHARED, VALUES, Overlap
+from analysis.overlap.information import js_divergence, mutual_information
+from analysis.overlap.tables import KEYS, VALUES, Overlap
 from analysis.overlap.usage import UsageStream
 from analysis.probes import Labels, packs_of
+from analysis.stats.experts import SHARED
 from cartmoe.data import IGNORE
 from cartmoe.hooks import capture_routing
 
@@ -190,6 +192,48 @@ def test_labels_are_shuffled_by_document(shard):
         assert len(list(itertools.groupby(taken))) == 4  # and documents stay in one piece
 
 
+def test_nulls_of_shuffled_labels_by_loops(model_of, shard):
+    """A label is that of the same place in another sequence, begun again where that is shorter."""
+    model, labels = model_of("smoe"), Labels.of(shard, seed=0)
+    found = measure_overlap(model, shard, ["mi_domain", "token_js"], **QUIET)
+    lengths = (shard.targets_SL != IGNORE).sum(1).tolist()
+    domains = sorted(set(shard.domain))
+    with torch.no_grad(), capture_routing(model.model) as captured:
+        model.model(shard.tokens_SL)
+    for site, (routing,) in captured.items():
+        ids_SLK = routing.ids_TK.unflatten(0, shard.tokens_SL.shape)
+        information, divergence = [], []
+        for other_S in labels.other_RS.tolist():
+            domain_EZ = torch.zeros(site.num_experts, len(domains), dtype=torch.float64)
+            token_EV = torch.zeros(site.num_experts, 13, dtype=torch.float64)
+            for sequence, other in enumerate(other_S):
+                for place in range(lengths[sequence]):
+                    token = shard.tokens_SL[other, place % lengths[other]]
+                    for expert in ids_SLK[sequence, place]:
+                        domain_EZ[expert, domains.index(shard.domain[other])] += 1
+                        token_EV[expert, token] += 1
+            information.append(mutual_information(domain_EZ).item())
+            divergence.append(js_divergence(token_EV).numpy())
+        row = found.sites.query("layer == @site.layer").squeeze()
+        assert row.null == pytest.approx(np.mean(information))
+        got_EE = found.matrix("token_js", site.layer, column="null")
+        apart = ~np.eye(site.num_experts, dtype=bool)
+        np.testing.assert_allclose(got_EE[apart], np.mean(divergence, 0)[apart])
+
+
+def test_rare_tokens_are_one_class(model_of, shard, monkeypatch):
+    monkeypatch.setattr(probes, "VOCABULARY", 3)
+    labels = Labels.of(shard, seed=0)
+    counts_V = torch.bincount(shard.tokens_SL.flatten())
+    frequent = labels.class_V < 3
+    assert labels.num_classes == 4
+    assert sorted(labels.class_V[frequent].tolist()) == [0, 1, 2]
+    assert (labels.class_V[~frequent] == 3).all()
+    assert counts_V[frequent].min() >= counts_V[~frequent].max()
+    found = measure_overlap(model_of("smoe"), shard, "mi_token", **QUIET)
+    assert found.sites[["value", "null"]].notna().all(axis=None)
+
+
 def test_no_null_where_shuffles_change_nothing(model_of, shard):
     """One document has no other labels, and documents of one domain no other domain."""
     of_tokens = ["token_jaccard", "token_js", "vocabulary_specialization", "mi_token"]
@@ -261,6 +305,17 @@ def test_transitions_between_unequal_sites_have_no_shared_expert(tiny_model, sha
         own = rows[rows.layer == layer]
         expected = set(itertools.product(range(F), range(E)))
         assert set(zip(own.expert_i, own.expert_j, strict=True)) == expected
+
+
+def test_stages_of_unequal_size_are_not_composed(tiny_model, shard):
+    model, other = (tiny_model("cartesian", num_experts=E) for E in (4, 6))
+    for block, larger in zip(model.trunk.blocks, other.trunk.blocks, strict=True):
+        if hasattr(block.ffn, "stages"):
+            block.ffn.stages[1] = larger.ffn.stages[1]
+    assert {site.num_experts for site in as_adapter(model).sites()} == {4, 6}
+    found = measure_overlap(model, shard, **QUIET)
+    measured = {*found.sites.metric, *found.pairs.metric}
+    assert not [name for name in measured if METRICS[name].kind == "composite"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Similarity of experts' outputs: planted experts, definitions with explicit sums, loops."""
 
+import copy
 from itertools import permutations
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from analysis.adapters.base import as_adapter
 from analysis.overlap.base import Probe, UnitSums, estimate, total
 from analysis.overlap.cka import hsic_sums
 from analysis.overlap.outputs import (
@@ -140,6 +142,17 @@ def test_outputs_that_are_known():
     assert relative_distance(torch.stack([x_TD, -x_TD]))[0, 1].item() == pytest.approx(2)
     assert cosine(halves_ETD)[0, 1] == 0
     assert relative_distance(halves_ETD)[0, 1].item() == pytest.approx(2**0.5)
+
+
+def test_outputs_that_do_not_change():
+    """Also of numbers whose mean is not exact in fp32."""
+    for constant in (0.0, 0.1, 0.37, 1.7):
+        outputs_ETD = torch.randn(3, 256, 64)
+        outputs_ETD[1] = constant
+        outputs_ETD[2] = 1e-3 * torch.randn(256, 64) + constant  # this one does
+        cka_EE = linear_cka(outputs_ETD)
+        assert cka_EE[1].isnan().all()
+        assert cka_EE[[0, 2]][:, [0, 2]].isfinite().all()
 
 
 def test_hidden_neurons_that_change_places():
@@ -385,6 +398,26 @@ def test_nulls(model_of, kind):
     assert ((permuted.low <= 0) & (permuted.high >= 0))[apart].mean() > 0.8
     for name in ("output_norm", "reap", "max_output"):
         assert np.isnan(found[name].null).all()
+
+
+def test_the_null_of_the_shared_expert_knows_its_spread_alone(model_of):
+    model = as_adapter(copy.deepcopy(model_of("smoe_share").model))
+    site = model.sites()[0]
+    probe = probe_of(model, site, 120)
+
+    def found():
+        stream = OutputStream(model, site, 1)
+        stream.add(probe)
+        return estimate(METRICS["cka"], stream.sums())
+
+    before = found()
+    with torch.no_grad():
+        for matrix in model.shared_weights(site):
+            order = torch.randperm(matrix.numel(), generator=torch.Generator().manual_seed(0))
+            matrix.copy_(matrix.flatten()[order].view_as(matrix))
+    after = found()
+    assert (before.value[-1] != after.value[-1])[:-1].all()
+    np.testing.assert_allclose(before.null, after.null, atol=1e-6)
 
 
 def random_null(model, site, probes) -> float:

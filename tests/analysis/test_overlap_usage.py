@@ -1,5 +1,6 @@
 """Use of experts: hand-written decisions, planted experts, and every metric against loops."""
 
+import functools
 import math
 from collections import Counter
 from itertools import pairwise
@@ -182,13 +183,19 @@ class Slow:
     def labelled(self, labels: list) -> list[tuple]:
         return [(e, x) for used, x in zip(self.used, labels, strict=True) for e in used]
 
+    @functools.cached_property
+    def taste(self) -> list[float]:
+        """a with a_i sum_{j != i} a_j = company of i, one expert after the other."""
+        company = [sum(self.both(i, j) for j in range(E) if j != i) for i in range(E)]
+        a = [math.sqrt(c) for c in company]
+        for _ in range(2000):
+            for i in range(E):
+                a[i] = company[i] / (sum(a) - a[i]) if company[i] else 0.0
+        return a
+
     def chance(self, i, j):
-        """Uses of i and j at once if company is drawn by load, mean of both orders."""
-        company = [sum(self.both(e, o) for o in range(E) if o != e) for e in (i, j)]
-        others = [sum(self.n) - self.n[e] for e in (i, j)]
-        return (
-            ratio(company[0] * self.n[j], others[0]) + ratio(company[1] * self.n[i], others[1])
-        ) / 2
+        """Uses of i and j at once if nobody had a taste in company."""
+        return min(self.taste[i] * self.taste[j], self.n[i], self.n[j])
 
     def co_activation(self):
         null = self.pairs(lambda i, j: ratio(self.chance(i, j), self.n[i]))
@@ -570,16 +577,46 @@ def test_company_at_random_is_at_its_null():
     """Two of sixteen evenly loaded experts: 1 / 15, which independence, 2 / 16, does not reach."""
     generator = torch.Generator().manual_seed(0)
     ids_TK = torch.rand(20_000, 16, generator=generator).argsort(-1)[:, :2]
-    pairs_EE = torch.eye(16, dtype=torch.float64)[ids_TK].sum(1)
-    sums = {
-        "pairs": (pairs_EE.T @ pairs_EE)[None],
-        "tokens": torch.tensor([20_000.0], dtype=torch.float64),
-    }
+    sums = company_of(ids_TK, 16)
     off = ~np.eye(16, dtype=bool)
     for name, chance in (("co_activation", 1 / 15), ("lift", 16 / 30), ("jaccard", 1 / 29)):
         value, _, _, null = (v[off] if v.ndim == 2 else v for v in estimate(METRICS[name], sums))
         close(null, chance, rtol=0.08)
         close(value.mean(), null.mean(), rtol=0.01)
+
+
+def test_company_without_a_taste_is_at_its_null_under_uneven_loads():
+    generator = torch.Generator().manual_seed(0)
+    bias_E = torch.randn(16, generator=generator)
+    gumbel_TE = -torch.empty(100_000, 16).exponential_(generator=generator).log()
+    ids_TK = (bias_E + gumbel_TE).topk(2).indices
+    assert torch.bincount(ids_TK.flatten()).max() > 5 * torch.bincount(ids_TK.flatten()).min()
+    sums = company_of(ids_TK, 16)
+    for name in ("co_activation", "lift", "jaccard"):
+        value, _, _, null = estimate(METRICS[name], sums)
+        seen = (sums["pairs"][0].numpy() > 300) & ~np.eye(16, dtype=bool)
+        close(np.median(value[seen] / null[seen]), 1, rtol=0.01)
+        close(value[seen], null[seen], rtol=0.25)
+
+
+def test_company_that_is_forced_is_its_own_null():
+    """One expert is in every pair: all that chance could do."""
+    generator = torch.Generator().manual_seed(0)
+    other_T = torch.randint(1, 16, (20_000,), generator=generator)
+    ids_TK = torch.stack([torch.zeros_like(other_T), other_T], 1)
+    value, _, _, null = estimate(METRICS["co_activation"], company_of(ids_TK, 16))
+    close(null[0, 1:], value[0, 1:], rtol=0.01)
+    close(null[1:, 0], 1, rtol=0.01)
+    others = null[1:, 1:][~np.eye(15, dtype=bool)]
+    assert (others < 0.001).all()
+    assert (null <= 1).all()
+
+
+def company_of(ids_TK: torch.Tensor, num_experts: int) -> dict[str, torch.Tensor]:
+    """What the stream would have summed up of these decisions."""
+    used_TE = torch.eye(num_experts, dtype=torch.float64)[ids_TK].sum(1)
+    tokens = torch.tensor([len(ids_TK)], dtype=torch.float64)
+    return {"pairs": (used_TE.T @ used_TE)[None], "tokens": tokens}
 
 
 def test_an_expert_for_each_domain():

@@ -216,6 +216,16 @@ def test_nulls_are_what_random_experts_have():
     assert METRICS["matched_cosine"].null(w) > 0.1
 
 
+def test_the_order_of_experts_does_not_matter_to_nulls():
+    w = draw(6, 16, 24)
+    w.gate_EFD[3:] *= 5
+    order = torch.arange(5, -1, -1)
+    other = ExpertWeights(*(matrix[order] for matrix in w[:3]))
+    for name, metric in METRICS.items():
+        if name != "router_cosine":
+            torch.testing.assert_close(metric.null(w), metric.null(other))
+
+
 def test_reinitialized_keeps_the_spread_of_each_matrix():
     w = draw(3, 40, 30)
     w.up_EFD[1] *= 5

@@ -314,6 +314,12 @@ def test_twins_have_all_in_common(twins, docs):
     np.testing.assert_allclose(first[list(found.metrics)], 1, atol=1e-5)
 
 
+def test_one_expert_has_no_heir(tiny_model, docs):
+    model = tiny_model("cartesian", num_experts=1, top_k=(1, 1))
+    with pytest.raises(ValueError, match="of cartesian: one expert, nobody can take over"):
+        relate(model, docs, **FEW)
+
+
 def test_bad_arguments(models, model_of, docs):
     with pytest.raises(ValueError, match="dense has no router"):
         expert_damage(model_of("dense"), docs)

@@ -209,8 +209,28 @@ def test_experts_without_weight_or_value_are_left_out():
     nothing = row_of(table, "other", "cartesian")
     assert nothing[["num_sites", "num_experts", "num_models", "min_seeds"]].eq(0).all()
     assert nothing[["r", "low", "high", "null_low", "p", "p_holm", "ceiling"]].isna().all()
-    alone = relation(odd[~dead], ["overlap"], **FEW)
-    assert row_of(alone).r == row_of(table).r
+    odd.loc[dead, "damage"] = 1.0  # nothing was dropped: rounding
+    for damage in ("per_mass", "damage"):
+        found, alone = (relation(rows, "overlap", damage, **FEW) for rows in (odd, odd[~dead]))
+        assert row_of(found).r == row_of(alone).r
+
+
+def test_one_cluster_less_than_there_are_is_drawn():
+    """Of two, one: half of the resamples are the one, half the other."""
+    experts = frame(lambda g, E: planted(g, E, 1.0), families=["smoe"], seeds=1, layers=2)
+    each = [row_of(relation(rows, "overlap", **FEW)).r for _, rows in experts.groupby("layer")]
+    row = row_of(relation(experts, "overlap"))
+    spread = abs(np.subtract(*np.arctanh(each))) / 2
+    half = (np.arctanh(row.high) - np.arctanh(row.low)) / 2
+    assert half == pytest.approx(12.7062 * spread, rel=1e-3)  # Student's t, one degree of freedom
+
+
+def test_no_interval_where_no_cluster_alone_says_anything():
+    """Load takes away all that four experts can tell."""
+    experts = frame(planted, families=["smoe"], seeds=1, layers=2, E=4)
+    row = row_of(relation(experts, "overlap", **FEW))
+    assert row[["low", "high"]].isna().all()
+    assert row.num_sites == 2
 
 
 def test_what_says_the_same_as_load_or_nothing():
@@ -260,13 +280,15 @@ def test_holm_over_the_metrics_of_a_model():
         (dict(metrics=["overlap", "cka"]), "table experts lacks the columns cka"),
         (dict(metrics=["damage"]), "metrics has damage, which is damage"),
         (dict(metrics=["per_mass_a"]), "metrics has per_mass_a, which is damage"),
+        (dict(metrics="damage_low"), "metrics has damage_low, which is damage"),
         (dict(metrics="overlap", confidence=1.0), "confidence is 1.0"),
         (dict(metrics="overlap", resamples=0), "resamples is 0"),
     ],
 )
 def test_bad_arguments(arguments, message):
+    experts = frame(planted, seeds=1)
     with pytest.raises(ValueError, match=message):
-        relation(frame(planted, seeds=1), **arguments)
+        relation(experts.assign(damage_low=experts.damage), **arguments)
 
 
 TRIALS = 400
