@@ -133,21 +133,24 @@ def overlap(
     probe: str = typer.Option("all", help="Tokens for outputs: all, routed or either."),
     progress: bool = typer.Option(True, help="Show progress bars."),
 ) -> None:
-    """Measure what the experts of models have in common; tables and figures."""
-    with _one_line_errors("interrupted; nothing that was measured is kept"):
+    """Measure what the experts of models have in common: tables, and figures of metrics of pairs,
+    over depth and at each model's first site."""
+    with _one_line_errors("interrupted; the same command begins again"):
         from analysis import overlap_report
-        from analysis.measure_overlap import measure_overlap
+        from analysis.measure_overlap import check_request, measure_overlap
         from analysis.models import documents as read_documents
         from analysis.overlap import Overlap
 
         loaded = overlap_report.named(models)
         asked = dict(
-            models={str(path): m.identity for path, m in zip(models, loaded, strict=True)},
+            models={f"{m.name}-s{m.train_seed}": m.identity for m in loaded},
             **dict(corpus=corpus, documents=documents, length=length),
             **dict(metrics=metric, sites=sites, probe=probe),
         )
         files = overlap_report.finished(out, asked)
         if files is None:
+            for model in loaded:  # before the first takes minutes
+                check_request(model, metric or None, sites, probe)
             limits = dict(length=length, limit=documents, max_tokens_per_document=length)
             found = []
             for model in loaded:

@@ -22,7 +22,7 @@ from analysis.intervene import calibrate
 from analysis.noise import Noise
 from analysis.perturb import GaussianNoise
 from analysis.sums import DocumentSums
-from analysis.sweep import CALIBRATION, routed_adapter
+from analysis.sweep import CALIBRATION, check_documents, routed_adapter
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Router, Routing, stable_topk
@@ -82,8 +82,7 @@ def flip_prediction(
     if not sites or place.tokens or place.positions:
         have = ", ".join(f"'{Where.parse(site)}'" for site in model.sites())
         raise ValueError(f"where is {where!r}; it must select sites, all their tokens: {have}")
-    if not len(docs):
-        raise ValueError("docs has no sequence")
+    check_documents(docs)
     stats = calibrate(model, calibration or docs[:CALIBRATION]).sites
     sums = DocumentSums("where", "sigma", "predicted_by")
     for first in range(0, len(docs), batch_size):

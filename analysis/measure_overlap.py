@@ -37,11 +37,12 @@ from analysis.overlap.usage import UsageStream
 from analysis.probes import Labels, Probes, packs_of
 from analysis.stats.bootstrap import check_resampling
 from analysis.stats.experts import INDEX
-from analysis.sweep import routed_adapter
+from analysis.sweep import check_documents, routed_adapter
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
 
+FEWEST_BATCHES = 8  # where there are as many sequences: with fewer units intervals are very wide
 DAMAGE = "function"  # the kind that is itself damage, and is measured only where it is named
 
 
@@ -66,8 +67,9 @@ def measure_overlap(
     sites       a `RouterSite`, a list of them, or "layer 2", "stage 0", ...; None: all
     probe       for metrics of expert outputs: "all" experts on the same tokens, those "routed" to
                 expert i, or to "either" of i and j
-    batch_size  sequences at a time. Batches are made of whole documents, and are what the jackknife
-                leaves out (with more than 32 of them, several at once)
+    batch_size  sequences at a time, fewer where there would be less than 8 batches. These are made
+                of whole documents, and are what the jackknife leaves out (of more than 32 several
+                at once)
     minibatch   tokens of which one HSIC of debiased CKA is made
     skip_first  leave out the first token of each sequence, on which all attention dwells
 
@@ -76,15 +78,13 @@ def measure_overlap(
     model, unknown names, metrics that do not fit the model, documents without a token to measure
     on, and numbers out of range.
     """
-    model = routed_adapter(model)
-    chosen = sites_of(model, sites)
-    wanted = _wanted(model, chosen, metrics)
-    check_choice("probe", probe, PROBES)
+    model, chosen, wanted = check_request(model, metrics, sites, probe)
     check_resampling(confidence, 1)
     check_whole("batch_size", batch_size, 1)
     check_whole("minibatch", minibatch, 4)
     check_whole("seed", seed, 0)
     _check_tokens(docs, skip_first)
+    batch_size = min(batch_size, max(1, len(docs) // FEWEST_BATCHES))
     packs = list(packs_of(docs, batch_size, seed))
     units = min(len(packs), MAX_UNITS)
     labels = Labels.of(docs, seed)
@@ -109,6 +109,17 @@ def measure_overlap(
     return _tables(model, wanted, streams, labels, units, len(packs), confidence)
 
 
+def check_request(
+    model: object, metrics: str | Sequence[str] | None, sites: Any, probe: str
+) -> tuple[Adapter, list[RouterSite], list[str]]:
+    """The model as a model under study, its sites and names of metrics that were asked for; raises
+    as `measure_overlap`."""
+    model = routed_adapter(model)
+    chosen = sites_of(model, sites)
+    check_choice("probe", probe, PROBES)
+    return model, chosen, _wanted(model, chosen, metrics)
+
+
 def sites_of(model: Adapter, sites: Any) -> list[RouterSite]:
     """The routers that were asked for, as `measure_overlap` takes them; `ValueError` for none."""
     if sites is None:
@@ -123,8 +134,7 @@ def sites_of(model: Adapter, sites: Any) -> list[RouterSite]:
 
 
 def _check_tokens(docs: Sequences, skip_first: bool) -> None:
-    if not len(docs):
-        raise ValueError("docs has no sequence")
+    check_documents(docs)
     if not (docs.targets_SL[:, int(skip_first) :] != IGNORE).any():
         rest = ": skip_first leaves out the first of each sequence" if skip_first else ""
         raise ValueError(f"docs has no token to measure on, which is one with a target{rest}")

@@ -40,7 +40,10 @@ def named(paths: Sequence[Path]) -> list[Adapter]:
     again = Counter((model.name, model.train_seed) for model in models)
     for (name, seed), number in again.items():
         if number > 1:
-            raise ValueError(f"MODEL has {number} called {name!r} of train_seed {seed}")
+            raise ValueError(
+                f"MODEL has {number} called {name!r} of train_seed {seed}; give each once, from "
+                "folders of different names"
+            )
     return models
 
 
@@ -55,8 +58,12 @@ def finished(out: Path, asked: dict[str, Any]) -> list[Path] | None:
         return None
     there = out / MANIFEST
     known = json.loads(there.read_text()) if there.is_file() else {}
-    if any(known.get(name) != value for name, value in json.loads(json.dumps(asked)).items()):
-        raise ValueError(f"out is {str(out)!r}, which holds other results; choose another")
+    now = json.loads(json.dumps(asked))
+    other = [name for name, value in now.items() if known.get(name) != value]
+    if other:
+        raise ValueError(
+            f"out is {str(out)!r}, which holds other results ({', '.join(other)}); choose another"
+        )
     files = sorted(path for path in out.rglob("*.*") if path.is_file())
     return files if known["finished"] else None
 

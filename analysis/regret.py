@@ -26,7 +26,7 @@ from analysis.perturb import GumbelNoise
 from analysis.perturb.base import Perturbation, set_number
 from analysis.perturb.decisions import where_tokens
 from analysis.sums import DocumentSums
-from analysis.sweep import routed_adapter
+from analysis.sweep import check_documents, routed_adapter
 from analysis.tabulate import MAX_BYTES, Table
 from cartmoe.config import check_whole
 from cartmoe.data import IGNORE, Sequences
@@ -109,8 +109,7 @@ def regret(
     site = _one_site(model, site)
     for name, number in {"n": n, "every": every}.items():
         check_whole(name, number, 1)
-    if not len(docs):
-        raise ValueError("docs has no sequence")
+    check_documents(docs)
     sizes = sorted({*(2**i for i in range(n.bit_length())), n})
     sums = DocumentSums("n")
     starts = range(0, len(docs), batch_size)

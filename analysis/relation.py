@@ -92,6 +92,8 @@ def relate(
     they do, for metrics that are not of pairs of one site, or are damage themselves, for sites of
     one expert, and for two models of one name and train_seed.
     """
+    if isinstance(models, Mapping | str):
+        raise ValueError(f"models is a {type(models).__name__}; give models, or a list of them")
     names = _predictors(metrics)
     check_resampling(confidence, resamples)
     options = dict(confidence=confidence, resamples=resamples, seed=seed)
@@ -117,7 +119,8 @@ def relate(
             columns = {name: _with_heirs(clean, overlaps[-1], name) for name in own}
             frames[key] = frames[key].assign(**columns)
     if not overlaps:
-        raise ValueError(f"metrics is {metrics!r}, and models has none that they fit")
+        fit = "none that they fit" if frames else "none at all"
+        raise ValueError(f"metrics is {metrics!r}, and models has {fit}")
     experts, heirs = (pd.concat(f, ignore_index=True) for f in (frames.values(), heirs))
     return Relation(experts, heirs, Overlap.join(overlaps), names)
 

@@ -25,7 +25,7 @@ from analysis.measure_overlap import sites_of
 from analysis.perturb import DropExperts
 from analysis.stats.bootstrap import check_resampling, intervals
 from analysis.stats.pairs import SITE
-from analysis.sweep import routed_adapter
+from analysis.sweep import check_documents, routed_adapter
 from analysis.trace import clean_routing
 from cartmoe.config import check_whole
 from cartmoe.data import IGNORE, Sequences
@@ -93,8 +93,7 @@ def checked(
     """The model as a model under study, and its sites that were asked for."""
     model = routed_adapter(model)
     check_whole("batch_size", batch_size, 1)
-    if not len(docs):
-        raise ValueError("docs has no sequence")
+    check_documents(docs)
     return model, sites_of(model, sites)
 
 

@@ -23,7 +23,7 @@ from analysis.perturb import Perturbation
 from analysis.perturb.base import set_number
 from analysis.probes import routed_tokens
 from analysis.stats.bootstrap import Intervals, check_resampling, intervals
-from analysis.stats.pairs import SITE
+from analysis.stats.pairs import SITE, check_columns
 from analysis.sweep import routed_adapter
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import Sequences
@@ -140,6 +140,7 @@ def calibration(frame: pd.DataFrame) -> pd.DataFrame:
     those, and its standard error mean_measured_se (0 if all were measured). Where none were drawn
     at random, all of it speaks of the lowest alone and mean_measured_se is NaN.
     """
+    check_columns("pairs of substitution", frame, [*SITE, "downstream", "chosen", "probability"])
     groups = frame.groupby([*SITE, "downstream"], sort=False)
     keys = [*SITE, "downstream"]
     return pd.DataFrame([dict(zip(keys, key, strict=True)) | _calibrate(f) for key, f in groups])

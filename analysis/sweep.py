@@ -69,8 +69,16 @@ def routed_adapter(model: object) -> Adapter:
     """The model as a model under study; `ValueError` if it is dense."""
     model = as_adapter(model)
     if not model.sites():
-        raise ValueError(f"{model.name} has no router to perturb: it is dense")
+        raise ValueError(f"{model.name} has no router: it is dense")
     return model
+
+
+def check_documents(docs: Sequences) -> None:
+    """Raise `ValueError` unless these are sequences of documents, at least one."""
+    if not isinstance(docs, Sequences):
+        raise ValueError(f"docs is a {type(docs).__name__}; give what analysis.documents returns")
+    if not len(docs):
+        raise ValueError("docs has no sequence")
 
 
 def conditions_of(

@@ -25,7 +25,7 @@ from analysis.overlap import Overlap
 from analysis.overlap.base import MAX_UNITS, Metric, Sums, UnitSums, estimate
 from analysis.overlap.counts import saturation_of
 from analysis.stats.bootstrap import check_resampling
-from analysis.sweep import Asked, routed_adapter, sweep
+from analysis.sweep import Asked, check_documents, routed_adapter, sweep
 from analysis.trace import clean_routing
 from cartmoe.checkpoint import run_checkpoints, step_of
 from cartmoe.config import check_choice, check_whole
@@ -133,8 +133,7 @@ def _used(
 
 def _units(docs: Sequences) -> dict[str, int]:
     """For each document the unit that it is left out with."""
-    if not len(docs):
-        raise ValueError("docs has no sequence")
+    check_documents(docs)
     return {d: number % MAX_UNITS for number, d in enumerate(dict.fromkeys(docs.document_id))}
 
 

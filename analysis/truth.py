@@ -18,7 +18,7 @@ from analysis.overlap.tables import KEYS, Overlap
 from analysis.probes import routed_tokens
 from analysis.stats.bootstrap import CHUNK, check_resampling
 from analysis.stats.relation import APART
-from analysis.sweep import routed_adapter
+from analysis.sweep import check_documents, routed_adapter
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import Sequences
 from cartmoe.factorial import Factorial
@@ -55,6 +55,14 @@ def shared_truth(profile_EZ: pd.DataFrame, factorial: Factorial) -> pd.DataFrame
     return pd.DataFrame(shared_EE, profile_EZ.index, profile_EZ.index)
 
 
+def _corpus(factorial: Factorial | str) -> Factorial:
+    if isinstance(factorial, Factorial):
+        return factorial
+    name, _, options = str(factorial).partition(":")
+    check_choice("factorial", name, ["factorial", "factorial:OPTIONS"])
+    return Factorial.parse(options)
+
+
 def _numbers(domains: Iterable[str], factorial: Factorial) -> np.ndarray:
     known = {domain: number for number, domain in enumerate(factorial.domains)}
     domains = list(domains)
@@ -65,7 +73,7 @@ def _numbers(domains: Iterable[str], factorial: Factorial) -> np.ndarray:
 
 def truth_scores(
     overlap: Overlap,
-    factorial: Factorial,
+    factorial: Factorial | str,
     metrics: str | Sequence[str] | None = None,
     *,
     resamples: int = 9999,
@@ -73,7 +81,8 @@ def truth_scores(
 ) -> pd.DataFrame:
     """How well metrics of pairs order the pairs of experts by what their domains share.
 
-    overlap    of documents of the corpus `factorial`, with "domain_specialization"
+    overlap    of documents of the corpus, with "domain_specialization"
+    factorial  the corpus, or its name, as `analysis.documents` takes it
     metrics    names; None: all of pairs of one site's experts
 
     A row a checkpoint, site and metric: model, family, train_seed, layer, stage, metric, score,
@@ -85,6 +94,11 @@ def truth_scores(
     corpus does not have, and a site without "domain_specialization".
     """
     check_resampling(0.95, resamples)
+    factorial = _corpus(factorial)
+    if not isinstance(overlap, Overlap):
+        raise ValueError(f"overlap is a {type(overlap).__name__}; give that of measure_overlap")
+    if PROFILE not in set(overlap.experts.metric):
+        raise ValueError(f"overlap lacks the metric {PROFILE!r}; measure it too")
     shared = {site: shared_truth(p_EZ, factorial) for site, p_EZ in profiles(overlap).items()}
     pairs = overlap.pairs[overlap.pairs.metric.isin(_wanted(overlap, metrics))]
     rows = []
@@ -154,7 +168,7 @@ def _unit(rank_RP: np.ndarray) -> np.ndarray:
 def factor_information(
     model: object,
     docs: Sequences,
-    factorial: Factorial,
+    factorial: Factorial | str,
     *,
     shuffles: int = 999,
     seed: int = 0,
@@ -173,11 +187,10 @@ def factor_information(
     are not independent, so Miller-Madow takes away too little: what counts is the distance from the
     null. Raises `ValueError` for a dense model, no documents, and domains of another corpus.
     """
-    model = routed_adapter(model)
+    model, factorial = routed_adapter(model), _corpus(factorial)
     check_whole("shuffles", shuffles, 1)
     check_whole("batch_size", batch_size, 1)
-    if not len(docs):
-        raise ValueError("docs has no sequence")
+    check_documents(docs)
     _, first_D, document_S = np.unique(docs.document_id, return_index=True, return_inverse=True)
     domain_D = _numbers([docs.domain[s] for s in first_D], factorial)
     of_document_DS = np.arange(len(first_D))[:, None] == document_S

@@ -46,6 +46,7 @@ RECIPE = dict(batch_size=16, length=128, learning_rate=4e-3, precision="fp32")
 DOCUMENTS = dict(length=128, limit=96, max_tokens_per_document=128)
 METRICS = ["cka", "matched_cosine", "token_js", "lift", "domain_specialization"]
 KEYS = ["level", "model", "family", "train_seed"]
+LINE = ["quantity", "model", "family"]
 TABLES = ("damage", "pairs", "experts", "truth", "factors")
 PANELS = {
     "DropTop(1)": "damage of DropTop(1), nats",
@@ -97,9 +98,11 @@ def main(
     }
     tables["summary"] = summary(tables)
     tables["curves"] = curves(tables["summary"])
+    tables["differences"] = differences(tables["summary"])
     write(tables, out)
     an.plots.save(figure(tables["curves"]), out / "sharing")
-    typer.echo(tables["curves"].to_string(index=False, float_format="{:.3f}".format))
+    for name in ("curves", "differences"):
+        typer.echo(tables[name].to_string(index=False, float_format="{:.3f}".format))
     typer.echo(f"Everything is in {out}")
 
 
@@ -166,7 +169,18 @@ def summary(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
     """Means over training seeds with Student's 95 % interval, NaN with a single seed."""
-    keys = ["quantity", "model", "family", "level"]
+    return _over_seeds(rows, [*LINE, "level"])
+
+
+def differences(rows: pd.DataFrame) -> pd.DataFrame:
+    """The greatest level less the least, seed by seed, as levels of a seed have the same tables of
+    text: mean with Student's 95 % interval."""
+    levels = rows.pivot(index=[*LINE, "train_seed"], columns="level", values="value")
+    change = levels[levels.columns.max()] - levels[levels.columns.min()]
+    return _over_seeds(change.rename("value").reset_index(), LINE)
+
+
+def _over_seeds(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     found = rows.groupby(keys, sort=False).value.agg(["mean", "std", "count"]).reset_index()
     half = found["std"] / found["count"] ** 0.5 * stdtrit(found["count"] - 1, 0.975)
     return found.assign(low=found["mean"] - half, high=found["mean"] + half)
@@ -189,7 +203,7 @@ def figure(found: pd.DataFrame):
         for ax in axes[-1]:
             ax.set_xlabel("share common to all domains")
         handles, labels = axes.flat[0].get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside upper center", ncols=3)
+        drawing.legend(handles, labels, loc="outside upper center", ncols=3, handlelength=2.8)
     return drawing
 
 

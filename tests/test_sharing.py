@@ -67,6 +67,20 @@ def test_means_over_pairs_then_over_seeds(sharing):
     )
 
 
+def test_differences_are_seed_by_seed(sharing):
+    """Seeds lie far apart; what the level changes does not."""
+    rows = [
+        dict(quantity="cka", model="m", family="cartesian", train_seed=seed, level=level)
+        | dict(value=10.0 * seed + level * (1 + 0.1 * seed))
+        for seed in range(3)
+        for level in (0.8, 0.4, 0.0)
+    ]
+    (found,) = sharing.differences(pd.DataFrame(rows)).to_dict("records")
+    assert found["mean"] == pytest.approx(0.8 * 1.1)
+    half = 4.302653 * 0.08 / np.sqrt(3)
+    assert (found["low"], found["high"]) == pytest.approx((0.88 - half, 0.88 + half))
+
+
 @pytest.mark.slow
 def test_as_a_whole_and_once_more(sharing, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CARTMOE_CACHE", str(tmp_path / "cache"))

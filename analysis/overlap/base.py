@@ -10,7 +10,7 @@ Shapes: U units, E experts, T tokens, D model, K slots, R shuffles.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,25 @@ PROBES = ("all", "routed", "either")
 MAX_UNITS = 32  # so that sums do not grow with the documents
 # By name (U, ...), fp64 on the CPU; what is summed adds over units. (1, ...): of all together.
 Sums = Mapping[str, Tensor]
+
+
+def tensor_of(name: str, values: Any, dimensions: str) -> Tensor:
+    """A tensor, or an array as one (copied: those of serving engines may be read-only).
+
+    Raises `ValueError` naming the parameter for other things, and unless it has these dimensions,
+    such as "experts, tokens"; "..." in front stands for any more.
+    """
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.from_numpy(np.array(values))
+        except (TypeError, ValueError):
+            found = type(values).__name__
+            raise ValueError(f"{name} is a {found}; give numbers ({dimensions})") from None
+    names = dimensions.split(", ")
+    more = names[0] == "..."
+    if values.ndim != len(names) and not (more and values.ndim >= len(names) - 1):
+        raise ValueError(f"{name} has shape {tuple(values.shape)}; it must be ({dimensions})")
+    return values
 
 
 class Metric(NamedTuple):

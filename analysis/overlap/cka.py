@@ -20,7 +20,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from analysis.overlap.base import Sums
+from analysis.overlap.base import Sums, tensor_of
 
 MIN_TOKENS = 4  # of one HSIC_1, which divides by T - 3
 CONSTANT = 1e-12  # of the mean's square; variance below that is rounding in fp32
@@ -30,7 +30,8 @@ FEW = 8  # experts centred at a time: the copy of their outputs stays in the cac
 @torch.no_grad()
 def hsic(outputs_ETD: Tensor) -> Tensor:
     """(E, E) fp64 HSIC_1 of each pair with linear kernels, unbiased at any T from 4 on. May be
-    negative. Raises `ValueError` for fewer tokens."""
+    negative. Raises `ValueError` for fewer tokens, and other shapes than (E, T, D)."""
+    outputs_ETD = tensor_of("outputs_ETD", outputs_ETD, "experts, tokens, dimensions")
     T = outputs_ETD.shape[1]
     if T < MIN_TOKENS:
         raise ValueError(f"outputs_ETD has {T} tokens; HSIC_1 needs at least {MIN_TOKENS}")
@@ -59,6 +60,7 @@ def linear_cka(outputs_ETD: Tensor) -> Tensor:
 def biased_cka(outputs_ETD: Tensor) -> Tensor:
     """(E, E) plain linear CKA (arXiv 1905.00414). Warns each time: unless there are many
     times more tokens than dimensions, independent outputs are far above 0."""
+    outputs_ETD = tensor_of("outputs_ETD", outputs_ETD, "experts, tokens, dimensions")
     T, D = outputs_ETD.shape[1:]
     warnings.warn(
         f"biased CKA is far above 0 for unrelated outputs unless T >> D; here T is {T} and D {D}. "

@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from analysis.overlap.base import tensor_of
+from cartmoe.config import check_whole
 
 CHUNK = 2**20  # tokens; fp32 counts are exact below 2^24
 
@@ -24,21 +26,23 @@ def used_mask(ids_TK: Any, num_experts: int, weights_TK: Any = None) -> Tensor:
     """(T, E) bool: the experts that each token uses; without weights, all that stand there.
 
     Raises `ValueError` for ids that are not (T, K) whole numbers from 0 to E - 1, and for weights
-    of another shape.
+    of another shape, or that are NaN.
     """
-    ids_TK = _tensor(ids_TK)
-    if ids_TK.ndim != 2 or ids_TK.is_floating_point():
-        found = f"{ids_TK.dtype} of shape {tuple(ids_TK.shape)}"
-        raise ValueError(f"ids_TK is {found}; give whole numbers (tokens, slots)")
+    check_whole("num_experts", num_experts, 1)
+    ids_TK = tensor_of("ids_TK", ids_TK, "tokens, slots")
+    if ids_TK.is_floating_point() or ids_TK.dtype == torch.bool:
+        raise ValueError(f"ids_TK is of {ids_TK.dtype}; give whole numbers (tokens, slots)")
     ids_TK = ids_TK.long()
     if ids_TK.numel() and not 0 <= ids_TK.min() <= ids_TK.max() < num_experts:
         found = f"{ids_TK.min()} to {ids_TK.max()}"
         raise ValueError(f"ids_TK has {found}; with {num_experts} experts, 0 to {num_experts - 1}")
     if weights_TK is not None:
-        weights_TK = _tensor(weights_TK)
+        weights_TK = tensor_of("weights_TK", weights_TK, "tokens, slots")
         if weights_TK.shape != ids_TK.shape:
             shapes = f"{tuple(weights_TK.shape)}; ids_TK has {tuple(ids_TK.shape)}"
             raise ValueError(f"weights_TK has shape {shapes}: give a weight for each id")
+        if weights_TK.isnan().any():
+            raise ValueError(f"weights_TK has {int(weights_TK.isnan().sum())} that are NaN")
         ids_TK = ids_TK.masked_fill(weights_TK.to(ids_TK.device) == 0, num_experts)
     nobody_TE = torch.zeros(len(ids_TK), num_experts + 1, dtype=torch.bool, device=ids_TK.device)
     return nobody_TE.scatter_(-1, ids_TK, True)[:, :num_experts]
@@ -82,6 +86,7 @@ def transition(
     """(F, E) fp64 n_ij / n_i: of the tokens that use i at the site before, the share that uses j at
     this one, over all pairs; NaN where i is never used. Raises as `used_mask`."""
     before_TF = used_mask(ids_before_TJ, num_experts_before, weights_before_TJ)
+    _check_tokens(ids_before_TJ=before_TF, ids_TK=ids_TK)
     pairs_FE = pair_counts(before_TF, used_mask(ids_TK, num_experts, weights_TK))
     return pairs_FE / before_TF.sum(0).double()[:, None]
 
@@ -100,6 +105,7 @@ def saturation(
     """
     used_TE = used_mask(ids_TK, num_experts, weights_TK)
     final_TE = used_mask(final_ids_TK, num_experts, final_weights_TK)
+    _check_tokens(ids_TK=used_TE, final_ids_TK=final_TE)
     return saturation_of(used_TE, final_TE)
 
 
@@ -111,6 +117,7 @@ def saturation_of(used_TE: Tensor, final_TE: Tensor) -> Tensor:
 def gini(load_E: Tensor) -> Tensor:
     """(...) of loads (..., E): mean |x_i - x_j| over all pairs / twice the mean; 0 for even loads,
     1 - 1 / E if one expert has all."""
+    load_E = tensor_of("load_E", load_E, "..., experts")
     E = load_E.shape[-1]
     rank_E = torch.arange(1, E + 1, device=load_E.device)
     sorted_E = load_E.double().sort(-1).values
@@ -120,12 +127,14 @@ def gini(load_E: Tensor) -> Tensor:
 def max_vio(load_E: Tensor) -> Tensor:
     """(...) of loads (..., E): the largest over the mean, less 1 (MaxVio, arXiv 2408.15664); 0
     for even loads, E - 1 if one expert has all."""
+    load_E = tensor_of("load_E", load_E, "..., experts")
     return load_E.amax(-1) / load_E.double().mean(-1) - 1
 
 
 def load_entropy(load_E: Tensor) -> Tensor:
     """(...) of loads (..., E): entropy of their shares / log E; 1 for even loads, 0 if one expert
     has all, NaN for a single expert."""
+    load_E = tensor_of("load_E", load_E, "..., experts")
     share_E = load_E.double() / load_E.sum(-1, keepdim=True)
     return torch.special.entr(share_E).sum(-1) / math.log(load_E.shape[-1])
 
@@ -166,6 +175,8 @@ def _own_pairs(ids_TK: Any, num_experts: int, weights_TK: Any) -> Tensor:
     return pair_counts(used_TE, used_TE)
 
 
-def _tensor(values: Any) -> Tensor:
-    """Arrays are copied: those of serving engines may be read-only."""
-    return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+def _check_tokens(**ids: Any) -> None:
+    """Raise `ValueError` with both names and lengths unless there are as many tokens."""
+    (first, a), (second, b) = ids.items()
+    if len(a) != len(b):
+        raise ValueError(f"{first} has {len(a)} tokens, {second} {len(b)}; give the same ones")

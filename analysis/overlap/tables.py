@@ -37,10 +37,23 @@ class Overlap:
 
     @classmethod
     def join(cls, overlaps: Sequence[Overlap]) -> Overlap:
-        """Of several models as one."""
+        """Of several models as one. Raises `ValueError` for none, and for two of one name and
+        train_seed of which the same was measured."""
+        if not overlaps:
+            raise ValueError("overlaps is empty: there is nothing to join")
         tables = {name: [getattr(o, name) for o in overlaps] for name in TABLES}
         tables = {name: [t for t in own if not t.empty] or own for name, own in tables.items()}
-        return cls(**{name: pd.concat(own, ignore_index=True) for name, own in tables.items()})
+        joined = {name: pd.concat(own, ignore_index=True) for name, own in tables.items()}
+        for table, rows in joined.items():
+            keys = [k for k in (*KEYS, *INDEX[table], "domain", "step") if k in rows]
+            twice = rows[rows.duplicated(keys)]
+            if len(twice):
+                first = twice.iloc[0]
+                raise ValueError(
+                    f"overlaps has two of {first.model!r}, train_seed {first.train_seed}, with the "
+                    "same metrics; load one under another name"
+                )
+        return cls(**joined)
 
     def table(self, metric: str) -> pd.DataFrame:
         """The rows of one metric; `ValueError` with those that were measured for another."""

@@ -7,11 +7,13 @@ Shapes: U units, E experts, T tokens, D model.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from analysis.doses import DenseRouting
-from analysis.overlap.base import Sums
+from analysis.overlap.base import Sums, tensor_of
 from cartmoe.routing import Routing
 
 
@@ -28,13 +30,13 @@ def relative_distance(outputs_ETD: Tensor) -> Tensor:
 
 def output_norm(outputs_ETD: Tensor) -> Tensor:
     """(E,) mean over tokens of ||f_i||."""
-    return outputs_ETD.double().norm(dim=-1).mean(1)
+    return _outputs(outputs_ETD).double().norm(dim=-1).mean(1)
 
 
 def max_output(outputs_ETD: Tensor) -> Tensor:
     """(E,) the largest |output| over tokens and dimensions: it stands out for "super experts"
     (arXiv 2507.23279)."""
-    return outputs_ETD.abs().amax((1, 2))
+    return _outputs(outputs_ETD).abs().amax((1, 2))
 
 
 def reap(outputs_ETD: Tensor, routing: Routing) -> Tensor:
@@ -47,7 +49,7 @@ def reap(outputs_ETD: Tensor, routing: Routing) -> Tensor:
 def vector_sums(outputs_ETD: Tensor) -> dict[str, Tensor]:
     """(E, E) sums over tokens of cosines, inner products and mean squared norms of two outputs, and
     the number of tokens. fp64: for the distance of two that are nearly the same."""
-    outputs_TED = outputs_ETD.double().transpose(0, 1)
+    outputs_TED = _outputs(outputs_ETD).double().transpose(0, 1)
     inner_TEE = outputs_TED @ outputs_TED.mT
     square_TE = inner_TEE.diagonal(dim1=1, dim2=2)
     scale_TE = square_TE.clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
@@ -63,13 +65,17 @@ def vector_sums(outputs_ETD: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def expert_sums(outputs_ETD: Tensor, weights_TE: Tensor) -> dict[str, Tensor]:
     """(E,) sums over tokens for the experts by themselves."""
-    norm_TE = outputs_ETD.double().norm(dim=-1).T
+    norm_TE = _outputs(outputs_ETD).double().norm(dim=-1).T
     return {
         "norm": norm_TE.sum(0),
         "probed": torch.full_like(norm_TE[0], len(norm_TE)),
         "weighted": (weights_TE * norm_TE).sum(0),
         "routed": (weights_TE != 0).sum(0),
     }
+
+
+def _outputs(values: Any) -> Tensor:
+    return tensor_of("outputs_ETD", values, "experts, tokens, dimensions")
 
 
 def cosine_of(sums: Sums) -> Tensor:

@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from analysis.adapters.base import Adapter
-from analysis.overlap.base import Metric
+from analysis.overlap.base import Metric, tensor_of
 from analysis.overlap.cores import on_cores
 from cartmoe.hooks import RouterSite
 
@@ -30,7 +30,8 @@ NULL_EXPERTS = 4  # re-initialised ones; all of their 6 pairs make the null of t
 class ExpertWeights(NamedTuple):
     """Projections of the experts of one site; router_ED where logits are inner products with it.
 
-    A shared expert may stand last; the router has no row for it.
+    A shared expert may stand last; the router has no row for it. Functions below take arrays too,
+    and raise `ValueError` for shapes that do not fit and for weights that are not finite.
     """
 
     gate_EFD: Tensor
@@ -70,7 +71,7 @@ def _normal(rng: np.random.Generator, like_EXY: Tensor, spread: Tensor) -> Tenso
 @torch.no_grad()
 def flat_cosine(w: ExpertWeights) -> Tensor:
     """(E, E) cosines of all weights of an expert as one vector: blind to symmetries."""
-    flat = [matrix.float().flatten(1) for matrix in w[:3]]
+    flat = [matrix.float().flatten(1) for matrix in _checked(w)]
     return _normalized(sum(matrix @ matrix.T for matrix in flat))
 
 
@@ -79,7 +80,7 @@ def router_cosine(w: ExpertWeights) -> Tensor:
     """(E, E) cosines of the router's rows. Raises `ValueError` where there are none."""
     if w.router_ED is None:
         raise ValueError("router_ED is None: this router has no rows to compare")
-    rows_ED = w.router_ED.float()
+    rows_ED = tensor_of("router_ED", w.router_ED, "experts, model").float()
     return _normalized(rows_ED @ rows_ED.T)
 
 
@@ -97,14 +98,10 @@ def matched_cosine(w: ExpertWeights) -> Tensor:
 
     Neurons are balanced, ||u|| = ||d||. Then n of one expert and m of another have similarity
     g_n . g_m + |u_n . u_m + d_n . d_m|; the one matching that makes the sum over neurons largest
-    (Hungarian method) is divided by the root of both experts' own sums. Raises `ValueError` for
-    weights that are not finite.
+    (Hungarian method) is divided by the root of both experts' own sums.
     """
-    gate_EFD, rest_EFC = _balanced(w)
+    gate_EFD, rest_EFC = _balanced(*_checked(w))
     square_E = sum(part.square().sum((1, 2)) for part in (gate_EFD, rest_EFC))
-    bad = (~square_E.isfinite()).nonzero()[:, 0].tolist()
-    if bad:
-        raise ValueError(f"weights are not finite: those of experts {', '.join(map(str, bad))}")
     E = len(square_E)
 
     def matched(pair: tuple[int, int]) -> list[float]:
@@ -125,13 +122,38 @@ def matched_cosine(w: ExpertWeights) -> Tensor:
     return _normalized(sum_EE)
 
 
-def _balanced(w: ExpertWeights) -> tuple[Tensor, Tensor]:
+def _checked(w: ExpertWeights) -> list[Tensor]:
+    """gate (E, F, D), up (E, F, D), down (E, D, F); see `ExpertWeights` for errors."""
+    if not isinstance(w, ExpertWeights):
+        found = type(w).__name__
+        raise ValueError(f"w is a {found}; give ExpertWeights(gate_EFD, up_EFD, down_EDF)")
+    names = ("experts, neurons, model",) * 2 + ("experts, model, neurons",)
+    fields = zip(w._fields, w[:3], names, strict=False)
+    matrices = [tensor_of(*field) for field in fields]
+    gate, up, down = (tuple(matrix.shape) for matrix in matrices)
+    if not gate == up == (down[0], down[2], down[1]):
+        raise ValueError(
+            f"gate_EFD, up_EFD, down_EDF have shapes {gate}, {up}, {down}; they must be twice "
+            "(experts, neurons, model), and (experts, model, neurons)"
+        )
+    for matrix in matrices:
+        _check_finite(matrix)
+    return matrices
+
+
+def _check_finite(matrix_EXY: Tensor) -> None:
+    bad = (~matrix_EXY.float().square().sum((1, 2)).isfinite()).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(f"weights are not finite: those of experts {', '.join(map(str, bad))}")
+
+
+def _balanced(gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> tuple[Tensor, Tensor]:
     """gate (E, F, D), and up and down (E, F, 2 D) with equal norms; a neuron of which one is 0
     computes nothing, and has zeros for both."""
-    up_EFD, down_EFD = w.up_EFD.float(), w.down_EDF.float().mT
+    up_EFD, down_EFD = up_EFD.float(), down_EDF.float().mT
     norm_EF1 = (up_EFD.norm(dim=-1, keepdim=True) * down_EFD.norm(dim=-1, keepdim=True)).sqrt()
     sides = [nn.normalize(side, dim=-1) * norm_EF1 for side in (up_EFD, down_EFD)]
-    return w.gate_EFD.float(), torch.cat(sides, -1)
+    return gate_EFD.float(), torch.cat(sides, -1)
 
 
 def _assigned(similarity_FF: Tensor) -> float:
@@ -149,7 +171,10 @@ def _assigned(similarity_FF: Tensor) -> float:
 @torch.no_grad()
 def effective_rank(matrix_EXY: Tensor) -> Tensor:
     """(E,) exp of the entropy, in nats, of singular values divided by their sum (Roy and Vetterli,
-    EUSIPCO 2007): 1 to min(X, Y), NaN of a matrix of zeros."""
+    EUSIPCO 2007): 1 to min(X, Y), NaN of a matrix of zeros. Raises `ValueError` for matrices that
+    are not finite."""
+    matrix_EXY = tensor_of("matrix_EXY", matrix_EXY, "experts, rows, columns")
+    _check_finite(matrix_EXY)
     values_ES = torch.linalg.svdvals(matrix_EXY.float()).double()
     return torch.special.entr(values_ES / values_ES.sum(-1, keepdim=True)).sum(-1).exp()
 

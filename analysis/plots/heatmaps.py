@@ -78,7 +78,8 @@ def overlap_heatmap(
             name_experts(ax, "y", table.index, f"expert i{where}" if ax is axes[0] else "")
             if len(panels) == 2:
                 ax.set_title(name)
-        color_bar(image, axes, label_of(metric))
+        white = "\n(white: median of the null)" if metric in RATIOS else ""
+        color_bar(image, axes, label_of(metric) + white)
         figure.suptitle(title, fontsize=8)
     return figure
 

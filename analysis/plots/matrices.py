@@ -95,8 +95,11 @@ def name_experts(ax: Axes, axis: str, experts: Sequence[int], text: str) -> None
 
 
 def color_bar(image: AxesImage, axes: Sequence[Axes] | Axes, text: str, **place: Any) -> Colorbar:
-    """Beside the axes; arrows where values lie beyond the scale, readable numbers on ratios."""
-    scale, values = image.norm, image.get_array().compressed()
+    """Beside the axes; arrows where values of any of them lie beyond the scale, readable numbers
+    on ratios."""
+    scale = image.norm
+    images = [image for ax in np.ravel(axes) for image in ax.get_images()]
+    values = np.concatenate([image.get_array().compressed() for image in images])
     below, above = (values < scale.vmin).any(), (values > scale.vmax).any()
     extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
     figure = image.figure

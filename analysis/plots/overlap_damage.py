@@ -48,7 +48,7 @@ def damage_against_overlap(
             own = experts[experts.model == model].dropna(subset=[metric, damage])
             ax.scatter(
                 own[metric], own[damage], s=LARGEST * own.load / most, marker=marker,
-                fc=face, ec=edge, alpha=0.75, lw=0.3 if edge == "white" else 0.8, label=model,
+                fc=face, ec=edge, alpha=0.75, lw=_edge(edge), label=model,
             )  # fmt: skip
         ax.axhline(0, color=GREY, lw=0.6, zorder=0.5)
         widen_scale(ax.yaxis, experts[damage])
@@ -58,7 +58,7 @@ def damage_against_overlap(
         ax.set_xlabel(sign + label_of(metric) + with_whom)
         ax.set_ylabel(DAMAGE[damage])
         models = [
-            Line2D([], [], ls="", marker=marker, mfc=face, mec=edge, label=model)
+            Line2D([], [], ls="", marker=marker, mfc=face, mec=edge, mew=_edge(edge), label=model)
             for model, (marker, face, edge) in looks.items()
         ]
         loads = [
@@ -70,3 +70,8 @@ def damage_against_overlap(
         ]  # fmt: skip
         ax.legend(handles=[*models, *loads], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return ax
+
+
+def _edge(color: str) -> float:
+    """Width: a white edge parts a marker from others, and must leave something of it."""
+    return 0.3 if color == "white" else 0.8

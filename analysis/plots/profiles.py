@@ -48,7 +48,14 @@ def overlap_profile(overlap: Any, metric: str, ax: Axes | None = None) -> Axes:
         handles = ax.get_legend_handles_labels()[0]
         if rows.null.notna().any():
             handles.append(Line2D([], [], color=GREY, lw=0.8, ls=":", label="null"))
-        ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        # Long handles: a dash must be seen on both sides of a marker.
+        ax.legend(
+            handles=handles,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=3,
+            handlelength=2.8,
+        )
     return ax
 
 

@@ -12,6 +12,7 @@ from analysis.stats.experts import INDEX, check_one_step
 from analysis.stats.pairs import SITE, check_choice, check_columns
 
 NUMBERS = ["value", "low", "high", "null"]
+RELATIONS = ("row", "column", "unrelated")  # what two composed experts share
 LABELS = {
     "cka": "debiased CKA of outputs",
     "composite_cka": "CKA of composed experts",
@@ -27,6 +28,23 @@ LABELS = {
     "relative_distance": "relative distance of outputs",
     "substitution": "rise of loss (nats per routed token)",
     "transition": "P(j|i)",
+    "jaccard": "Jaccard of joint choice",
+    "load": "load",
+    "mi_domain": "I(expert; domain), nats",
+    "mi_token": "I(expert; token), nats",
+    "mi_domain_given_token": "I(expert; domain | token), nats",
+    "domain_specialization": "share of the domain's tokens",
+    "vocabulary_specialization": "vocabulary specialization",
+    "gini": "Gini coefficient of loads",
+    "max_vio": "MaxVio",
+    "committee": "weight of the standing committee",
+    "removal_linear": "removal, to first order (nats)",
+    "reap": "REAP's score",
+    "composite_a": "share of A in composed outputs",
+    "composite_b": "share of B in composed outputs",
+    "composite_interaction": "share of the interaction in composed outputs",
+    **{f"composite_cka_{r}": f"CKA of composed experts, {r}" for r in RELATIONS},
+    **{f"composite_cosine_{r}": f"cosine of composed experts, {r}" for r in RELATIONS},
 }
 
 

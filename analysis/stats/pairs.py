@@ -30,7 +30,9 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 
 def check_columns(name: str, frame: pd.DataFrame, columns: Iterable[str]) -> None:
-    """Raise `ValueError` naming the table and the columns that it lacks."""
+    """Raise `ValueError` naming the table and the columns that it lacks, or what it is instead."""
+    if not isinstance(frame, pd.DataFrame):
+        raise ValueError(f"{name} is a {type(frame).__name__}; give the table of that name")
     missing = [column for column in columns if column not in frame.columns]
     if missing:
         raise ValueError(f"table {name} lacks the columns {', '.join(missing)}")

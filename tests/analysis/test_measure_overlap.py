@@ -182,6 +182,13 @@ def test_packs_are_whole_documents(shard):
     assert len(list(packs_of(shard, 100, seed=0))) == 1
 
 
+def test_few_sequences_make_small_batches(model_of, shard):
+    """A unit a document, in place of one batch without any interval."""
+    rows = measure_overlap(model_of("smoe"), shard, "lift", progress=False).pairs
+    assert (rows.num_units == 4).all()
+    assert rows.low.notna().any()
+
+
 def test_labels_are_shuffled_by_document(shard):
     labels = Labels.of(shard, seed=0)
     orders = {tuple(other_S.tolist()) for other_S in labels.other_RS}
@@ -250,7 +257,7 @@ def test_no_null_where_shuffles_change_nothing(model_of, shard):
 
 
 def test_one_unit_has_no_interval(model_of, shard):
-    rows = measure_overlap(model_of("smoe"), shard, "lift", batch_size=100, progress=False).pairs
+    rows = measure_overlap(model_of("smoe"), shard[:3], "lift", progress=False).pairs
     assert rows.low.isna().all()
     assert (rows.num_units == 1).all()
 
@@ -344,6 +351,8 @@ def test_what_cannot_be_measured(model_of, shard):
         measure_overlap(model_of("dense"), shard)
     with pytest.raises(ValueError, match="docs has no sequence"):
         measure_overlap(model_of("smoe"), shard[:0])
+    with pytest.raises(ValueError, match=r"docs is a str; give what analysis\.documents returns"):
+        measure_overlap(model_of("smoe"), "stdlib")
     without = dataclasses.replace(shard, targets_SL=torch.full_like(shard.targets_SL, IGNORE))
     with pytest.raises(ValueError, match="docs has no token to measure on, which is"):
         measure_overlap(model_of("smoe"), without)
@@ -353,6 +362,15 @@ def test_what_cannot_be_measured(model_of, shard):
         measure_overlap(model_of("smoe"), single, "load", skip_first=True, **QUIET)
     with pytest.raises(ValueError, match="metric for hash is 'router_cosine'"):
         measure_overlap(model_of("hash"), shard, "router_cosine")
+
+
+def test_join_tells_models_apart(model_of, shard):
+    own = [measure_overlap(model_of("smoe"), shard, name, **QUIET) for name in ("load", "gini")]
+    assert set(Overlap.join(own).experts.metric) == {"load"}  # of one model, in two parts
+    with pytest.raises(ValueError, match="overlaps has two of 'smoe', train_seed 0, with the same"):
+        Overlap.join([own[0], own[0]])
+    with pytest.raises(ValueError, match="overlaps is empty"):
+        Overlap.join([])
 
 
 def test_tables_answer(overlap_of):

@@ -31,7 +31,7 @@ def test_everything_of_a_model(models, texts, tmp_path):
     assert "composite_a" in set(tables["sites"].metric)
     assert "substitution" not in set(tables["pairs"].metric)  # damage, only where it is named
     manifest = json.loads((out / "manifest.json").read_text())
-    assert list(manifest["models"]) == [models[1]]
+    assert list(manifest["models"]) == ["cartesian-s5"]
     assert "torch" in manifest["versions"]
     named = set(done.stdout.split())
     assert str(out / "figures" / "cartesian-s5-usage.pdf") in named
@@ -130,7 +130,7 @@ def test_the_same_again_is_finished_and_nothing_is_lost(models, texts, tmp_path)
     assert set(again.stdout.splitlines()[1:]) == set(first.stdout.splitlines())
     other = overlap(*words, "--metric", "load", "--out", tmp_path)
     assert other.exit_code == 2
-    assert "which holds other results; choose another" in other.stderr
+    assert "which holds other results (metrics); choose another" in other.stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 

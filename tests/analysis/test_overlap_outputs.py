@@ -144,6 +144,18 @@ def test_outputs_that_are_known():
     assert relative_distance(halves_ETD)[0, 1].item() == pytest.approx(2**0.5)
 
 
+@pytest.mark.parametrize(
+    "function", [*OF_PAIRS.values(), output_norm, max_output], ids=lambda f: f.__name__
+)
+def test_arrays_and_shapes(function):
+    outputs_ETD = torch.randn(3, 20, 6)
+    assert torch.equal(function(outputs_ETD.numpy()), function(outputs_ETD))
+    with pytest.raises(
+        ValueError, match=r"outputs_ETD has shape \(20, 6\); it must be \(experts, "
+    ):
+        function(outputs_ETD[0])
+
+
 def test_outputs_that_do_not_change():
     """Also of numbers whose mean is not exact in fp32."""
     for constant in (0.0, 0.1, 0.37, 1.7):

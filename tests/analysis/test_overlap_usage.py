@@ -487,11 +487,32 @@ def test_arrays_of_serving_engines():
     assert saturation(array, IDS_TK, 5).tolist() == [1, 1, 1]
 
 
+def test_counts_as_arrays():
+    counts = np.array([[3, 1, 0], [0, 2, 2]])
+    tensor = torch.tensor(counts)
+    for function in (gini, max_vio, load_entropy, entropy, mutual_information, js_divergence):
+        close(function(counts), function(tensor))
+    close(class_jaccard(counts), class_jaccard(tensor))
+    with pytest.raises(ValueError, match=r"counts_EV has shape \(3,\); it must be \(experts, cla"):
+        js_divergence(counts[0])
+
+
+def test_tokens_of_two_sites_or_checkpoints_are_the_same():
+    with pytest.raises(ValueError, match="ids_before_TJ has 2 tokens, ids_TK 3"):
+        transition(IDS_TK[:2], IDS_TK, 5, 5)
+    with pytest.raises(ValueError, match="ids_TK has 2 tokens, final_ids_TK 3"):
+        saturation(IDS_TK[:2], IDS_TK, 5)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (([0, 1], 5), r"ids_TK is torch.int64 of shape \(2,\); give whole numbers"),
-        (([[0.0, 1.0]], 5), r"ids_TK is torch.float64 of shape \(1, 2\)"),
+        (([0, 1], 5), r"ids_TK has shape \(2,\); it must be \(tokens, slots\)"),
+        (([[0.0, 1.0]], 5), r"ids_TK is of torch.float64; give whole numbers"),
+        (([[True, False]], 5), r"ids_TK is of torch.bool; give whole numbers"),
+        ((None, 5), r"ids_TK is a NoneType; give numbers \(tokens, slots\)"),
+        (([[0, 1]], 5.0), r"num_experts is 5.0"),
+        (([[0, 1]], 5, [[1.0, NAN]]), "weights_TK has 1 that are NaN"),
         (([[0, 5]], 5), "ids_TK has 0 to 5; with 5 experts, 0 to 4"),
         (([[-1, 2]], 5), "ids_TK has -1 to 2"),
         (([[0, 1]], 5, [[1.0]]), r"weights_TK has shape \(1, 1\); ids_TK has \(1, 2\)"),

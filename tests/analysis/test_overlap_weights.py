@@ -163,6 +163,26 @@ def test_weights_that_are_not_finite():
     assert torch.get_num_threads() == threads
 
 
+def test_arrays_and_errors_that_teach():
+    w = draw(3, 6, 5)
+    arrays = ExpertWeights(*(matrix.numpy() for matrix in w[:3]))
+    assert torch.equal(matched_cosine(arrays), matched_cosine(w))
+    assert torch.equal(flat_cosine(arrays), flat_cosine(w))
+    assert torch.equal(effective_rank(arrays.gate_EFD), effective_rank(w.gate_EFD))
+    with pytest.raises(ValueError, match=r"w is a tuple; give ExpertWeights\(gate_EFD, up_EFD"):
+        flat_cosine(tuple(w))
+    with pytest.raises(ValueError, match=r"gate_EFD has shape \(6, 5\); it must be \(experts, neu"):
+        flat_cosine(w._replace(gate_EFD=w.gate_EFD[0]))
+    with pytest.raises(
+        ValueError, match=r"shapes \(3, 6, 5\), \(3, 4, 5\), \(3, 5, 6\); they must"
+    ):
+        matched_cosine(w._replace(up_EFD=w.up_EFD[:, :4]))
+    w.up_EFD[2, 0, 0] = torch.nan
+    for function in (flat_cosine, lambda w: effective_rank(w.up_EFD)):
+        with pytest.raises(ValueError, match="weights are not finite: those of experts 2"):
+            function(w)
+
+
 def test_threads_are_left_as_they_were_by_an_error(monkeypatch):
     """Threads to come start with the last number that any thread set."""
 
