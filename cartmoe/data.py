@@ -107,6 +107,11 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.document_id)
 
+    def __repr__(self) -> str:
+        documents, domains = len(set(self.document_id)), ", ".join(sorted(set(self.domain)))
+        size = f"{len(self)} x {self.tokens_SL.shape[1]}, {self.num_tokens:,} tokens"
+        return f"Sequences({size} of {documents} documents; domains {domains})"
+
     def __getitem__(self, rows: slice) -> Sequences:
         return Sequences(*(getattr(self, field.name)[rows] for field in fields(self)))
 

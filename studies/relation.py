@@ -28,7 +28,7 @@ def main() -> None:
         table.to_csv(OUT / f"{damage}.csv", index=False)
         print(table[table.model == "all"].round(3).to_string(index=False))
         draw(f"relation_{damage}", an.plots.relation_dots(table))
-    draw("damage_overlap", an.plots.damage_against_overlap(found.experts, "output_cosine"))
+    draw("damage_overlap", an.plots.damage_against_overlap(found.experts, "token_js"))
 
 
 def draw(name: str, drawing) -> None:

@@ -35,6 +35,14 @@ class Overlap:
     sites: pd.DataFrame
     pairs: pd.DataFrame
 
+    def __repr__(self) -> str:
+        """What was measured, of which models; the tables are attributes."""
+        tables = [getattr(self, name) for name in TABLES]
+        sizes = ", ".join(f"{len(t)} rows of {n}" for n, t in zip(TABLES, tables, strict=True))
+        seen = pd.concat([table[["model", "metric"]] for table in tables])
+        models, metrics = (", ".join(seen[name].unique()) for name in ("model", "metric"))
+        return f"Overlap of {models}: {sizes}; metrics {metrics}"
+
     @classmethod
     def join(cls, overlaps: Sequence[Overlap]) -> Overlap:
         """Of several models as one. Raises `ValueError` for none, and for two of one name and

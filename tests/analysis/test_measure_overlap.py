@@ -364,6 +364,16 @@ def test_what_cannot_be_measured(model_of, shard):
         measure_overlap(model_of("hash"), shard, "router_cosine")
 
 
+def test_a_line_says_what_it_is(model_of, shard):
+    assert repr(shard) == "Sequences(7 x 8, 41 tokens of 4 documents; domains x, y)"
+    found = measure_overlap(model_of("smoe"), shard, ["load", "gini"], **QUIET)
+    sites, experts = len(found.sites), len(found.experts)
+    assert repr(found) == (
+        f"Overlap of smoe: {experts} rows of experts, {sites} rows of sites, 0 rows of pairs; "
+        "metrics load, gini"
+    )
+
+
 def test_join_tells_models_apart(model_of, shard):
     own = [measure_overlap(model_of("smoe"), shard, name, **QUIET) for name in ("load", "gini")]
     assert set(Overlap.join(own).experts.metric) == {"load"}  # of one model, in two parts
