@@ -125,7 +125,10 @@ def sites_of(model: Adapter, sites: Any) -> list[RouterSite]:
     if sites is None:
         return model.sites()
     asked = sites if isinstance(sites, list | tuple) else [sites]
-    places = [Where.parse(site) for site in asked]
+    try:
+        places = [Where.parse(site) for site in asked]
+    except ValueError:
+        places = []
     chosen = [site for site in model.sites() if any(place(site) for place in places)]
     if not chosen or any(p.positions or p.tokens or not any(map(p, chosen)) for p in places):
         have = ", ".join(f"'{Where.parse(site)}'" for site in model.sites())
@@ -148,7 +151,7 @@ def _wanted(model: Adapter, sites: list[RouterSite], metrics: str | Sequence[str
     names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
     for name in names:
         check_choice("metric", name, METRICS)
-        check_choice(f"metric for {model.name}", name, fitting)
+        check_choice(f"metric for these sites of {model.name}", name, fitting)
     if not names:
         raise ValueError(f"metrics is {metrics!r}; name some of {', '.join(METRICS)}")
     return names

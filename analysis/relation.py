@@ -24,7 +24,7 @@ from analysis.removal import (
     takeover_table,
 )
 from analysis.stats.bootstrap import check_resampling
-from analysis.stats.relation import APART, relation
+from analysis.stats.relation import ALL, APART, relation
 from cartmoe.config import check_choice
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
@@ -106,6 +106,10 @@ def relate(
                 f"{', '.join(alone)} of {model.name}: one expert, nobody can take over"
             )
         key = model.name, model.train_seed
+        if model.name == ALL:
+            raise ValueError(
+                f"models has one called {ALL!r}, as all together are; name it otherwise"
+            )
         if key in frames:
             raise ValueError(f"models has two called {key[0]!r} of train_seed {key[1]}; name them")
         clean = clean_sums(model, docs, chosen, batch_size)

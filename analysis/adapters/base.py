@@ -165,7 +165,7 @@ def as_adapter(model: object) -> Adapter:
     """
     if not hasattr(model, "expert_weights"):
         raise ValueError(
-            f"model is a {type(model).__name__}; wrap it with analysis.adapt(model, tokenizer), or "
-            "pass a cartmoe.LanguageModel"
+            f"model is a {type(model).__name__}; load a checkpoint with analysis.load(path), or "
+            "wrap a cartmoe.LanguageModel with analysis.adapt(model, tokenizer)"
         )
     return model

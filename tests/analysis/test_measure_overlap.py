@@ -330,14 +330,20 @@ def test_stages_of_unequal_size_are_not_composed(tiny_model, shard):
     [
         (dict(metrics="cosine"), "metric is 'cosine'; choose one of .*'cka'"),
         (dict(metrics=[]), r"metrics is \[\]; name some of"),
-        (dict(metrics="composite_a"), "metric for smoe is 'composite_a'; choose one of"),
+        (
+            dict(metrics="composite_a"),
+            "metric for these sites of smoe is 'composite_a'; choose one of",
+        ),
         (dict(sites="layer 7"), "sites is 'layer 7'; it must select routers"),
         (dict(sites="positions 0:3"), "sites is 'positions 0:3'"),
         (dict(probe="none"), "probe is 'none'; choose one of 'all', 'routed', 'either'"),
         (dict(batch_size=0), "batch_size is 0"),
         (dict(minibatch=3), "minibatch is 3; it must be at least 4"),
         (dict(seed=-1), "seed is -1; it must be at least 0"),
-        (dict(metrics="transition", sites="layer 0"), "metric for smoe is 'transition'"),
+        (
+            dict(metrics="transition", sites="layer 0"),
+            "metric for these sites of smoe is 'transition'",
+        ),
         (dict(confidence=1.0), "confidence is 1.0"),
     ],
 )
@@ -360,7 +366,7 @@ def test_what_cannot_be_measured(model_of, shard):
     measure_overlap(model_of("smoe"), single, "load", **QUIET)
     with pytest.raises(ValueError, match=r"has no token .* a target: skip_first leaves"):
         measure_overlap(model_of("smoe"), single, "load", skip_first=True, **QUIET)
-    with pytest.raises(ValueError, match="metric for hash is 'router_cosine'"):
+    with pytest.raises(ValueError, match="metric for these sites of hash is 'router_cosine'"):
         measure_overlap(model_of("hash"), shard, "router_cosine")
 
 

@@ -364,9 +364,9 @@ def test_the_table(model_of, shard):
         (layer, stage): E * (E - 1) for layer in (0, 2) for stage in (0, 1)
     }
     assert (pairs.low <= pairs.value).all()
-    with pytest.raises(ValueError, match="metric for cartesian is 'composite_cka'"):
+    with pytest.raises(ValueError, match="metric for these sites of cartesian is 'composite_cka'"):
         measure_overlap(model, shard, "composite_cka", "stage 1", progress=False)
-    with pytest.raises(ValueError, match="metric for smoe is 'composite_a'"):
+    with pytest.raises(ValueError, match="metric for these sites of smoe is 'composite_a'"):
         measure_overlap(model_of("smoe"), shard, "composite_a", progress=False)
 
 

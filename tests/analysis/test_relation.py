@@ -295,7 +295,7 @@ def test_composites_of_many_experts_do_not_fit(tiny_model, docs):
     found = relate(model, docs, ["composite_cka", "flat_cosine"], sites="layer 0", **FEW)
     assert found.experts.composite_cka.isna().all()
     assert set(found.overlap.pairs.metric) == {"flat_cosine"}
-    with pytest.raises(ValueError, match="metric for cartesian is 'composite_cka'"):
+    with pytest.raises(ValueError, match="metric for these sites of cartesian is 'composite_cka'"):
         measure_overlap(model, docs, "composite_cka", **QUIET)
 
 
@@ -341,6 +341,10 @@ def test_bad_arguments(models, model_of, docs):
         relate(models[0], docs, ())
     with pytest.raises(ValueError, match="models has none"):
         relate([], docs)
+    with pytest.raises(ValueError, match="models is a dict; give models, or a list of them"):
+        relate({"a": models[0]}, docs)
+    with pytest.raises(ValueError, match="models has one called 'all'"):
+        relate(CartMoEAdapter(models[0].model, name="all"), docs, **FEW)
     with pytest.raises(ValueError, match="models has none that they fit"):
         relate(models[2], docs, "router_cosine", sites="layer 0", **FEW)
     with pytest.raises(ValueError, match="models has two called 'smoe' of train_seed 0"):
