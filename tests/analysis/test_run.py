@@ -511,7 +511,7 @@ def test_sweep_takes_a_plain_model_and_conditions(tiny_model, shard):
 
 
 def test_sweep_of_a_dense_model(model_of, shard):
-    with pytest.raises(ValueError, match="no router to perturb: it is dense"):
+    with pytest.raises(ValueError, match="no router: it is dense"):
         sweep(model_of("dense"), shard, [DropTop(1)], progress=False)
 
 
