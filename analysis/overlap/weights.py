@@ -128,7 +128,7 @@ def _checked(w: ExpertWeights) -> list[Tensor]:
         found = type(w).__name__
         raise ValueError(f"w is a {found}; give ExpertWeights(gate_EFD, up_EFD, down_EDF)")
     names = ("experts, neurons, model",) * 2 + ("experts, model, neurons",)
-    fields = zip(w._fields, w[:3], names, strict=False)
+    fields = zip(w._fields[:3], w[:3], names, strict=True)
     matrices = [tensor_of(*field) for field in fields]
     gate, up, down = (tuple(matrix.shape) for matrix in matrices)
     if not gate == up == (down[0], down[2], down[1]):

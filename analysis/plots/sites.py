@@ -29,7 +29,6 @@ LABELS = {
     "substitution": "rise of loss (nats per routed token)",
     "transition": "P(j|i)",
     "jaccard": "Jaccard of joint choice",
-    "load": "load",
     "mi_domain": "I(expert; domain), nats",
     "mi_token": "I(expert; token), nats",
     "mi_domain_given_token": "I(expert; domain | token), nats",
