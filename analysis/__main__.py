@@ -137,9 +137,10 @@ def overlap(
     over depth and at each model's first site."""
     with _one_line_errors("interrupted; the same command begins again"):
         from analysis import overlap_report
-        from analysis.measure_overlap import check_request, measure_overlap
+        from analysis.measure_overlap import measure_overlap
         from analysis.models import documents as read_documents
         from analysis.overlap import Overlap
+        from analysis.overlap_request import check_request
 
         loaded = overlap_report.named(models)
         asked = dict(

@@ -18,7 +18,7 @@ from analysis.conditions import Condition
 from analysis.models import load
 from analysis.perturb import GateSwap, Perturbation, Replay
 from analysis.results import join
-from analysis.sweep import Asked, conditions_of, measure_calibrated, routed_adapter
+from analysis.sweep import Asked, check_documents, conditions_of, measure_calibrated, routed_adapter
 from analysis.trace import Trace
 from cartmoe.data import Sequences
 
@@ -48,6 +48,7 @@ def compare(
     tokenizers, an unknown name, and sites where decisions of another model do not fit.
     """
     under_study = _named(models)
+    check_documents(docs)
     conditions = conditions_of(perturbations, where, point, seed, controls)
     imposed = {name for c in conditions for name in _sources(c.perturbation, under_study)}
     _check_sites(conditions, under_study)

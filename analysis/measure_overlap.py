@@ -11,11 +11,9 @@ import torch
 from tqdm import tqdm
 
 from analysis.adapters.base import Adapter
-from analysis.conditions import Where
 from analysis.overlap import METRICS, ExpertWeights, Overlap
 from analysis.overlap.base import (
     MAX_UNITS,
-    PROBES,
     TABLES,
     Estimate,
     Metric,
@@ -23,7 +21,6 @@ from analysis.overlap.base import (
     estimate,
 )
 from analysis.overlap.composite import (
-    PAIR_EXPERTS,
     PAIR_TOKENS,
     SHARES,
     TOKENS,
@@ -34,16 +31,15 @@ from analysis.overlap.outputs import OutputStream
 from analysis.overlap.substitution import SubstitutionStream
 from analysis.overlap.tables import KEYS, VALUES, rows_of
 from analysis.overlap.usage import UsageStream
+from analysis.overlap_request import DAMAGE, check_request, check_tokens, composed
 from analysis.probes import Labels, Probes, packs_of
 from analysis.stats.bootstrap import check_resampling
 from analysis.stats.experts import INDEX
-from analysis.sweep import check_documents, routed_adapter
-from cartmoe.config import check_choice, check_whole
-from cartmoe.data import IGNORE, Sequences
+from cartmoe.config import check_whole
+from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 
 FEWEST_BATCHES = 8  # where there are as many sequences: with fewer units intervals are very wide
-DAMAGE = "function"  # the kind that is itself damage, and is measured only where it is named
 
 
 @torch.no_grad()
@@ -83,7 +79,7 @@ def measure_overlap(
     check_whole("batch_size", batch_size, 1)
     check_whole("minibatch", minibatch, 4)
     check_whole("seed", seed, 0)
-    _check_tokens(docs, skip_first)
+    check_tokens(docs, skip_first)
     batch_size = min(batch_size, max(1, len(docs) // FEWEST_BATCHES))
     packs = list(packs_of(docs, batch_size, seed))
     units = min(len(packs), MAX_UNITS)
@@ -107,76 +103,6 @@ def measure_overlap(
                             stream.add(probe_)
                     bar.update(len(some))
     return _tables(model, wanted, streams, labels, units, len(packs), confidence)
-
-
-def check_request(
-    model: object, metrics: str | Sequence[str] | None, sites: Any, probe: str
-) -> tuple[Adapter, list[RouterSite], list[str]]:
-    """The model as a model under study, its sites and names of metrics that were asked for; raises
-    as `measure_overlap`."""
-    model = routed_adapter(model)
-    chosen = sites_of(model, sites)
-    check_choice("probe", probe, PROBES)
-    return model, chosen, _wanted(model, chosen, metrics)
-
-
-def sites_of(model: Adapter, sites: Any) -> list[RouterSite]:
-    """The routers that were asked for, as `measure_overlap` takes them; `ValueError` for none."""
-    if sites is None:
-        return model.sites()
-    asked = sites if isinstance(sites, list | tuple) else [sites]
-    try:
-        places = [Where.parse(site) for site in asked]
-    except ValueError:
-        places = []
-    chosen = [site for site in model.sites() if any(place(site) for place in places)]
-    if not chosen or any(p.positions or p.tokens or not any(map(p, chosen)) for p in places):
-        have = ", ".join(f"'{Where.parse(site)}'" for site in model.sites())
-        raise ValueError(f"sites is {sites!r}; it must select routers, all their tokens: {have}")
-    return chosen
-
-
-def _check_tokens(docs: Sequences, skip_first: bool) -> None:
-    check_documents(docs)
-    if not (docs.targets_SL[:, int(skip_first) :] != IGNORE).any():
-        rest = ": skip_first leaves out the first of each sequence" if skip_first else ""
-        raise ValueError(f"docs has no token to measure on, which is one with a target{rest}")
-
-
-def _wanted(model: Adapter, sites: list[RouterSite], metrics: str | Sequence[str] | None):
-    """Names of the metrics to measure, each once."""
-    fitting = {name: m for name, m in METRICS.items() if fits(model, sites, name, m)}
-    if metrics is None:
-        return [name for name, metric in fitting.items() if metric.kind != DAMAGE]
-    names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
-    for name in names:
-        check_choice("metric", name, METRICS)
-        check_choice(f"metric for these sites of {model.name}", name, fitting)
-    if not names:
-        raise ValueError(f"metrics is {metrics!r}; name some of {', '.join(METRICS)}")
-    return names
-
-
-def fits(model: Adapter, sites: list[RouterSite], name: str, metric: Metric) -> bool:
-    """Whether the metric can be measured at these sites."""
-    if metric.kind == "composite":
-        seconds = {site: composed(model, site) for site in sites}
-        if metric.table == "pairs":  # of either stage, if the first is there
-            few = all(site.num_experts <= PAIR_EXPERTS for site in sites)
-            return few and all(seconds[site] or site in seconds.values() for site in sites)
-        return any(seconds.values())
-    if name == "transition":  # from the site before
-        return any(site != model.sites()[0] for site in sites)
-    return name != "router_cosine" or all(model.router_rows(site) is not None for site in sites)
-
-
-def composed(model: Adapter, site: RouterSite) -> RouterSite | None:
-    """The second stage, of as many experts, of the two-stage layer of which this site is the first;
-    None elsewhere."""
-    layer = [other for other in model.sites() if other.layer == site.layer]
-    if len(layer) == 2 and layer[0] == site and layer[1].num_experts == site.num_experts:
-        return layer[1]
-    return None
 
 
 def _streams(

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.measure_overlap import fits, measure_overlap
+from analysis.measure_overlap import measure_overlap
 from analysis.overlap import METRICS, Overlap
+from analysis.overlap_request import fits
 from analysis.removal import (
     CleanSums,
     checked,

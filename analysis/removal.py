@@ -21,7 +21,7 @@ from analysis.adapters.base import Adapter
 from analysis.conditions import Condition
 from analysis.doses import DenseRouting
 from analysis.measure import measure
-from analysis.measure_overlap import sites_of
+from analysis.overlap_request import sites_of
 from analysis.perturb import DropExperts
 from analysis.stats.bootstrap import check_resampling, intervals
 from analysis.stats.pairs import SITE

@@ -18,7 +18,8 @@ from analysis.adapters.base import Adapter
 from analysis.conditions import DOWNSTREAM, Condition, Where
 from analysis.context import RouterContext
 from analysis.measure import measure
-from analysis.measure_overlap import measure_overlap, sites_of
+from analysis.measure_overlap import measure_overlap
+from analysis.overlap_request import sites_of
 from analysis.perturb import Perturbation
 from analysis.perturb.base import set_number
 from analysis.probes import routed_tokens

@@ -56,6 +56,7 @@ def sweep(
     tokens        keep every token's loss, for quantiles and groups of tokens
     """
     model = routed_adapter(model)
+    check_documents(docs)
     conditions = conditions_of(perturbations, where, point, seed, controls)
     batches = -(-len(docs) // batch_size)
     with tqdm(total=batches * len(conditions), unit="batch", disable=not progress) as bar:

@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from analysis.adapters.base import Adapter
 from analysis.doses import DenseRouting
-from analysis.measure_overlap import measure_overlap, sites_of
+from analysis.measure_overlap import measure_overlap
 from analysis.models import load
 from analysis.overlap import Overlap
 from analysis.overlap.base import MAX_UNITS, Metric, Sums, UnitSums, estimate
 from analysis.overlap.counts import saturation_of
+from analysis.overlap_request import sites_of
 from analysis.stats.bootstrap import check_resampling
 from analysis.sweep import Asked, check_documents, routed_adapter, sweep
 from analysis.trace import clean_routing

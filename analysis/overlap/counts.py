@@ -11,13 +11,13 @@ dimensions as there are.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from analysis.overlap.base import tensor_of
-from cartmoe.config import check_whole
 
 CHUNK = 2**20  # tokens; fp32 counts are exact below 2^24
 
@@ -28,7 +28,8 @@ def used_mask(ids_TK: Any, num_experts: int, weights_TK: Any = None) -> Tensor:
     Raises `ValueError` for ids that are not (T, K) whole numbers from 0 to E - 1, and for weights
     of another shape, or that are NaN.
     """
-    check_whole("num_experts", num_experts, 1)
+    if not isinstance(num_experts, Integral) or num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts!r}; it must be a whole number, at least 1")
     ids_TK = tensor_of("ids_TK", ids_TK, "tokens, slots")
     if ids_TK.is_floating_point() or ids_TK.dtype == torch.bool:
         raise ValueError(f"ids_TK is of {ids_TK.dtype}; give whole numbers (tokens, slots)")

@@ -314,7 +314,9 @@ def test_one_expert_constant_values_and_nothing_at_all():
     for table in (one, pairs(np.ones((3, 3)), "transition", null=1.0)):
         plots.overlap_heatmap(table, "transition").canvas.draw()
     nothing = pairs(np.full((3, 3), np.nan), "lift", null=np.nan)
-    plots.overlap_heatmap(nothing, "lift").canvas.draw()
+    heatmap = plots.overlap_heatmap(nothing, "lift")
+    heatmap.canvas.draw()
+    assert all(np.isnan(cells(image)).all() for image in images(heatmap))
     plots.overlap_profile(nothing, "lift").figure.canvas.draw()
 
 

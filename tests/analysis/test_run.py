@@ -513,6 +513,8 @@ def test_sweep_takes_a_plain_model_and_conditions(tiny_model, shard):
 def test_sweep_of_a_dense_model(model_of, shard):
     with pytest.raises(ValueError, match="no router: it is dense"):
         sweep(model_of("dense"), shard, [DropTop(1)], progress=False)
+    with pytest.raises(ValueError, match=r"docs is a str; give what analysis\.documents returns"):
+        sweep(model_of("smoe"), "stdlib", [DropTop(1)], progress=False)
 
 
 def test_sweep_takes_one_perturbation_and_refuses_a_nameless_function(model_of, shard):

@@ -196,7 +196,18 @@ class TestScores:
         found = truth_scores(Overlap.join([overlap, other]), CORPUS, resamples=19)
         assert found.set_index("model").score.to_dict() == pytest.approx({"m": 1, "n": -1})
 
+    def test_the_corpus_by_its_name(self):
+        use = some_use()
+        overlap = table_of(use, cka=expected_truth(use))
+        pd.testing.assert_frame_equal(
+            *(truth_scores(overlap, corpus, resamples=19) for corpus in (CORPUS, CORPUS.name))
+        )
+
     def test_what_cannot_be_scored(self):
+        with pytest.raises(ValueError, match="overlap is a str; give that of measure_overlap"):
+            truth_scores("cka", CORPUS)
+        with pytest.raises(ValueError, match="factorial is 'stdlib'; choose one of 'factorial'"):
+            truth_scores(table_of(some_use(), cka=np.eye(8)), "stdlib")
         overlap = table_of(some_use(), cka=np.eye(8), transition=np.eye(8))
         assert list(scored(overlap).index) == ["cka"]  # transition is of two sites
         with pytest.raises(ValueError, match="metric is 'transition'; choose one of 'cka'"):
