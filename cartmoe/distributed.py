@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Imported before there is a group, and not by DDP afterwards: the group of that moment becomes the
+# default of its functions, so that the group's threads meet the interpreter's end and may abort it.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 

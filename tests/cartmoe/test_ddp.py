@@ -16,16 +16,29 @@ from cartmoe.distributed import Ranks, ranks
 from cartmoe.objective import Gradient
 from cartmoe.train import train
 
+# A group that outlives its block has threads that may meet the interpreter's end, which aborts it.
+LEAVES_NO_GROUP = """
+import sys, weakref
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from cartmoe.distributed import ranks
 
-def torchrun(model_config, config, out):
-    """The command line with these settings, in two processes."""
-    settings = model_config.to_dict() | dataclasses.asdict(config)
-    family = settings.pop("family")
+with ranks("cpu"):
+    group = weakref.ref(dist.group.WORLD)
+    DistributedDataParallel(torch.nn.Linear(2, 1))(torch.ones(3, 2)).sum().backward()
+    assert group() is not None
+sys.exit("the group is still there" if group() is not None else 0)
+"""
+
+
+def torchrun(*arguments):
+    """A Python program in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "cartmoe", "train", "--family", family, "--out", str(out)]
-    command += [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}  # those of torch's launcher
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_two_processes(tiny_run, tmp_path):
@@ -34,7 +47,11 @@ def test_two_processes(tiny_run, tmp_path):
     model_config, config = tiny_run(**settings, accumulate=2)
     alone = train(model_config, config, tmp_path / "alone", progress=False)
     together = tmp_path / "together"
-    done = torchrun(model_config, dataclasses.replace(config, accumulate=1), together)
+    settings = model_config.to_dict() | dataclasses.asdict(config) | {"accumulate": 1}
+    options = [f"--set={name}={json.dumps(v)}" for name, v in settings.items() if name != "family"]
+    done = torchrun(
+        "-m", "cartmoe", "train", f"--family={model_config.family}", f"--out={together}", *options
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((together / "run.json").read_text())["found"]["processes"] == 2
     a, b = load(alone).state_dict(), load(together).state_dict()
@@ -47,6 +64,13 @@ def test_two_processes(tiny_run, tmp_path):
     a, b = (table.drop(columns="tokens_per_second") for table in tables)
     pd.testing.assert_frame_equal(a, b, rtol=1e-4)
     assert b.step.tolist() == [1, 2, 3, 4]
+
+
+def test_the_group_ends_with_its_block(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LEAVES_NO_GROUP)
+    done = torchrun(str(script))
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_batch_that_cannot_be_shared(tiny_model, tiny_run):
