@@ -64,6 +64,9 @@ class Metric(NamedTuple):
     about: str
     units: bool = True
 
+    def __repr__(self) -> str:
+        return f"<{self.kind}, by {self.table}: {self.about}>"
+
 
 class Probe(NamedTuple):
     """Those tokens of one batch that count, in a random order, as one site saw them.

@@ -206,13 +206,12 @@ def _experts_cka(sums: Sums) -> Tensor:
 
 
 def _metrics() -> Iterator[tuple[str, Metric]]:
-    what = {
-        "a": "share of A's main effect in the squares of composed outputs about their mean",
-        "b": "the same of B's",
-        "interaction": "the same of what is not additive",
-    }
+    what = {"a": "A's main effect", "b": "B's main effect", "interaction": "what is not additive"}
     for part, name in enumerate(PARTS):
-        about = f"{what[name]}; null: of B fed the mean over A's experts"
+        about = (
+            f"share of {what[name]} in the squares of composed outputs about their mean; null: the "
+            "same of B fed the mean over A's experts"
+        )
         of, null = _share(part), _share(part, "null")
         yield f"composite_{name}", Metric("composite", "sites", of, null, about)
     pairs = dict(
