@@ -22,6 +22,8 @@ APART = ("token_js", "relative_distance")  # metrics: the more of these, the les
 LOAD, ALL = "load", "all"
 ROUNDING = 1e-9  # a share of the variance below which there is none
 LEAST = 2  # clusters that say something about their spread
+FREE = 2  # dimensions to be left beside the control: in one, every correlation is 1 or -1
+UNDEFINED = 0.25  # the most of the resamples that may say nothing
 
 
 def relation(
@@ -50,7 +52,8 @@ def relation(
                  0.1; this leaves a third of that). Of the load itself: without that
     low, high    tanh(atanh r +- t s): s is the spread of atanh r in a bootstrap that draws C - 1 of
                  C clusters (Rao and Wu, JASA 83, 1988), t the quantile of Student's distribution
-                 with C - 1 degrees of freedom. NaN with fewer than two clusters
+                 with C - 1 degrees of freedom. NaN with fewer than two clusters, and where more
+                 than a quarter of the resamples leave r undefined
     null_low, null_high   where r lies if overlap is as good as drawn by lot: quantiles over
                  permutations within sites of the damage that is left when load is taken away
                  (Freedman and Lane, Journal of Business and Economic Statistics 1, 1983)
@@ -61,12 +64,15 @@ def relation(
     num_sites (clusters), num_experts, num_models (checkpoints), min_seeds (the fewest training
     seeds of a model)
 
-    Experts without weight are left out, and for a metric those for which it is NaN. What says the
-    same as load (or nothing) has an r of NaN. Clusters of one checkpoint share its training, so an
-    interval from few checkpoints speaks for them: read num_models and min_seeds beside it. Damage
-    and metrics are measured on the same documents, so they share sampling noise: it adds to r, and
-    the ceiling, which is made of damage alone, does not know of it. Raises `ValueError` for missing
-    columns, an unknown damage, a metric that is damage itself, and a model called "all".
+    Experts without weight are left out, and for a metric those for which it is NaN, and then sites
+    in which it or the damage is one number. What says the same as load (or nothing) has an r of
+    NaN, and so have experts too few to tell (C clusters need C + 6, for the load itself C + 2);
+    resamples and permutations with such an r do not count. Clusters of one checkpoint share its
+    training, so an interval from few checkpoints speaks for them: read num_models and min_seeds
+    beside it. Damage and metrics are measured on the same documents, so they share sampling noise:
+    it adds to r, and the ceiling, which is made of damage alone, does not know of it. Raises
+    `ValueError` for missing columns, an unknown damage, a metric that is damage itself, and a model
+    called "all".
     """
     check_resampling(confidence, resamples)
     check_choice("damage", damage, DAMAGES)
@@ -108,27 +114,35 @@ def _relate(
     seed: int,
 ) -> dict[str, float]:
     control = None if metric == LOAD else LOAD
+    rows = _varied(rows, [damage, metric])
     ranks_NM, cluster_N = _ranks(rows, [damage, metric], control)
-    moments_CMM = _moments(ranks_NM, cluster_N)
-    r = _partial(moments_CMM.sum(0))
-    low, high = _interval(moments_CMM, r, resamples, confidence, seed)
-    null_R = _null(ranks_NM, cluster_N, r, resamples, seed)
-    # Equal but for rounding is as extreme; the observed order is one of the permutations.
-    p = (1 + (np.abs(null_R) >= abs(r) - ROUNDING).sum()) / (1 + len(null_R))
-    tails = (1 - confidence) / 2, (1 + confidence) / 2
-    null_low, null_high = np.quantile(null_R, tails)
-    split = rows.dropna(subset=halves)
-    half = _partial(_moments(*_ranks(split, halves, control)).sum(0))
+    moments_CMM, free_C = _moments(ranks_NM, cluster_N)
+    r = _partial(moments_CMM.sum(0), free_C.sum())
+    low, high = _interval(moments_CMM, free_C, r, resamples, confidence, seed)
+    p = null_low = null_high = np.nan
+    null_R = np.empty(0) if np.isnan(r) else _null(ranks_NM, cluster_N, resamples, seed)
+    if len(null_R):
+        # Equal but for rounding is as extreme; the observed order is one of the permutations.
+        p = (1 + (np.abs(null_R) >= abs(r) - ROUNDING).sum()) / (1 + len(null_R))
+        null_low, null_high = np.quantile(null_R, [(1 - confidence) / 2, (1 + confidence) / 2])
+    split = _varied(rows.dropna(subset=halves), halves)
+    moments_of_halves_CMM, free_C = _moments(*_ranks(split, halves, control))
+    half = _partial(moments_of_halves_CMM.sum(0), free_C.sum())
     reliability = 2 * half / (1 + half) if half > -1 else np.nan
     checkpoints = rows.groupby(CHECKPOINT[:2]).train_seed
     return {
         **{"r": r, "low": low, "high": high, "null_low": null_low, "null_high": null_high},
-        **{"p": np.nan if np.isnan(r) else p, "p_holm": np.nan},
+        **{"p": p, "p_holm": np.nan},
         **{"reliability": reliability, "ceiling": np.sqrt(max(reliability, 0.0))},
         **{"num_sites": len(moments_CMM), "num_experts": len(rows)},
         "num_models": int(checkpoints.nunique().sum()),
         "min_seeds": int(checkpoints.nunique().min()) if len(rows) else 0,
     }
+
+
+def _varied(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Those of sites in which each of the columns has several values."""
+    return rows[(rows.groupby(SITE)[columns].transform("nunique") > 1).all(axis=1)]
 
 
 def _ranks(
@@ -150,39 +164,47 @@ def _ranks(
     return (table - table.groupby(cluster_N).transform("mean")).to_numpy(), cluster_N.to_numpy()
 
 
-def _moments(ranks_NM: np.ndarray, cluster_N: np.ndarray) -> np.ndarray:
-    """(C, M, M) sums of products within each cluster."""
+def _moments(ranks_NM: np.ndarray, cluster_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(C, M, M) sums of products within each cluster, and (C,) its dimensions."""
     clusters, columns = cluster_N.max(initial=-1) + 1, ranks_NM.shape[1]
     moments_CMM = np.zeros((clusters, columns, columns))
     np.add.at(moments_CMM, cluster_N, ranks_NM[:, :, None] * ranks_NM[:, None, :])
-    return moments_CMM
+    return moments_CMM, np.bincount(cluster_N, minlength=clusters) - 1
 
 
-def _partial(moments_XMM: np.ndarray) -> np.ndarray:
-    """(X,) correlation of the first two given the others; NaN where they leave no variance."""
+def _partial(moments_XMM: np.ndarray, free_X: np.ndarray) -> np.ndarray:
+    """(X,) correlation of the first two given the others; NaN where these leave no variance, or of
+    the dimensions too few."""
     both_X22, cross_X2P = moments_XMM[..., :2, :2], moments_XMM[..., :2, 2:]
     slope_X2P = cross_X2P @ np.linalg.pinv(moments_XMM[..., 2:, 2:], hermitian=True)
     left_X22 = both_X22 - slope_X2P @ cross_X2P.swapaxes(-1, -2)
     own_X2 = np.diagonal(left_X22, axis1=-2, axis2=-1)
     whole_X2 = np.diagonal(both_X22, axis1=-2, axis2=-1)
-    defined_X = (own_X2 > ROUNDING * whole_X2).all(-1)
+    few_X = free_X - cross_X2P.shape[-1] < FREE
+    defined_X = (own_X2 > ROUNDING * whole_X2).all(-1) & ~few_X
     scale_X = np.sqrt(np.where(defined_X[..., None], own_X2, 1.0).prod(-1))
     return np.where(defined_X, (left_X22[..., 0, 1] / scale_X).clip(-1, 1), np.nan)[()]
 
 
 def _interval(
-    moments_CMM: np.ndarray, r: float, resamples: int, confidence: float, seed: int
+    moments_CMM: np.ndarray,
+    free_C: np.ndarray,
+    r: float,
+    resamples: int,
+    confidence: float,
+    seed: int,
 ) -> tuple[float, float]:
     clusters = len(moments_CMM)
     if clusters < LEAST or np.isnan(r):
         return np.nan, np.nan
     rng = np.random.default_rng([seed, 1])
     counts_RC = rng.multinomial(clusters - 1, np.full(clusters, 1 / clusters), size=resamples)
-    r_R = _partial(np.tensordot(counts_RC, moments_CMM, 1))
-    r_R = r_R[~np.isnan(r_R)]  # resamples of clusters in which nothing varies say nothing
-    if not len(r_R):
+    # A cluster that is drawn twice says no more.
+    r_R = _partial(np.tensordot(counts_RC, moments_CMM, 1), (counts_RC > 0) @ free_C)
+    undefined_R = np.isnan(r_R)
+    if undefined_R.mean() > UNDEFINED:
         return np.nan, np.nan
-    spread = np.std(_fisher(r_R))
+    spread = np.std(_fisher(r_R[~undefined_R]))
     half = spread * stdtrit(clusters - 1, (1 + confidence) / 2)
     return float(np.tanh(_fisher(r) - half)), float(np.tanh(_fisher(r) + half))
 
@@ -192,12 +214,9 @@ def _fisher(r: np.ndarray) -> np.ndarray:
     return np.arctanh(np.clip(r, -1 + ROUNDING, 1 - ROUNDING))
 
 
-def _null(
-    ranks_NM: np.ndarray, cluster_N: np.ndarray, r: float, resamples: int, seed: int
-) -> np.ndarray:
-    """(R,) r when, within clusters, what the control leaves of the damage is permuted."""
-    if np.isnan(r):
-        return np.full(resamples, np.nan)
+def _null(ranks_NM: np.ndarray, cluster_N: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """(R,) r when, within clusters, what the control leaves of the damage is permuted; fewer where
+    it then takes all."""
     both_N2, control_NP = ranks_NM[:, :2], ranks_NM[:, 2:]
     inverse_PP = np.linalg.pinv(control_NP.T @ control_NP, hermitian=True)
     left_N2 = both_N2 - control_NP @ (inverse_PP @ (control_NP.T @ both_N2))
@@ -209,4 +228,7 @@ def _null(
         own = np.flatnonzero(cluster_N == cluster)
         dots_RP1 += rng.permuted(np.tile(damage_N[own], (resamples, 1)), axis=1) @ others_NP1[own]
     taken_R = np.einsum("rp,pq,rq->r", dots_RP1[:, 1:], inverse_PP, dots_RP1[:, 1:])
-    return dots_RP1[:, 0] / np.sqrt((damage_N @ damage_N - taken_R) * (overlap_N @ overlap_N))
+    left_R = damage_N @ damage_N - taken_R
+    defined_R = left_R > ROUNDING * (damage_N @ damage_N)
+    scale_R = np.sqrt(left_R[defined_R] * (overlap_N @ overlap_N))
+    return (dots_RP1[defined_R, 0] / scale_R).clip(-1, 1)

@@ -233,6 +233,54 @@ def test_no_interval_where_no_cluster_alone_says_anything():
     assert row.num_sites == 2
 
 
+@pytest.mark.parametrize("few", [1, 2, 3])
+def test_no_interval_where_one_cluster_says_all(few):
+    """The other, of few experts, leaves half of the resamples undefined: the rest are all alike."""
+    experts = frame(lambda g, E: planted(g, E, 1.0), families=["smoe"], seeds=1, layers=2)
+    experts = experts[(experts.layer == 0) | (experts.expert < few)]
+    row = row_of(relation(experts, "overlap", **FEW))
+    assert -1 < row.r < 0
+    assert row[["low", "high"]].isna().all()
+    assert row.num_sites == 1 + (few > 1)
+
+
+def test_sites_in_which_nothing_varies_are_left_out():
+    experts = frame(lambda g, E: planted(g, E, 1.0), families=["smoe"], seeds=1, layers=4)
+    for column in ("overlap", "per_mass"):
+        odd = experts.copy()
+        odd.loc[odd.layer == 2, column] = 0.5
+        found, alone = (
+            row_of(relation(rows, "overlap", **FEW)) for rows in (odd, odd[odd.layer != 2])
+        )
+        pd.testing.assert_series_equal(found, alone)
+        assert found.num_sites == 3
+
+
+@pytest.mark.parametrize(("E", "defined"), [(6, False), (7, True)])
+def test_experts_too_few_to_tell(E, defined):
+    """Of six, four columns of the control and a mean leave one dimension: r would be 1 or -1."""
+    for rng in range(5):
+        experts = frame(planted, families=["smoe"], seeds=1, layers=1, E=E, rng=rng)
+        table = relation(experts, "overlap", **FEW)
+        assert row_of(table)[["r", "p"]].notna().tolist() == [defined, defined]
+        assert row_of(table, "load")[["r", "p"]].notna().all()
+
+
+def test_permutations_that_load_explains_do_not_count():
+    """Of few experts with ties, some leave nothing of the damage."""
+    ties = []
+    for rng in range(30):
+        experts = frame(lambda g, E: planted(g, E, 1.0), ["smoe"], 1, layers=2, E=4, rng=rng)
+        columns = ["overlap", "load", "mass", "per_mass"]
+        experts[columns] = 1.0 + (experts[columns] > experts[columns].median())
+        row = row_of(relation(experts, "overlap", **FEW))
+        if not np.isnan(row.r):
+            ties.append(row)
+            assert row[["p", "null_low", "null_high"]].notna().all()
+            assert -1 <= row.null_low <= row.null_high <= 1
+    assert len(ties) > 10
+
+
 def test_what_says_the_same_as_load_or_nothing():
     experts = frame(planted).assign(constant=1.0)
     experts["same"] = experts.load**3
