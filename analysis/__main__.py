@@ -143,23 +143,25 @@ def overlap(
         from analysis.overlap_request import check_request
 
         loaded = overlap_report.named(models)
+        limits = dict(length=length, limit=documents, max_tokens_per_document=length)
+        data = [read_documents(corpus, model, **limits) for model in loaded]
+        names = [f"{model.name}-s{model.train_seed}" for model in loaded]
         asked = dict(
-            models={f"{m.name}-s{m.train_seed}": m.identity for m in loaded},
+            models={name: model.identity for name, model in zip(names, loaded, strict=True)},
+            data={name: docs.sha256 for name, docs in zip(names, data, strict=True)},
             **dict(corpus=corpus, documents=documents, length=length),
-            **dict(metrics=metric, sites=sites, probe=probe),
+            **dict(metrics=sorted(set(metric or [])), sites=sites, probe=probe),
         )
         files = overlap_report.finished(out, asked)
         if files is None:
             for model in loaded:  # before the first takes minutes
                 check_request(model, metric or None, sites, probe)
-            limits = dict(length=length, limit=documents, max_tokens_per_document=length)
-            found = []
-            for model in loaded:
-                docs = read_documents(corpus, model, **limits)
-                if len(set(docs.document_id)) < 2:
-                    raise ValueError(f"corpus {corpus!r} has one document; intervals need several")
-                options = (metric or None, sites, probe)
-                found.append(measure_overlap(model, docs, *options, progress=progress))
+            if len(set(data[0].document_id)) < 2:
+                raise ValueError(f"corpus {corpus!r} has one document; intervals need several")
+            found = [
+                measure_overlap(model, docs, metric or None, sites, probe, progress=progress)
+                for model, docs in zip(loaded, data, strict=True)
+            ]
             files = overlap_report.write(Overlap.join(found), out, asked)
         else:
             typer.echo(f"{out} is finished")

@@ -48,7 +48,8 @@ def named(paths: Sequence[Path]) -> list[Adapter]:
 
 
 def finished(out: Path, asked: dict[str, Any]) -> list[Path] | None:
-    """What is in `out` if all that is `asked` now was measured there; None if it is to be done.
+    """The files in `out` if all that is `asked` now was measured there and they are there; None if
+    it is to be done.
 
     Raises `ValueError` where it holds anything else, which would be lost, and `FileExistsError`
     where it is a file.
@@ -56,16 +57,18 @@ def finished(out: Path, asked: dict[str, Any]) -> list[Path] | None:
     check_directory(out)
     if not out.exists() or not any(out.iterdir()):
         return None
-    there = out / MANIFEST
-    known = json.loads(there.read_text()) if there.is_file() else {}
+    try:
+        known = dict(json.loads((out / MANIFEST).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # not there, damaged, somebody else's
+        known = {}
     now = json.loads(json.dumps(asked))
     other = [name for name, value in now.items() if known.get(name) != value]
     if other:
         raise ValueError(
             f"out is {str(out)!r}, which holds other results ({', '.join(other)}); choose another"
         )
-    files = sorted(path for path in out.rglob("*.*") if path.is_file())
-    return files if known["finished"] else None
+    files = [out / name for name in known.get("files") or []]
+    return files if files and all(path.is_file() for path in files) else None
 
 
 def write(overlap: Overlap, out: Path, asked: dict[str, Any]) -> list[Path]:
@@ -74,11 +77,11 @@ def write(overlap: Overlap, out: Path, asked: dict[str, Any]) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     files = [out / MANIFEST]
 
-    def note(finished: bool) -> None:
-        said = asked | manifest() | {"finished": finished}
+    def note(written: list[Path]) -> None:
+        said = asked | manifest() | {"files": [str(path.relative_to(out)) for path in written]}
         write_atomically(files[0], json.dumps(said, indent=1) + "\n")
 
-    note(False)
+    note([])
     for name in TABLES:
         table = getattr(overlap, name)
         if not table.empty:
@@ -89,7 +92,7 @@ def write(overlap: Overlap, out: Path, asked: dict[str, Any]) -> list[Path]:
             drawing = picture()
             files += plots.save(drawing, out / "figures" / name)
             plt.close(getattr(drawing, "figure", drawing))
-    note(True)
+    note(files)
     return files
 
 

@@ -1,6 +1,7 @@
 """`python -m analysis overlap`: tables, manifest, figures; mistakes are one line."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -132,6 +133,60 @@ def test_the_same_again_is_finished_and_nothing_is_lost(models, texts, tmp_path)
     assert other.exit_code == 2
     assert "which holds other results (metrics); choose another" in other.stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+LIFT = ["--length", 32, "--sites", "layer 0", "--metric", "lift", "--metric", "load"]
+
+
+def test_metrics_in_another_order_are_the_same(models, texts, tmp_path):
+    words = [models[0], "--corpus", texts, "--documents", 4, *LIFT, "--out", tmp_path]
+    overlap(*words)
+    again = overlap(*words[:-6], "--metric", "load", "--metric", "lift", *words[-2:])
+    assert again.stdout.splitlines()[0] == f"{tmp_path} is finished"
+
+
+def test_other_text_by_the_same_path_is_not_finished(models, texts, tmp_path):
+    corpus, out = tmp_path / "corpus", tmp_path / "out"
+    shutil.copytree(texts, corpus)
+    words = [models[0], "--corpus", corpus, *LIFT, "--out", out]
+    assert overlap(*words).exit_code == 0
+    for path in corpus.iterdir():
+        path.write_text(path.read_text().swapcase())
+    other = overlap(*words)
+    assert other.exit_code == 2
+    assert "which holds other results (data); choose another" in other.stderr
+
+
+def test_what_is_gone_is_measured_again(models, texts, tmp_path):
+    words = [models[0], "--corpus", texts, *LIFT, "--out", tmp_path]
+    overlap(*words)
+    table = tmp_path / "experts.csv"
+    before = table.read_bytes()
+    table.unlink()
+    assert str(table) in overlap(*words).stdout.splitlines()
+    assert table.read_bytes() == before
+
+
+@pytest.mark.parametrize("manifest", ["[]", "3", "[3]", '{"models": ', "\x00", "{}", None])
+def test_a_folder_of_something_else(models, texts, tmp_path, manifest):
+    mine = tmp_path / ("notes.txt" if manifest is None else "manifest.json")
+    mine.write_text(manifest or "mine")
+    done = overlap(models[0], "--corpus", texts, *LIFT, "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "which holds other results (models, data, corpus" in done.stderr
+    assert list(tmp_path.iterdir()) == [mine]
+
+
+def test_stopped_before_the_end(models, texts, tmp_path, monkeypatch):
+    words = [models[0], "--corpus", texts, *LIFT, "--out", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(overlap_report.plots, "save", lambda *_: 1 / 0)
+        overlap(*words)
+    assert (tmp_path / "experts.csv").is_file()
+    assert json.loads((tmp_path / "manifest.json").read_text())["files"] == []
+    done = overlap(*words)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "figures" / "lift.pdf").is_file()
 
 
 def test_two_of_one_family_and_seed(models, checkpoint_of, texts, tmp_path):
