@@ -109,9 +109,11 @@ class Probes:
         counted = counts_SL.flatten().nonzero()[:, 0]
         order = torch.from_numpy(np.random.default_rng(self.key).permutation(len(counted)))
         counted = counted[order.to(counted.device)]
-        tokens_T, domain_T = self._tokens(torch.tensor(self.rows), counted)
+        rows_S, L = torch.tensor(self.rows), counts_SL.shape[1]
+        own_SL = torch.arange(L).expand(len(rows_S), L)
+        tokens_T, domain_T = self._labels(rows_S, own_SL, counted)
         others_RS = self.labels.other_RS[:, self.rows]
-        other_tokens_RT, other_domain_RT = self._tokens(others_RS, counted)
+        other_tokens_RT, other_domain_RT = self._labels(others_RS, self._places(others_RS), counted)
         before: Routing | None = None
         for site in self.model.sites():
             x_TD, routing = flows[site].x_TD.detach(), flows[site].routing
@@ -134,12 +136,18 @@ class Probes:
                 )
             before = routing
 
-    def _tokens(self, rows_S: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """Token classes and domains, (..., T), of these sequences, (..., S), at the counted places;
-        a sequence that is shorter is begun again."""
-        L = self.docs.tokens_SL.shape[1]
-        length_S1 = (self.docs.targets_SL[rows_S] != IGNORE).sum(-1, keepdim=True)
-        place_SL = torch.arange(L) % length_S1.clamp(min=1)
+    def _places(self, rows_S: Tensor) -> Tensor:
+        """(..., S, L) the places with a target of these sequences, (..., S), and from their end on
+        the same once more."""
+        targets_SL = self.docs.targets_SL[rows_S]
+        empty_SL = targets_SL == IGNORE
+        first_SL = empty_SL.byte().argsort(dim=-1, stable=True)
+        length_S1 = (~empty_SL).sum(-1, keepdim=True)
+        return first_SL.gather(-1, torch.arange(targets_SL.shape[-1]) % length_S1.clamp(min=1))
+
+    def _labels(self, rows_S: Tensor, place_SL: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Token classes and domains, (..., T), of these sequences, (..., S), at places of theirs,
+        (..., S, L), that stand where the counted ones are."""
         tokens_SL = self.docs.tokens_SL[rows_S].gather(-1, place_SL)
         domain_SL = self.labels.domain_S[rows_S, None].expand_as(tokens_SL)
         at = counted.cpu()

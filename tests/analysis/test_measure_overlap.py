@@ -228,6 +228,30 @@ def test_nulls_of_shuffled_labels_by_loops(model_of, shard):
         np.testing.assert_allclose(got_EE[apart], np.mean(divergence, 0)[apart])
 
 
+def test_targets_masked_at_the_beginning(model_of, shard):
+    """As of a prompt: tokens are still those that the experts saw."""
+    targets_SL = shard.targets_SL.clone()
+    targets_SL[[0, 2], :3] = IGNORE
+    model, docs = model_of("smoe"), dataclasses.replace(shard, targets_SL=targets_SL)
+    found = measure_overlap(model, docs, "token_js", **QUIET)
+    with torch.no_grad(), capture_routing(model.model) as captured:
+        model.model(docs.tokens_SL)
+    counted_T = (targets_SL != IGNORE).flatten()
+    for site, (routing,) in captured.items():
+        token_EV = torch.zeros(site.num_experts, 13, dtype=torch.float64)
+        tokens_T = docs.tokens_SL.flatten()[counted_T]
+        for token, chosen in zip(tokens_T, routing.ids_TK[counted_T], strict=True):
+            token_EV[chosen, token] += 1
+        expected_EE = js_divergence(token_EV).numpy()
+        apart = ~np.eye(site.num_experts, dtype=bool)
+        got_EE = found.matrix("token_js", site.layer)
+        np.testing.assert_allclose(got_EE[apart], expected_EE[apart])
+    # Nor do labels of other documents come from where they have no target.
+    empty_SL, rows_S = targets_SL == IGNORE, torch.arange(len(docs))
+    places_SL = probes.Probes(model, docs, rows_S.tolist(), None, False, (0,))._places(rows_S)
+    assert not empty_SL.gather(-1, places_SL).any()
+
+
 def test_rare_tokens_are_one_class(model_of, shard, monkeypatch):
     monkeypatch.setattr(probes, "VOCABULARY", 3)
     labels = Labels.of(shard, seed=0)
