@@ -48,7 +48,7 @@ def compare(
     tokenizers, an unknown name, and sites where decisions of another model do not fit.
     """
     under_study = _named(models)
-    check_documents(docs)
+    check_documents(docs, *under_study.values())
     conditions = conditions_of(perturbations, where, point, seed, controls)
     imposed = {name for c in conditions for name in _sources(c.perturbation, under_study)}
     _check_sites(conditions, under_study)

@@ -20,17 +20,16 @@ CHUNK_LOGITS = 2**21  # logits held at once while losses are taken: 8 MiB in fp3
 KEEP_LOGITS = 2**25  # clean log probabilities kept for all conditions, at most: 128 MiB
 
 
-def _chunks(model: Adapter, hidden_TD: Tensor, targets_T: Tensor) -> Iterator[Tensor]:
+def _chunks(model: Adapter, targets_T: Tensor) -> Iterator[Tensor]:
     """Rows that have a target, so many at a time."""
-    vocab_size = model.logits(hidden_TD[:1]).shape[-1]
     rows = (targets_T != IGNORE).nonzero()[:, 0]
-    yield from rows.split(max(1, CHUNK_LOGITS // vocab_size))
+    yield from rows.split(max(1, CHUNK_LOGITS // model.vocab_size))
 
 
 def token_nll(model: Adapter, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
     """(T,) fp32 nats of each target, 0 where there is none."""
     nll_T = torch.zeros(len(hidden_TD), device=hidden_TD.device)
-    for rows in _chunks(model, hidden_TD, targets_T):
+    for rows in _chunks(model, targets_T):
         log_p = model.logits(hidden_TD[rows]).log_softmax(-1)
         nll_T[rows] = F.nll_loss(log_p, targets_T[rows], reduction="none")
     return nll_T
@@ -39,7 +38,7 @@ def token_nll(model: Adapter, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
 def loss_gradient(model: Adapter, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
     """(T, D) gradient of the summed nll by the hidden states."""
     gradient_TD = torch.zeros_like(hidden_TD)
-    for rows in _chunks(model, hidden_TD, targets_T):
+    for rows in _chunks(model, targets_T):
         with torch.enable_grad():
             hidden = hidden_TD[rows].detach().requires_grad_()
             nll = F.cross_entropy(model.logits(hidden), targets_T[rows], reduction="sum")
@@ -75,7 +74,7 @@ class CleanLosses(NamedTuple):
         """Losses of the clean run."""
         nll_T = torch.zeros(len(hidden_TD), device=hidden_TD.device)
         kept = []
-        for rows in _chunks(model, hidden_TD, targets_T):
+        for rows in _chunks(model, targets_T):
             log_p = model.logits(hidden_TD[rows]).log_softmax(-1)
             nll_T[rows] = F.nll_loss(log_p, targets_T[rows], reduction="none")
             if len(hidden_TD) * log_p.shape[-1] <= KEEP_LOGITS:
@@ -87,7 +86,7 @@ class CleanLosses(NamedTuple):
         kl, KL(clean || this); agree, 1 where the best token is the same."""
         nll_T = torch.zeros_like(self.nll_T)
         kl_T, agree_T = torch.zeros_like(nll_T), torch.zeros_like(nll_T)
-        for number, rows in enumerate(_chunks(model, hidden_TD, self.targets_T)):
+        for number, rows in enumerate(_chunks(model, self.targets_T)):
             log_p = model.logits(hidden_TD[rows]).log_softmax(-1)
             if self.log_p:
                 clean_log_p, clean_p, clean_best = self.log_p[number]

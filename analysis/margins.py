@@ -82,7 +82,7 @@ def flip_prediction(
     if not sites or place.tokens or place.positions:
         have = ", ".join(f"'{Where.parse(site)}'" for site in model.sites())
         raise ValueError(f"where is {where!r}; it must select sites, all their tokens: {have}")
-    check_documents(docs)
+    check_documents(docs, model)
     stats = calibrate(model, calibration or docs[:CALIBRATION]).sites
     sums = DocumentSums("where", "sigma", "predicted_by")
     for first in range(0, len(docs), batch_size):

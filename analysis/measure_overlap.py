@@ -79,7 +79,7 @@ def measure_overlap(
     check_whole("batch_size", batch_size, 1)
     check_whole("minibatch", minibatch, 4)
     check_whole("seed", seed, 0)
-    check_tokens(docs, skip_first)
+    check_tokens(docs, model, skip_first)
     batch_size = min(batch_size, max(1, len(docs) // FEWEST_BATCHES))
     packs = list(packs_of(docs, batch_size, seed))
     units = min(len(packs), MAX_UNITS)

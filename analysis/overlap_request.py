@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from analysis.adapters.base import Adapter
@@ -20,7 +20,7 @@ DAMAGE = "function"  # the kind that is itself damage, and is measured only wher
 
 def check_request(
     model: object, metrics: str | Sequence[str] | None, sites: Any, probe: str
-) -> tuple[Adapter, list[RouterSite], list[str]]:
+) -> tuple[Adapter, list[RouterSite], Sequence[str]]:
     """The model as a model under study, its sites and names of metrics that were asked for; raises
     as `measure_overlap`."""
     model = routed_adapter(model)
@@ -45,25 +45,36 @@ def sites_of(model: Adapter, sites: Any) -> list[RouterSite]:
     return chosen
 
 
-def check_tokens(docs: Sequences, skip_first: bool) -> None:
-    """Raise `ValueError` unless the documents have a token to measure on."""
-    check_documents(docs)
+def check_tokens(docs: Sequences, model: Adapter, skip_first: bool) -> None:
+    """Raise `ValueError` unless the documents have a token to measure on, and the model knows all
+    of theirs."""
+    check_documents(docs, model)
     if not (docs.targets_SL[:, int(skip_first) :] != IGNORE).any():
         rest = ": skip_first leaves out the first of each sequence" if skip_first else ""
         raise ValueError(f"docs has no token to measure on, which is one with a target{rest}")
 
 
-def _wanted(model: Adapter, sites: list[RouterSite], metrics: str | Sequence[str] | None):
+def metric_names(metrics: str | Sequence[str], choices: Iterable[str]) -> tuple[str, ...]:
+    """Each name once; `ValueError` where none is given, with the choices."""
+    given = [metrics] if isinstance(metrics, str) else metrics
+    several = isinstance(given, Iterable) and not isinstance(given, Metric)
+    names = tuple(dict.fromkeys(given)) if several else ()
+    if not names:
+        raise ValueError(f"metrics is {metrics!r}; name some of {', '.join(choices)}")
+    return names
+
+
+def _wanted(
+    model: Adapter, sites: list[RouterSite], metrics: str | Sequence[str] | None
+) -> Sequence[str]:
     """Names of the metrics to measure, each once."""
     fitting = {name: m for name, m in METRICS.items() if fits(model, sites, name, m)}
     if metrics is None:
         return [name for name, metric in fitting.items() if metric.kind != DAMAGE]
-    names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
+    names = metric_names(metrics, METRICS)
     for name in names:
         check_choice("metric", name, METRICS)
         check_choice(f"metric for these sites of {model.name}", name, fitting)
-    if not names:
-        raise ValueError(f"metrics is {metrics!r}; name some of {', '.join(METRICS)}")
     return names
 
 

@@ -109,7 +109,7 @@ def regret(
     site = _one_site(model, site)
     for name, number in {"n": n, "every": every}.items():
         check_whole(name, number, 1)
-    check_documents(docs)
+    check_documents(docs, model)
     sizes = sorted({*(2**i for i in range(n.bit_length())), n})
     sums = DocumentSums("n")
     starts = range(0, len(docs), batch_size)
@@ -158,8 +158,7 @@ def nll_of(model: Adapter, hidden_TD: Tensor, targets_XT: Tensor) -> Tensor:
     """(X, T) fp32 nats of several targets for each token, 0 where there is none."""
     nll_XT = torch.zeros(targets_XT.shape, device=hidden_TD.device)
     rows = (targets_XT[0] != IGNORE).nonzero()[:, 0]
-    width = model.logits(hidden_TD[:1]).shape[-1]
-    for some in rows.split(max(1, CHUNK_LOGITS // width)):
+    for some in rows.split(max(1, CHUNK_LOGITS // model.vocab_size)):
         log_p = model.logits(hidden_TD[some]).log_softmax(-1)
         for nll_T, targets_T in zip(nll_XT, targets_XT, strict=True):
             nll_T[some] = F.nll_loss(log_p, targets_T[some], reduction="none")

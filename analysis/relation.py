@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.measure_overlap import measure_overlap
 from analysis.overlap import METRICS, Overlap
-from analysis.overlap_request import fits
+from analysis.overlap_request import fits, metric_names
 from analysis.removal import (
     CleanSums,
     checked,
@@ -123,9 +123,10 @@ def relate(
             overlaps.append(measure_overlap(model, docs, own, chosen, probe, **how))
             columns = {name: _with_heirs(clean, overlaps[-1], name) for name in own}
             frames[key] = frames[key].assign(**columns)
+    if not frames:
+        raise ValueError("models is empty; give at least one")
     if not overlaps:
-        fit = "none that they fit" if frames else "none at all"
-        raise ValueError(f"metrics is {metrics!r}, and models has {fit}")
+        raise ValueError(f"metrics is {metrics!r}, and models has none that they fit")
     experts, heirs = (pd.concat(f, ignore_index=True) for f in (frames.values(), heirs))
     return Relation(experts, heirs, Overlap.join(overlaps), names)
 
@@ -133,7 +134,6 @@ def relate(
 def _predictors(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
     if metrics is None:
         return PREDICTORS
-    names = tuple(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
     good = [
         name
         for name, metric in METRICS.items()
@@ -141,12 +141,11 @@ def _predictors(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
         and metric.kind != "function"
         and name != "transition"  # whose pairs are of two sites
     ]
+    names = metric_names(metrics, good)
     for name in names:
         if name in METRICS and METRICS[name].kind == "function":
             raise ValueError(f"metrics has {name!r}, which is damage itself, and explains nothing")
         check_choice("metric", name, good)
-    if not names:
-        raise ValueError(f"metrics is {metrics!r}; name some of {', '.join(good)}")
     return names
 
 

@@ -93,7 +93,7 @@ def checked(
     """The model as a model under study, and its sites that were asked for."""
     model = routed_adapter(model)
     check_whole("batch_size", batch_size, 1)
-    check_documents(docs)
+    check_documents(docs, model)
     return model, sites_of(model, sites)
 
 

@@ -56,7 +56,7 @@ def sweep(
     tokens        keep every token's loss, for quantiles and groups of tokens
     """
     model = routed_adapter(model)
-    check_documents(docs)
+    check_documents(docs, model)
     conditions = conditions_of(perturbations, where, point, seed, controls)
     batches = -(-len(docs) // batch_size)
     with tqdm(total=batches * len(conditions), unit="batch", disable=not progress) as bar:
@@ -74,12 +74,20 @@ def routed_adapter(model: object) -> Adapter:
     return model
 
 
-def check_documents(docs: Sequences) -> None:
-    """Raise `ValueError` unless these are sequences of documents, at least one."""
+def check_documents(docs: Sequences, *models: Adapter) -> None:
+    """Raise `ValueError` unless these are sequences of documents, at least one, in tokens that all
+    of these models know."""
     if not isinstance(docs, Sequences):
         raise ValueError(f"docs is a {type(docs).__name__}; give what analysis.documents returns")
     if not len(docs):
         raise ValueError("docs has no sequence")
+    largest = int(docs.tokens_SL.max())
+    for model in models:
+        if largest >= model.vocab_size:
+            raise ValueError(
+                f"docs has token {largest}, and {model.name} a vocabulary of {model.vocab_size}: "
+                "take those of analysis.documents(corpus, model), which are in its own tokens"
+            )
 
 
 def conditions_of(

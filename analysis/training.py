@@ -67,6 +67,7 @@ def saturation(
     check_resampling(confidence, 1)
     last = routed_adapter(load(folders[-1]))
     chosen = sites_of(last, sites)
+    check_documents(docs, last)
     unit_of = _units(docs)
     units = max(unit_of.values()) + 1
     sums = {folder: {site: UnitSums(units) for site in chosen} for folder in folders}
@@ -134,12 +135,14 @@ def _used(
 
 def _units(docs: Sequences) -> dict[str, int]:
     """For each document the unit that it is left out with."""
-    check_documents(docs)
     return {d: number % MAX_UNITS for number, d in enumerate(dict.fromkeys(docs.document_id))}
 
 
 def _checkpoints(run_folder: str | Path) -> list[Path]:
     """Of a run, oldest first."""
+    if not isinstance(run_folder, str | Path):
+        found = type(run_folder).__name__
+        raise ValueError(f"run_folder is a {found}; give the folder of a training run")
     made = read_run(run_folder)["asked"]["train"]
     folders = run_checkpoints(Path(run_folder))
     if len(folders) < 2:

@@ -190,7 +190,7 @@ def factor_information(
     model, factorial = routed_adapter(model), _corpus(factorial)
     check_whole("shuffles", shuffles, 1)
     check_whole("batch_size", batch_size, 1)
-    check_documents(docs)
+    check_documents(docs, model)
     _, first_D, document_S = np.unique(docs.document_id, return_index=True, return_inverse=True)
     domain_D = _numbers([docs.domain[s] for s in first_D], factorial)
     of_document_DS = np.arange(len(first_D))[:, None] == document_S

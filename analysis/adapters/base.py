@@ -57,6 +57,7 @@ class Adapter(Protocol):
     tokenizer   with `encode` and `num_bytes` (see cartmoe.tokenizers)
     device      where its weights are
     width       D of its residual stream
+    vocab_size  V
     """
 
     name: str
@@ -66,6 +67,7 @@ class Adapter(Protocol):
     tokenizer: Any
     device: torch.device
     width: int
+    vocab_size: int
 
     def sites(self) -> list[RouterSite]:
         """Every router in order of depth."""

@@ -41,6 +41,7 @@ class CartMoEAdapter:
     ):
         self.model = model
         self.family, self.width = model.config.family, model.config.d_model
+        self.vocab_size = model.config.vocab_size
         self.name, self.train_seed, self.tokenizer = name or self.family, train_seed, tokenizer
         self._identity = identity
 

@@ -193,8 +193,8 @@ def _rank(w: ExpertWeights, name: str) -> Tensor:
 
 
 def _rank_null(w: ExpertWeights, name: str) -> Tensor:
-    first = ExpertWeights(*(matrix[:1] for matrix in w[:3]))
-    return effective_rank(getattr(first.reinitialized(0), name))
+    one_1XY = getattr(w, name)[:1]  # for its shape; the rank does not depend on the spread
+    return effective_rank(_normal(np.random.default_rng(0), one_1XY, torch.ones(())))
 
 
 def _zero(w: ExpertWeights) -> Tensor:

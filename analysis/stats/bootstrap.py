@@ -11,6 +11,7 @@ Shapes: R resamples, C ratios, D documents, M contrasts of ratios.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -29,10 +30,10 @@ class Intervals(NamedTuple):
 
 def check_resampling(confidence: float, resamples: int) -> None:
     """Raise `ValueError` naming the parameter and the value where it cannot serve."""
-    if not 0 < confidence < 1:
+    if not (isinstance(confidence, Real) and 0 < confidence < 1):
         raise ValueError(f"confidence is {confidence!r}; it must lie strictly between 0 and 1")
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples!r}; it must be at least 1")
+    if not (isinstance(resamples, Integral) and resamples >= 1):
+        raise ValueError(f"resamples is {resamples!r}; it must be at least 1, a whole number")
 
 
 def document_counts(documents: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

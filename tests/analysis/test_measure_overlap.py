@@ -354,6 +354,9 @@ def test_stages_of_unequal_size_are_not_composed(tiny_model, shard):
     [
         (dict(metrics="cosine"), "metric is 'cosine'; choose one of .*'cka'"),
         (dict(metrics=[]), r"metrics is \[\]; name some of"),
+        (dict(metrics=3), r"metrics is 3; name some of co_activation, lift"),
+        (dict(metrics=METRICS["cka"]), r"metrics is <outputs, by pairs: .*; name some of"),
+        (dict(confidence="x"), "confidence is 'x'; it must lie"),
         (
             dict(metrics="composite_a"),
             "metric for these sites of smoe is 'composite_a'; choose one of",
@@ -383,6 +386,9 @@ def test_what_cannot_be_measured(model_of, shard):
         measure_overlap(model_of("smoe"), shard[:0])
     with pytest.raises(ValueError, match=r"docs is a str; give what analysis\.documents returns"):
         measure_overlap(model_of("smoe"), "stdlib")
+    of_others = dataclasses.replace(shard, tokens_SL=shard.tokens_SL + 13)
+    with pytest.raises(ValueError, match=r"docs has token 2.*, and smoe a vocabulary of 13: take"):
+        measure_overlap(model_of("smoe"), of_others)
     without = dataclasses.replace(shard, targets_SL=torch.full_like(shard.targets_SL, IGNORE))
     with pytest.raises(ValueError, match="docs has no token to measure on, which is"):
         measure_overlap(model_of("smoe"), without)

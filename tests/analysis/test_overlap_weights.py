@@ -203,6 +203,17 @@ def test_threads_are_left_as_they_were_by_an_error(monkeypatch):
     assert seen == [2]
 
 
+def test_null_of_ranks_does_not_know_the_experts():
+    """Also where the first one has been pruned."""
+    w = ExpertWeights(*planted(lambda *matrices: matrices)[:3])
+    pruned = ExpertWeights(*(torch.cat([torch.zeros_like(m[:1]), m]) for m in w[:3]))
+    for name in ("effective_rank_gate", "effective_rank_up", "effective_rank_down"):
+        null = METRICS[name].null
+        assert torch.isfinite(null(w)).all()
+        assert torch.equal(null(pruned), null(w))
+        assert torch.equal(null(ExpertWeights(*(3 * m.flip(0) for m in w[:3]))), null(w))
+
+
 def test_effective_rank():
     rotation_XX = torch.linalg.qr(torch.randn(7, 7)).Q
     values_S = torch.tensor([4.0, 2.0, 1.0, 1.0])

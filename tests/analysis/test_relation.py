@@ -339,7 +339,7 @@ def test_bad_arguments(models, model_of, docs):
         relate(models[0], docs, "transition")
     with pytest.raises(ValueError, match="metrics is \\(\\); name some of"):
         relate(models[0], docs, ())
-    with pytest.raises(ValueError, match="models has none"):
+    with pytest.raises(ValueError, match="models is empty"):
         relate([], docs)
     with pytest.raises(ValueError, match="models is a dict; give models, or a list of them"):
         relate({"a": models[0]}, docs)

@@ -1,5 +1,6 @@
 """Studies from end to end: once, again, after kills, unfinished, with odd models."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -515,6 +516,9 @@ def test_sweep_of_a_dense_model(model_of, shard):
         sweep(model_of("dense"), shard, [DropTop(1)], progress=False)
     with pytest.raises(ValueError, match=r"docs is a str; give what analysis\.documents returns"):
         sweep(model_of("smoe"), "stdlib", [DropTop(1)], progress=False)
+    of_others = dataclasses.replace(shard, tokens_SL=shard.tokens_SL + 13)
+    with pytest.raises(ValueError, match="and smoe a vocabulary of 13: take"):
+        sweep(model_of("smoe"), of_others, [DropTop(1)], progress=False)
 
 
 def test_sweep_takes_one_perturbation_and_refuses_a_nameless_function(model_of, shard):

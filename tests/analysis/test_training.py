@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -187,8 +187,13 @@ def test_a_trained_run_settles(run, docs):
 def test_bad_arguments(tiny_model, run_of, run, docs, tmp_path):
     with pytest.raises(FileNotFoundError, match="is no run: it has no run"):
         saturation(tmp_path / "nowhere", docs)
+    with pytest.raises(ValueError, match="run_folder is a LanguageModel; give the folder of a"):
+        saturation(tiny_model("smoe"), docs)
     with pytest.raises(ValueError, match="docs has no sequence"):
         saturation(run, docs[:0])
+    of_others = replace(docs, tokens_SL=docs.tokens_SL + 1000)
+    with pytest.raises(ValueError, match=r"docs has token 1\d+, and \w+ a vocabulary of"):
+        saturation(run, of_others)
     with pytest.raises(ValueError, match="sites is 'stage 4'"):
         saturation(run, docs, sites="stage 4")
     with pytest.raises(ValueError, match="batch_size is 0"):
