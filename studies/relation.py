@@ -1,7 +1,7 @@
 """Does overlap say what dropping an expert costs? After `make overlap`: python studies/relation.py
 
 Reads the models of runs/overlap (barely trained: 100 steps), writes tables there (relation/) and
-the README's pictures.
+those of the README's pictures that show them.
 """
 
 from pathlib import Path

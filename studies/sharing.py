@@ -1,4 +1,5 @@
-"""Sharing as a treatment: the less domains have in common, the less experts, the more damage?
+"""Sharing as a treatment: what experts have in common, and what wrong routing costs, where domains
+have more or less in common.
 
     python studies/sharing.py --out runs/sharing
 

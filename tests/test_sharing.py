@@ -67,6 +67,25 @@ def test_means_over_pairs_then_over_seeds(sharing):
     )
 
 
+def test_figure_has_means_and_intervals(sharing):
+    levels = sorted(sharing.LEVELS)
+    rows = [
+        dict(quantity=quantity, model=model, family=options["family"], level=level, mean=i + level)
+        for i, quantity in enumerate(sharing.PANELS)
+        for model, options in sharing.MODELS.items()
+        for level in levels
+    ]
+    table = pd.DataFrame(rows)
+    drawing = sharing.figure(table.assign(low=table["mean"] - 0.1, high=table["mean"] + 0.2))
+    for i, (ax, title) in enumerate(zip(drawing.axes, sharing.PANELS.values(), strict=True)):
+        assert ax.get_title() == title
+        for line, bars in zip(ax.get_lines(), ax.collections, strict=True):
+            np.testing.assert_allclose(line.get_ydata(), [i + level for level in levels])
+            ends = [segment[:, 1] for segment in bars.get_segments()]
+            expected = [[i + level - 0.1, i + level + 0.2] for level in levels]
+            np.testing.assert_allclose(ends, expected)
+
+
 def test_differences_are_seed_by_seed(sharing):
     """Seeds lie far apart; what the level changes does not."""
     rows = [

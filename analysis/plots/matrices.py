@@ -58,7 +58,7 @@ def ratio_scale(center: float, *tables: Any) -> LogNorm:
     """Log, to the greatest value above the center (at most 64 times) and as far below it.
 
     Ratios have no least value above 0, so those beyond the end have its color; but half of them
-    are always within.
+    are within, unless their median is less than a 64th of the center.
     """
     values = _finite(*tables)
     below = center / np.median(values[values > 0]) if (values > 0).any() else 1.0

@@ -13,12 +13,13 @@ from analysis.plots.dots import GREY
 from analysis.plots.sites import label_of
 from analysis.plots.style import canvas, marker_colors, model_styles
 from analysis.stats.pairs import check_columns
-from analysis.stats.relation import APART
+from analysis.stats.relation import APART, LOAD
 
 ALL, ALL_STYLE = "all", {"color": "black", "marker": "d", "linestyle": "-"}
 BAND = "#D9D9D9"
 LINE, GAP = 0.08, 0.1  # inches of a model's line, and between metrics
-WRAP = 18  # characters of a metric's name in one line
+WRAP, LABEL_WRAP = 18, 34  # characters in one line of a metric's name, of the axis' label
+DAMAGE = {"per_mass": "damage per weight dropped"}  # others as they are called
 COLUMNS = ["r", "low", "high", "null_low", "null_high", "ceiling"]
 
 
@@ -68,7 +69,7 @@ def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.tick_params(axis="y", length=0)
         ax.set_ylim(len(keys) - 0.5, -0.5)
         ax.set_xlim(-1.03, 1.03)
-        ax.set_xlabel("rank correlation with damage,\nwithin sites" + _given(table))
+        ax.set_xlabel(_label(table))
         handles = [Line2D([], [], **look, label=model) for model, look in looks.items()]
         handles += [
             Patch(fc=BAND, label="null"),
@@ -85,5 +86,8 @@ def _look(style: dict[str, str], main: bool) -> dict[str, object]:
     return look | dict(ms=5 if main else 3)
 
 
-def _given(table: pd.DataFrame) -> str:
-    return ", given load" if (table.metric != "load").any() else ""
+def _label(table: pd.DataFrame) -> str:
+    damages, metrics = table.damage.unique(), set(table.metric)
+    what = DAMAGE.get(damages[0], damages[0]) if len(damages) == 1 else "damage"
+    given = ", given load" * (metrics != {LOAD}) + " (but load itself)" * (metrics > {LOAD})
+    return textwrap.fill(f"rank correlation with {what}, within sites{given}", LABEL_WRAP)

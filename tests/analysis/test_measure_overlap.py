@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import importlib
 import itertools
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import stdtrit
 
 from analysis import measure_overlap, probes
 from analysis.adapters.base import as_adapter
@@ -226,6 +228,56 @@ def test_nulls_of_shuffled_labels_by_loops(model_of, shard):
         got_EE = found.matrix("token_js", site.layer, column="null")
         apart = ~np.eye(site.num_experts, dtype=bool)
         np.testing.assert_allclose(got_EE[apart], np.mean(divergence, 0)[apart])
+
+
+def test_tokens_are_in_a_random_order(model_of, shard):
+    """So that a minibatch of HSIC is not of one document."""
+    batch = probes.Probes(
+        model_of("smoe"), shard, list(range(7)), Labels.of(shard, 0), False, (0, 1, 2)
+    )
+    ((_, probe),) = batch.of(model_of("smoe").sites()[:1], 0, False)
+    domain_T = probe.domain_T.tolist()
+    assert sum(a != b for a, b in itertools.pairwise(domain_T)) > 10  # 3 as they stand
+
+
+def test_transition_is_from_the_site_before_also_where_that_is_not_asked_for(model_of, shard):
+    model, columns = model_of("smoe"), ["layer", "expert_i", "expert_j", "value"]
+    last = model.sites()[-1]
+    every, alone = (
+        measure_overlap(model, shard, "transition", sites, **QUIET).pairs[columns]
+        for sites in (None, last)
+    )
+    every = every[every.layer == last.layer].reset_index(drop=True)
+    pd.testing.assert_frame_equal(every, alone)
+
+
+def test_batches_beyond_the_most_units_take_turns(model_of, shard, monkeypatch):
+    module, one = importlib.import_module("analysis.measure_overlap"), QUIET | dict(batch_size=1)
+    named = []
+    for most in (3, 4):  # of four batches, of a document each
+        monkeypatch.setattr(module, "MAX_UNITS", most)
+        rows = measure_overlap(model_of("smoe"), shard, "load", **one).experts
+        named.append((rows.unit.iloc[0], rows.num_units.iloc[0]))
+    assert named == [("batches of documents", 3), ("batch of documents", 4)]
+    monkeypatch.setattr(module, "MAX_UNITS", 2)
+    units, real = [], module.Probes.of
+
+    def of(batch, sites, unit, gradients):
+        units.append(unit)
+        return real(batch, sites, unit, gradients)
+
+    monkeypatch.setattr(module.Probes, "of", of)
+    measure_overlap(model_of("smoe"), shard, "load", **one)
+    assert [unit for unit, _ in itertools.groupby(units)] == [0, 1, 0, 1]
+
+
+def test_confidence_is_that_of_the_interval(model_of, shard):
+    widths = []
+    for confidence in (0.95, 0.5):
+        rows = measure_overlap(model_of("smoe"), shard, "load", confidence=confidence, **QUIET)
+        widths.append((rows.experts.high - rows.experts.low).to_numpy())
+    df = rows.experts.num_units.iloc[0] - 1
+    np.testing.assert_allclose(widths[0] / widths[1], stdtrit(df, 0.975) / stdtrit(df, 0.75))
 
 
 def test_targets_masked_at_the_beginning(model_of, shard):

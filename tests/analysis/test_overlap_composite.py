@@ -1,6 +1,7 @@
 """Composed experts: against the layer itself, against loops, and in planted cases."""
 
 import copy
+import importlib
 import itertools
 
 import numpy as np
@@ -37,8 +38,12 @@ def model(tiny_model, request):
 
 
 def own(tiny_model, **options):
-    """A model of one's own, to change."""
-    return as_adapter(copy.deepcopy(tiny_model("cartesian", **options)))
+    """A model of one's own, to change; no two of its norms are alike."""
+    model = copy.deepcopy(tiny_model("cartesian", **options))
+    for block in model.trunk.blocks:
+        for norm in getattr(block.ffn, "norms", ()):
+            norm.weight.data.uniform_(0.5, 2)
+    return as_adapter(model)
 
 
 def stream(tokens=200):
@@ -376,3 +381,24 @@ def test_cosines_of_planted_outputs():
     for i, j in itertools.product(range(2), range(2)):
         outputs[i, j, 0] = torch.tensor([5 + (-1.0) ** i, -3 + (-1.0) ** j])
     assert mean_cosines(outputs)[:, 0].tolist() == pytest.approx([0, 0, -1])
+
+
+def test_cosines_of_stages_of_unequal_size():
+    y_ABTD = torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    n_ABTD = torch.nn.functional.normalize(y_ABTD - y_ABTD.mean((0, 1)), dim=-1)
+    a, b = (list(itertools.permutations(range(n), 2)) for n in (3, 4))
+    row = [n_ABTD[i, j] * n_ABTD[i, k] for i in range(3) for j, k in b]
+    column = [n_ABTD[i, j] * n_ABTD[k, j] for j in range(4) for i, k in a]
+    expected_2T = torch.stack([torch.stack(some).sum(-1).mean(0) for some in (row, column)])
+    torch.testing.assert_close(mean_cosines(y_ABTD)[:2], expected_2T)
+
+
+def test_shares_of_squares_take_more_tokens_than_pairs(model_of, shard, monkeypatch):
+    module, seen = importlib.import_module("analysis.measure_overlap"), []
+    real = module.CompositeStream
+    monkeypatch.setattr(
+        module, "CompositeStream", lambda *given: seen.append(given[-1]) or real(*given)
+    )
+    for metric in ("composite_interaction", "composite_cka_row"):
+        measure_overlap(model_of("cartesian"), shard, metric, "layer 0", progress=False)
+    assert seen == [composite.TOKENS, composite.PAIR_TOKENS]

@@ -439,3 +439,29 @@ def random_null(model, site, probes) -> float:
     w = ExpertWeights(*(torch.randn(shape, generator=generator) for shape in shapes))
     cka_EE = linear_cka(swiglu(w, torch.cat([probe.x_TD for probe in probes])))
     return cka_EE[~torch.eye(len(cka_EE), dtype=torch.bool)].mean().item()
+
+
+def test_the_null_is_of_the_first_minibatch(model_of):
+    model = model_of("smoe_share")
+    site, found = model.sites()[0], []
+    probe = probe_of(model, site, 120)
+    for some in (slice(None), slice(30)):
+        routing = Routing(*(part[some] for part in probe.routing))
+        stream = OutputStream(model, site, 1, minibatch=30)
+        stream.add(probe._replace(x_TD=probe.x_TD[some], routing=routing))
+        found.append(estimate(METRICS["cka"], stream.sums()).null)
+    np.testing.assert_array_equal(*found)
+
+
+def test_null_experts_are_nobodys_copies(model_of):
+    """Those of two sites, and of a site's shared expert, are drawn apart."""
+
+    def normal(w):
+        return w.gate_EFD / w.gate_EFD.std((1, 2), keepdim=True)
+
+    model = model_of("smoe_share")
+    one, other = (OutputStream(model, site, 1) for site in model.sites()[:2])
+    assert not torch.allclose(normal(one._null), normal(other._null), atol=1e-3)
+    shared_1FD, first_FD = normal(one._null_shared), normal(one._null)[0]
+    rows = min(shared_1FD.shape[1], len(first_FD))
+    assert not torch.allclose(shared_1FD[0, :rows], first_FD[:rows], atol=1e-3)

@@ -228,6 +228,16 @@ def test_calibration_of_a_planted_frame():
     assert row["mean_measured_se"] == pytest.approx(0.6 * np.sqrt(0.5 * 4 / 3))
 
 
+def test_calibration_is_of_ranks_and_sites_are_drawn_apart():
+    linear = np.arange(-6.0, 7.0)
+    frame = pd.DataFrame({"linear": linear, "measured": linear**5, "chosen": "random"})
+    frame = frame.assign(probability=1.0, downstream="reroute")
+    frame = frame.assign(**dict(zip(SITE, ["m", "smoe", 0, 2, 1], strict=True)))
+    assert calibration(frame).rank_correlation.item() == pytest.approx(1)
+    one, other = (_choose(frame.assign(layer=layer), 2, 5, 0).chosen for layer in (0, 2))
+    assert (one != other).any()
+
+
 def test_the_estimated_mean_has_no_bias_and_the_error_that_it_says():
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"linear": rng.normal(size=40)})

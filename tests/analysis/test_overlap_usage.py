@@ -714,3 +714,21 @@ def test_distances_of_class_counts():
     assert class_jaccard(counts_EV)[3, 3].isnan()
     tokens_V = torch.tensor([8, 2, 1])
     close(vocabulary_specialization(counts_EV, tokens_V), [1 / 2, 3 / 4, 1 / 2, NAN])
+
+
+def test_router_entropy_is_of_scores_as_a_distribution():
+    """Those of sigmoid routers have any sum."""
+    probe = probe_of("plain")
+    scaled = probe.routing._replace(scores_TE=3 * probe.routing.scores_TE)
+    once, thrice = (
+        estimate(METRICS["router_entropy"], stream_of(p).sums()).value
+        for p in (probe, probe._replace(routing=scaled))
+    )
+    assert once == pytest.approx(thrice)
+
+
+def test_divergence_of_nearly_the_same_is_not_negative():
+    counts_EV = torch.randint(1, 50, (20, 40))
+    near_EV = counts_EV * 10**9
+    near_EV[:, 0] += 1  # what lies between them is less than rounding
+    assert (js_divergence(torch.cat([counts_EV, near_EV])) >= 0).all()

@@ -203,6 +203,15 @@ def test_threads_are_left_as_they_were_by_an_error(monkeypatch):
     assert seen == [2]
 
 
+def test_null_of_matches_has_the_root_mean_square_of_spreads():
+    w = draw(6, 16, 24)
+    w.gate_EFD[3:] *= 5
+    std_E11 = w.gate_EFD.std((1, 2), keepdim=True)
+    even = w._replace(gate_EFD=w.gate_EFD / std_E11 * std_E11.square().mean().sqrt())
+    null = METRICS["matched_cosine"].null
+    torch.testing.assert_close(null(w), null(even))
+
+
 def test_null_of_ranks_does_not_know_the_experts():
     """Also where the first one has been pruned."""
     w = ExpertWeights(*planted(lambda *matrices: matrices)[:3])

@@ -675,3 +675,87 @@ def test_profile_of_a_sites_own_number_has_its_interval(overlap):
         plots.overlap_profile(overlap, "cosine")
     with pytest.raises(ValueError, match="table pairs has no rows"):
         plots.overlap_profile(overlap.pairs[:0], "cka")
+
+
+# ---- words, scales and orders that no value shows
+
+
+def test_lift_is_centered_on_the_median_of_its_null(overlap):
+    table = overlap.pairs.assign(null=0.5)
+    shown, _ = images(plots.overlap_heatmap(table, "lift", model="smoe", layer=1))
+    assert shown.norm.vmin * shown.norm.vmax == pytest.approx(0.25)
+    assert "median of the null" in shown.figure.get_axes()[-1].get_ylabel()
+
+
+def test_clustering_takes_both_triangles():
+    group = np.arange(12) % 3
+    values_EE = np.where(group[:, None] == group, 0.8, 0.1)
+    values_EE[np.triu_indices(12, 1)] = 0.5  # what i says of a lower j alone tells groups
+    table = pairs(values_EE, "co_activation")
+    shown, _ = images(plots.overlap_heatmap(table, "co_activation", clustered=True))
+    order = [int(text) for text in names(shown.axes.get_xticklabels())]
+    assert sum(a != b for a, b in pairwise(group[order])) == 2
+
+
+def test_transitions_say_from_where(overlap):
+    figure = plots.overlap_heatmap(overlap, "transition", model="smoe", layer=3)
+    assert images(figure)[0].axes.get_ylabel() == "expert i at the site before"
+
+
+def test_usage_has_one_scale_and_says_what_is_what(overlap):
+    table = overlap.pairs.copy()
+    table.loc[table.metric == "transition", "null"] = 2.0
+    both = SimpleNamespace(pairs=table, sites=overlap.sites)
+    figure = plots.cartesian_usage(both, layer=3, model="cartesian")
+    usage, null = images(figure)
+    assert usage.norm.vmax == null.norm.vmax == 2.0
+    assert (usage.axes.get_title(), null.axes.get_title()) == ("measured", "null")
+    shares, similar = (ax for ax in figure.get_axes() if ax.get_legend())
+    rows = ["same row ($a_i$)", "same column ($b_j$)", "neither"]
+    assert names(similar.get_yticklabels()) == rows
+    assert "CKA" in similar.get_xlabel()
+    assert shares.get_xlim()[0] <= 0 <= 1 <= shares.get_xlim()[1]
+
+
+def test_substitution_says_who_replaces_whom(substitution):
+    ax = plots.substitution_matrix(substitution, layer=1, stage=0).get_axes()[0]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("by expert j", "expert i replaced")
+
+
+def test_lines_follow_their_axis_whatever_the_order_of_rows(saturation, overlap):
+    ax = plots.saturation_curve(saturation.sample(frac=1, random_state=0))
+    assert ax.get_ylim() == (0, 1.03)
+    mixed = SimpleNamespace(pairs=overlap.pairs, experts=overlap.experts, sites=overlap.sites[::-1])
+    profile = plots.overlap_profile(mixed, "composite_a")
+    assert "quartiles" not in profile.get_ylabel()  # of one number a site
+    of_sites = [line for line in profile.get_lines() if line.get_label() == "cartesian"]
+    assert len(of_sites) == 1
+    for line in (*ax.get_lines(), *of_sites):
+        assert (np.diff(line.get_xdata()) > 0).all()
+
+
+def test_relation_says_with_what_damage_and_given_what(correlations):
+    one = correlations[correlations.damage == correlations.damage.iloc[0]]
+    load, rest = one[one.metric == "load"], one[one.metric != "load"]
+    assert len(load) * len(rest) > 0
+    for damage, what in (("per_mass", "damage per weight dropped"), ("damage", "damage")):
+        for rows, given in (
+            (one, ", given load (but load itself)"),
+            (rest, ", given load"),
+            (load, ""),
+        ):
+            ax = plots.relation_dots(rows.assign(damage=damage))
+            said = ax.get_xlabel().replace("\n", " ")
+            assert said == f"rank correlation with {what}, within sites{given}"
+            assert ax.get_xlim() == (-1.03, 1.03)
+
+
+def test_domains_say_of_what_site(overlap):
+    ax = plots.specialization(overlap, layer=1, stage=0, model="smoe").get_axes()[0]
+    assert ax.get_title() == "smoe, layer 1, stage 0"
+
+
+def test_scatter_has_areas_by_load(experts):
+    handles = plots.damage_against_overlap(experts, "cka").get_legend().legend_handles
+    sizes = [handle.get_markersize() for handle in handles[-2:]]
+    assert sizes == pytest.approx([15**0.5, 60**0.5])  # an area, and a quarter of it

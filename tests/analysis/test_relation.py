@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,13 +16,20 @@ from analysis.conditions import Condition
 from analysis.measure_overlap import measure_overlap
 from analysis.overlap import METRICS
 from analysis.perturb import DropExperts
-from analysis.relation import PREDICTORS, Relation, expert_damage, relate, takeover
-from analysis.removal import halves
+from analysis.relation import (
+    PREDICTORS,
+    Relation,
+    _with_heirs,
+    expert_damage,
+    relate,
+    takeover,
+)
+from analysis.removal import CleanSums, halves
 from analysis.stats.relation import relation as relation_table
 from analysis.sweep import sweep
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.ffn import RoutedStage
-from cartmoe.hooks import capture_routing, router_sites
+from cartmoe.hooks import RouterSite, capture_routing, router_sites
 
 QUIET = dict(progress=False)
 FEW = dict(progress=False, resamples=99)
@@ -318,6 +327,25 @@ def test_one_expert_has_no_heir(tiny_model, docs):
     model = tiny_model("cartesian", num_experts=1, top_k=(1, 1))
     with pytest.raises(ValueError, match="of cartesian: one expert, nobody can take over"):
         relate(model, docs, **FEW)
+
+
+def test_an_overlap_that_is_not_known_is_not_none():
+    """Of those that take over; of those that do not it does not matter."""
+    gained_EE = torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 1, 0]])
+    clean = CleanSums(torch.ones(3), torch.ones(2, 3), gained_EE)
+    overlap_EE = np.array([[np.nan, 0.2, np.nan], [0.4, np.nan, np.nan], [0.6, 0.2, np.nan]])
+    overlap = SimpleNamespace(matrix=lambda metric, layer, stage: overlap_EE)
+    found_E = _with_heirs({RouterSite("router", 0, 0, 3, 1): clean}, overlap, "cka")
+    np.testing.assert_allclose(found_E, [np.nan, 0.4, 0.4])
+
+
+def test_parameters_are_handed_on(model_of, docs):
+    model, how = model_of("smoe"), dict(probe="routed", confidence=0.5)
+    found = relate(model, docs, "cka", refill=False, **how, **FEW)
+    damage = expert_damage(model, docs, refill=False, **FEW).damage
+    np.testing.assert_allclose(found.experts.damage, damage)
+    expected = measure_overlap(model, docs, "cka", batch_size=16, **how, **QUIET)
+    pd.testing.assert_frame_equal(found.overlap.pairs, expected.pairs)
 
 
 def test_bad_arguments(models, model_of, docs):

@@ -244,6 +244,39 @@ def test_no_interval_where_one_cluster_says_all(few):
     assert row.num_sites == 1 + (few > 1)
 
 
+def test_a_site_drawn_twice_says_no_more():
+    """Of three of six experts a third of the resamples have one alone: it leaves a dimension."""
+    experts = frame(lambda g, E: planted(g, E, 1.0), ["smoe"], seeds=1, layers=3, E=6)
+    row = row_of(relation(experts, "overlap", **FEW))
+    assert not np.isnan(row.r)
+    assert row[["low", "high"]].isna().all()
+
+
+def test_ranks_are_shares_of_a_sites_experts():
+    """A site of more experts does not outweigh one of few by their number squared."""
+    small = frame(planted, ["smoe"], seeds=1, layers=1, E=10)
+    large = frame(lambda g, E: planted(g, E, slope=1.0), ["smoe"], seeds=1, layers=1, E=30, rng=1)
+    both = pd.concat([small, large.assign(layer=1)], ignore_index=True)
+    shares = [both[both.layer == n][["per_mass", "load"]].rank() / (10, 30)[n] for n in (0, 1)]
+    expected = pd.concat([share - share.mean() for share in shares]).corr().iloc[0, 1]
+    assert row_of(relation(both, "overlap", **FEW), "load").r == pytest.approx(expected)
+
+
+def test_permutations_that_are_equal_are_as_extreme():
+    """Of the 21 pairs of seven experts those of the highest loads, and of the lowest."""
+    experts = frame(planted, ["smoe"], seeds=1, layers=1, E=7)
+    experts["load"] = experts["mass"] = np.arange(1.0, 8)
+    experts["per_mass"] = [0.0] * 5 + [1.0] * 2
+    assert row_of(relation(experts, "overlap"), "load").p == pytest.approx(2 / 21, abs=0.01)
+
+
+def test_seeds_are_those_of_the_model_with_the_fewest():
+    experts = frame(planted)
+    experts = experts[(experts.family == "smoe") | (experts.train_seed == 0)]
+    row = row_of(relation(experts, "overlap", **FEW))
+    assert (row.num_models, row.min_seeds) == (4, 1)
+
+
 def test_sites_in_which_nothing_varies_are_left_out():
     experts = frame(lambda g, E: planted(g, E, 1.0), families=["smoe"], seeds=1, layers=4)
     for column in ("overlap", "per_mass"):

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 
 from analysis.overlap import Overlap
 from analysis.truth import (
+    _score,
     factor_information,
     profiles,
     shared_truth,
@@ -226,6 +227,12 @@ def sequences_of(token_SL, domain):
     S = len(token_SL)
     ids = [f"d{s}" for s in range(S)]
     return Sequences(token_SL, token_SL, torch.arange(S), ids, domain, torch.ones(S))
+
+
+def test_truth_that_is_one_number_has_no_score():
+    values_EE = np.random.default_rng(0).random((5, 5))
+    found = _score(values_EE + values_EE.T, np.ones((5, 5)), 9, 0)
+    assert np.isnan([found["score"], found["p"]]).all()
 
 
 class TestRouters:
