@@ -141,8 +141,12 @@ def overlap(
         from analysis.models import documents as read_documents
         from analysis.overlap import Overlap
         from analysis.overlap_request import check_request
+        from cartmoe.folders import check_directory
 
+        check_directory(out)
         loaded = overlap_report.named(models)
+        for model in loaded:  # before texts are read and the first takes minutes
+            check_request(model, metric or None, sites, probe)
         limits = dict(length=length, limit=documents, max_tokens_per_document=length)
         data = [read_documents(corpus, model, **limits) for model in loaded]
         names = [f"{model.name}-s{model.train_seed}" for model in loaded]
@@ -154,8 +158,6 @@ def overlap(
         )
         files = overlap_report.finished(out, asked)
         if files is None:
-            for model in loaded:  # before the first takes minutes
-                check_request(model, metric or None, sites, probe)
             if len(set(data[0].document_id)) < 2:
                 raise ValueError(f"corpus {corpus!r} has one document; intervals need several")
             found = [

@@ -22,7 +22,6 @@ from analysis.overlap import METRICS, Overlap
 from analysis.overlap.base import TABLES
 from analysis.plots.cartesian import SHARES, SIMILAR
 from cartmoe.files import write_atomically
-from cartmoe.folders import check_directory
 
 MANIFEST = "manifest.json"
 CHECKPOINT = ["model", "train_seed"]
@@ -51,10 +50,8 @@ def finished(out: Path, asked: dict[str, Any]) -> list[Path] | None:
     """The files in `out` if all that is `asked` now was measured there and they are there; None if
     it is to be done.
 
-    Raises `ValueError` where it holds anything else, which would be lost, and `FileExistsError`
-    where it is a file.
+    Raises `ValueError` where it holds anything else, which would be lost.
     """
-    check_directory(out)
     if not out.exists() or not any(out.iterdir()):
         return None
     try:
