@@ -57,17 +57,17 @@ def run(
     """Train and measure what is not there yet, then summarize and plot."""
     with _one_line_errors():
         start = time.monotonic()
-        from analysis import executors, report
-        from analysis.estimate import dry_run as estimate
-        from analysis.run import run as run_study
-        from analysis.run import threads_of
-        from analysis.study import Study
+        from analysis import report
+        from analysis.study import Study, processes, threads_of
+        from analysis.study import dask as on_dask
+        from analysis.study import dry_run as estimate
+        from analysis.study import run as run_study
 
         if workers and dask:
             raise ValueError("--workers and --dask: give one of them")
         read = Study.read(study)
-        executor = executors.processes(workers) if workers else None
-        executor = executors.dask(dask) if dask else executor
+        executor = processes(workers) if workers else None
+        executor = on_dask(dask) if dask else executor
         if dry_run:
             typer.echo(estimate(read, out, workers or 1, threads_of(read, executor, threads)))
             return
@@ -93,7 +93,7 @@ def export(
 ) -> None:
     """Write the tables losses, routing, cells and damage to files, and print their paths."""
     with _one_line_errors():
-        from analysis.export import export as write
+        from analysis.report import export as write
 
         for path in write(study, format, out):
             typer.echo(path)
@@ -108,10 +108,9 @@ def record(
 ) -> None:
     """Record the routing of a model on a study's documents, for Replay in that study."""
     with _one_line_errors():
-        from analysis.models import load
-        from analysis.plan import documents_of
-        from analysis.study import Study
-        from analysis.trace import Trace
+        from analysis.adapters import load
+        from analysis.perturb import Trace
+        from analysis.study import Study, documents_of
 
         read = Study.read(study)
         _, docs = documents_of(read)
@@ -136,15 +135,13 @@ def overlap(
     """Measure what the experts of models have in common: tables, and figures of metrics of pairs,
     over depth and at each model's first site."""
     with _one_line_errors("interrupted; the same command begins again"):
-        from analysis import overlap_report
-        from analysis.measure_overlap import measure_overlap
-        from analysis.models import documents as read_documents
-        from analysis.overlap import Overlap
-        from analysis.overlap_request import check_request
+        from analysis import report
+        from analysis.adapters import documents as read_documents
+        from analysis.overlap import Overlap, check_request, measure_overlap
         from cartmoe.folders import check_directory
 
         check_directory(out)
-        loaded = overlap_report.named(models)
+        loaded = report.named(models)
         for model in loaded:  # before texts are read and the first takes minutes
             check_request(model, metric or None, sites, probe)
         limits = dict(length=length, limit=documents, max_tokens_per_document=length)
@@ -156,7 +153,7 @@ def overlap(
             **dict(corpus=corpus, documents=documents, length=length),
             **dict(metrics=sorted(set(metric or [])), sites=sites, probe=probe),
         )
-        files = overlap_report.finished(out, asked)
+        files = report.finished(out, asked)
         if files is None:
             if len(set(data[0].document_id)) < 2:
                 raise ValueError(f"corpus {corpus!r} has one document; intervals need several")
@@ -164,7 +161,7 @@ def overlap(
                 measure_overlap(model, docs, metric or None, sites, probe, progress=progress)
                 for model, docs in zip(loaded, data, strict=True)
             ]
-            files = overlap_report.write(Overlap.join(found), out, asked)
+            files = report.write_overlap(Overlap.join(found), out, asked)
         else:
             typer.echo(f"{out} is finished")
         for path in files:
@@ -176,7 +173,7 @@ def plot(out: Path = typer.Argument(help="The --out of a study, finished or not.
     """Draw figures/*.png and *.pdf, and print their paths."""
     with _one_line_errors():
         from analysis import report
-        from analysis.saved import progress_of
+        from analysis.study import progress_of
 
         _print(progress_of(out), report.plot(out, progress=True))
 

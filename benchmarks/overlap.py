@@ -20,10 +20,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from analysis.overlap.base import MAX_UNITS, Probe
-from analysis.overlap.cka import cka_of, hsic, hsic_sums
-from analysis.overlap.outputs import swiglu
-from analysis.overlap.weights import ExpertWeights, matched_cosine
+from analysis.overlap.metrics.base import MAX_UNITS, Probe
+from analysis.overlap.metrics.cka import cka_of, hsic, hsic_sums
+from analysis.overlap.metrics.outputs import swiglu
+from analysis.overlap.metrics.weights import ExpertWeights, matched_cosine
 from benchmarks.memory import resident
 from benchmarks.sweeps import build
 from benchmarks.timing import Row, interleaved, milliseconds
@@ -137,9 +137,9 @@ def _matching(width: int) -> Row:
 
 
 def _usage() -> Row:
-    from analysis.clean import CleanPass
-    from analysis.overlap.usage import UsageStream
-    from analysis.probes import Labels
+    from analysis.measure.clean import CleanPass
+    from analysis.overlap.metrics.usage_stream import UsageStream
+    from analysis.overlap.probes import Labels
 
     model, shard = build("nano", "smoe_share")
     labels = Labels.of(shard, 0)
@@ -182,7 +182,7 @@ def _memory() -> Row:
 
 def peak(documents: int) -> int:
     """Bytes above those of the process before it measures."""
-    from analysis.measure_overlap import measure_overlap
+    from analysis.overlap.measure import measure_overlap
 
     model, shard = build("nano")
     rows = shard.take([number % len(shard) for number in range(documents)])

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from analysis.measure_overlap import measure_overlap
-from analysis.overlap.base import Probe
-from analysis.overlap.composite import BLOCK_ROWS, TOKENS, CompositeStream
+from analysis.overlap.measure import measure_overlap
+from analysis.overlap.metrics.base import Probe
+from analysis.overlap.metrics.composite import BLOCK_ROWS, TOKENS, CompositeStream
 from benchmarks.sweeps import build
 from benchmarks.timing import Row, interleaved, milliseconds
 

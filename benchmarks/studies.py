@@ -26,7 +26,7 @@ LENGTH = 256
 def study_of(folder: Path, conditions: int, documents: int, shard: int = 24):
     """A study of one nano model with random weights on the standard library; the clean run is one
     more condition."""
-    from analysis.study import Study
+    from analysis.study.study import Study
 
     path = folder / "model"
     if not path.exists():
@@ -61,8 +61,8 @@ def _seconds(function) -> float:
 def _workers() -> Row:
     """The same study through one process and through two, which have started and imported what
     they need before the clock."""
-    from analysis.executors import processes
-    from analysis.run import run
+    from analysis.study.executors import processes
+    from analysis.study.run import run
 
     with tempfile.TemporaryDirectory() as name:
         folder, times = Path(name), {}
@@ -82,7 +82,7 @@ def _workers() -> Row:
 
 
 def _restart() -> Row:
-    from analysis.run import run
+    from analysis.study.run import run
 
     with tempfile.TemporaryDirectory() as name:
         study = study_of(Path(name), conditions=249, documents=96)  # 4 shards x 250
@@ -105,7 +105,7 @@ def _memory():
 
 def peak(conditions: int, documents: int) -> int:
     """Bytes above those of the process before it measures."""
-    from analysis.run import run
+    from analysis.study.run import run
 
     with tempfile.TemporaryDirectory() as name:
         study = study_of(Path(name), conditions, documents)

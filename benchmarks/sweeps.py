@@ -17,15 +17,17 @@ import numpy as np
 import torch
 
 from analysis.adapters.base import as_adapter
-from analysis.clean import CleanPass
-from analysis.conditions import Condition
-from analysis.context import RouterContext
-from analysis.intervene import Intervention
-from analysis.measure import measure
-from analysis.noise import Noise
-from analysis.perturb import DropTop, GaussianNoise, Perturbation
-from analysis.store import Store
-from analysis.tabulate import Table
+from analysis.measure.clean import CleanPass
+from analysis.measure.intervene import Intervention
+from analysis.measure.reuse import Table
+from analysis.measure.shard import measure
+from analysis.perturb.base import Perturbation
+from analysis.perturb.condition import Condition
+from analysis.perturb.context import RouterContext
+from analysis.perturb.logits import GaussianNoise
+from analysis.perturb.masks import DropTop
+from analysis.perturb.noise import Noise
+from analysis.study.store import Store
 from benchmarks.timing import Row, interleaved, milliseconds
 from cartmoe.config import ModelConfig
 from cartmoe.data import Sequences

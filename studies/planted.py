@@ -15,9 +15,11 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-from analysis.overlap import METRICS, ExpertWeights, composite, outputs, usage, weights
-from analysis.overlap.outputs import swiglu
-from analysis.overlap.substitution import linear_substitution
+from analysis.overlap.metrics import composite, outputs, usage, weights
+from analysis.overlap.metrics.catalogue import METRICS
+from analysis.overlap.metrics.first_order import linear_substitution
+from analysis.overlap.metrics.outputs import swiglu
+from analysis.overlap.metrics.weights import ExpertWeights
 
 T, D, F = 512, 64, 32
 GENERATOR = torch.Generator().manual_seed(0)

@@ -23,10 +23,10 @@ from scipy.special import stdtrit
 from tqdm import tqdm
 
 import analysis as an
-from analysis.measure_overlap import measure_overlap
+from analysis.overlap.measure import measure_overlap
+from analysis.overlap.truth import factor_information, truth_scores
 from analysis.plots.style import model_styles
-from analysis.stats.experts import SHARED
-from analysis.truth import factor_information, truth_scores
+from analysis.stats.overlap_tables import SHARED
 from cartmoe import ModelConfig
 from cartmoe.factorial import Factorial
 from cartmoe.folders import write_folder

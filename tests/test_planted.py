@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.overlap import weights
+from analysis.overlap.metrics import weights
 
 PATH = Path(__file__).parents[1] / "studies" / "planted.py"
 

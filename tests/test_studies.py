@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.perturb import PERTURBATIONS
-from analysis.study import Study
+from analysis.perturb.catalogue import PERTURBATIONS
+from analysis.study.study import Study
 from cartmoe import FAMILIES, ModelConfig
 
 from .tiny import tiny_study

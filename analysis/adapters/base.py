@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Router, Routing
 
@@ -171,3 +172,48 @@ def as_adapter(model: object) -> Adapter:
             "wrap a cartmoe.LanguageModel with analysis.adapt(model, tokenizer)"
         )
     return model
+
+
+class DenseRouting:
+    """A decision as vectors over the experts: weights (T, E), who is used (T, E), how many (T,)."""
+
+    def __init__(self, routing: Routing):
+        zeros_TE = torch.zeros_like(routing.scores_TE, dtype=routing.weights_TK.dtype)
+        self.weights_TE = zeros_TE.scatter_add_(-1, routing.ids_TK, routing.weights_TK)
+        # Weights are never negative: an expert is used exactly if its summed weight is not 0.
+        self.used_TE = self.weights_TE != 0
+        self.count_T = self.used_TE.sum(-1)
+
+
+def clean_routing(model: Adapter, tokens_BL: Tensor) -> tuple[Routing, ...]:
+    """What every router decides on these tokens when nobody disturbs it, in order of depth."""
+    state = State(None, tokens_BL)
+    with torch.no_grad():
+        for segment in model.segments():
+            state = segment.run(state)
+        model.check()
+    return state.decisions
+
+
+def routed_adapter(model: object) -> Adapter:
+    """The model as a model under study; `ValueError` if it is dense."""
+    model = as_adapter(model)
+    if not model.sites():
+        raise ValueError(f"{model.name} has no router: it is dense")
+    return model
+
+
+def check_documents(docs: Sequences, *models: Adapter) -> None:
+    """Raise `ValueError` unless these are sequences of documents, at least one, in tokens that all
+    of these models know."""
+    if not isinstance(docs, Sequences):
+        raise ValueError(f"docs is a {type(docs).__name__}; give what analysis.documents returns")
+    if not len(docs):
+        raise ValueError("docs has no sequence")
+    largest = int(docs.tokens_SL.max())
+    for model in models:
+        if largest >= model.vocab_size:
+            raise ValueError(
+                f"docs has token {largest}, and {model.name} a vocabulary of {model.vocab_size}: "
+                "take those of analysis.documents(corpus, model), which are in its own tokens"
+            )

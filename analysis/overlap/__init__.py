@@ -1,29 +1,29 @@
-"""What the experts of a layer have in common: metrics on tensors, counts and sums.
+"""What the experts of a model have in common, measured on documents, and what that says of damage.
 
-base.py          what a metric is; units of documents and the jackknife over them
-usage.py         which tokens experts are used for, and with whom: counts.py, information.py on
-                 tensors, usage_stream.py over batches
-weights.py       their parameters, up to SwiGLU's symmetries
-outputs.py       what they compute: cka.py, vectors.py on tensors
-substitution.py  what one costs in another's place, to first order: this is damage itself
-composite.py     pairs (a_i, b_j) of a Cartesian layer
-tables.py        all of it as tables
-
-Nothing here knows a model, only tensors and the protocol of `analysis.adapters.base`;
-`analysis.measure_overlap` runs it on one.
+metrics/          on tensors
+request.py        what a measurement is asked for
+probes.py         documents as the sites of a model see them
+measure.py        streams over one pass; tables.py: all of it as tables
+removal.py        experts dropped one at a time; relation.py: what that costs against overlap
+substitution.py   experts in each other's place
+truth.py          against a corpus with a known answer
+training.py       over the checkpoints of a run
 """
 
-from analysis.overlap import composite, outputs, substitution, usage, weights
-from analysis.overlap.base import Metric
+from analysis.overlap.measure import measure_overlap
+from analysis.overlap.metrics import (
+    METRICS,
+    TABLES,
+    ExpertWeights,
+    Metric,
+    outputs,
+    usage,
+    weights,
+)
+from analysis.overlap.relation import Relation, relate
+from analysis.overlap.removal import expert_damage, takeover
+from analysis.overlap.request import check_request
+from analysis.overlap.substitution import calibration, substitution
 from analysis.overlap.tables import Overlap
-from analysis.overlap.weights import ExpertWeights
-
-METRICS: dict[str, Metric] = {
-    **usage.METRICS,
-    **weights.METRICS,
-    **outputs.METRICS,
-    **substitution.METRICS,
-    **composite.METRICS,
-}
-
-__all__ = ["METRICS", "ExpertWeights", "Metric", "Overlap"]
+from analysis.overlap.training import Training, over_training, saturation
+from analysis.overlap.truth import factor_information, truth_scores

@@ -1,87 +1,211 @@
-"""What it costs to put one expert in another's place, to first order: this is damage itself.
+"""Experts in each other's place: real forwards beside linear estimates.
 
-Where expert j runs in i's slot at i's weight g, the routed output y moves by g (f_j(h) - f_i(h)),
-and the loss, to first order, by the product of that with dloss/dy. If j is chosen already, its
-weights add and the same holds. `analysis.substitute` runs the model with such a change.
-
-Shapes: U units, T tokens, E experts, D model.
+Shapes: T tokens, K slots, C conditions, S sequences, L length, D documents, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
-from analysis.adapters.base import Adapter
-from analysis.doses import DenseRouting
-from analysis.losses import output_slopes
-from analysis.overlap.base import Metric, Probe, Sums, UnitSums
+from analysis.adapters import Adapter, routed_adapter
+from analysis.measure import measure
+from analysis.overlap.measure import measure_overlap
+from analysis.overlap.probes import routed_tokens
+from analysis.perturb import (
+    DOWNSTREAM,
+    Condition,
+    Perturbation,
+    RouterContext,
+    Where,
+    set_number,
+    sites_of,
+)
+from analysis.stats import SITE, Intervals, check_columns, check_resampling, intervals
+from cartmoe.config import check_choice, check_whole
+from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
+from cartmoe.routing import Router, Routing
+
+LINEAR = {"value": "linear", "low": "linear_low", "high": "linear_high"}
 
 
-def linear_substitution(slopes_TE: Tensor, weights_TE: Tensor) -> Tensor:
-    """(E, E) nats per token routed to i, if j runs in its place: entry (i, j) is the mean of
-    g_i <dloss/dy, f_j(h) - f_i(h)> over the tokens with weight g_i != 0.
+@dataclass(frozen=True)
+class Substitute(Perturbation):
+    """Expert `by` runs in the slots of `expert`, at its weight; where it is chosen already its
+    weights add."""
 
-    slopes_TE    <dloss/dy, f_e(h)> of each expert, whether it is chosen or not
-    weights_TE   of each expert; 0 where it is not chosen
+    expert: int
+    by: int
 
-    fp64, 0 on the diagonal; a row of NaN for an expert that no token is routed to.
+    def __post_init__(self) -> None:
+        set_number(self, "expert", int)
+        set_number(self, "by", int)
+        if self.by == self.expert:
+            raise ValueError(f"by is {self.by}; it must be another one than expert")
+
+    def check(self, sites: Sequence[RouterSite]) -> None:
+        """`ValueError` for an expert that a router does not have."""
+        for site in sites:
+            for name, number in {"expert": self.expert, "by": self.by}.items():
+                if number >= site.num_experts:
+                    last = site.num_experts - 1
+                    raise ValueError(f"{name} is {number}; {site.name} has experts 0..{last}")
+
+    def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
+        """The same slots with the same weights."""
+        ids_TK = torch.where(routing.ids_TK == self.expert, self.by, routing.ids_TK)
+        return routing._replace(ids_TK=ids_TK)
+
+
+def substitution(
+    model: object,
+    docs: Sequences,
+    site: Any = None,
+    *,
+    lowest: int = 8,
+    random: int = 16,
+    downstream: str = "reroute",
+    batch_size: int = 16,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """What it costs that expert_j runs in expert_i's slots at its weight, for all pairs to first
+    order, and measured by real forwards on some of them.
+
+    site         a `RouterSite`, "layer 2 stage 1", ...; of several (None: all) each for itself
+    lowest       pairs to measure that have the lowest linear estimates
+    random       pairs to measure that are drawn from all others
+    downstream   "reroute": later routers work from the stream that reaches them; "replay": they
+                 decide as in the clean run
+
+    A row an ordered pair: model, family, train_seed, layer, stage, expert_i, expert_j; in nats per
+    token routed to expert_i linear (the metric "substitution", whose gradient goes through the
+    weights of later routers, but not through their choice) with jackknife bounds linear_low and
+    linear_high, and measured with BCa bounds over documents, low and high; num_tokens routed to
+    expert_i; chosen ("lowest", "random" or "", which has no measured); probability with which the
+    pair was to be measured (weigh by its inverse); downstream. A pair whose expert_i has no token
+    is NaN and is never chosen. Bounds are NaN where a resample of documents may have no token.
+
+    Raises `ValueError` for a dense model, sites that do not exist or have one expert alone, and
+    numbers out of range.
     """
-    sums = {name: value[None] for name, value in _sums(slopes_TE, weights_TE).items()}
-    return _substitution(sums)[0]
+    check_whole("lowest", lowest, 0)
+    check_whole("random", random, 0)
+    check_choice("downstream", downstream, DOWNSTREAM)
+    check_resampling(confidence, resamples)
+    if not lowest + random:
+        raise ValueError(
+            "lowest and random are 0; the linear estimates alone are in "
+            "measure_overlap(model, docs, 'substitution')"
+        )
+    model = routed_adapter(model)
+    for chosen in sites_of(model, site):
+        if chosen.num_experts == 1:
+            raise ValueError(f"site is {site!r}; {chosen.name} has no other expert to run instead")
+    options = dict(batch_size=batch_size, confidence=confidence, seed=seed, progress=progress)
+    table = measure_overlap(model, docs, "substitution", site, **options).table("substitution")
+    table = table.rename(columns=LINEAR)[[*SITE, "expert_i", "expert_j", *LINEAR.values()]]
+    by_site = routed_tokens(model, docs, batch_size)
+    routed = {(site.layer, site.stage): counts_SE for site, counts_SE in by_site.items()}
+    tokens = [routed[p.layer, p.stage][:, p.expert_i].sum() for p in table.itertuples()]
+    table = table.assign(measured=np.nan, low=np.nan, high=np.nan, num_tokens=np.int64(tokens))
+    chosen = [_choose(pairs, lowest, random, seed) for _, pairs in table.groupby(SITE, sort=False)]
+    table = table.join(pd.concat(chosen)).assign(downstream=downstream)
+    rows = table.index[table.chosen != ""]
+    places = table.loc[rows, ["layer", "stage", "expert_i", "expert_j"]].to_numpy().tolist()
+    conditions = [
+        Condition(Substitute(i, j), Where(layer, stage), downstream=downstream)
+        for layer, stage, i, j in places
+    ]
+    delta_CD = _by_document(docs, _changes(model, docs, conditions, batch_size, progress))
+    routed_CS = np.stack([routed[layer, stage][:, i] for layer, stage, i, _ in places])
+    found = _ratios(delta_CD, _by_document(docs, routed_CS), confidence, resamples, seed)
+    table.loc[rows, ["measured", "low", "high"]] = np.transpose(found)
+    return table
 
 
-class SubstitutionStream:
-    """Sums for the metrics below over the tokens of one site; of fixed size, U * E * E."""
+def calibration(frame: pd.DataFrame) -> pd.DataFrame:
+    """How well the linear estimates of `substitution` say what was measured.
 
-    def __init__(self, model: Adapter, site: RouterSite, units: int):
-        self.model, self.site = model, site
-        self._sums = UnitSums(units)
-
-    @torch.no_grad()
-    def add(self, probe: Probe) -> None:
-        """Add a batch, whose probe has gradients."""
-        slopes_TE = output_slopes(self.model, self.site, probe.x_TD, probe.gradient_TD)
-        self._sums.add(probe.unit, **_sums(slopes_TE, DenseRouting(probe.routing).weights_TE))
-
-    def sums(self) -> Sums:
-        """slopes (U, E, E), routed (U, E)."""
-        return self._sums.sums()
+    A row a site and downstream: intercept and slope of measured on linear and mean_error (measured
+    - linear), each pair weighed by the inverse of the probability with which it was to be measured,
+    so that they speak of all pairs; rank_correlation (Spearman's, of the measured pairs, not
+    weighed); num_pairs measured and num_all; mean_measured over all pairs as it is estimated from
+    those, and its standard error mean_measured_se (0 if all were measured). Where none were drawn
+    at random, all of it speaks of the lowest alone and mean_measured_se is NaN.
+    """
+    check_columns("pairs of substitution", frame, [*SITE, "downstream", "chosen", "probability"])
+    groups = frame.groupby([*SITE, "downstream"], sort=False)
+    keys = [*SITE, "downstream"]
+    return pd.DataFrame([dict(zip(keys, key, strict=True)) | _calibrate(f) for key, f in groups])
 
 
-def _sums(slopes_TE: Tensor, weights_TE: Tensor) -> dict[str, Tensor]:
-    """slopes   entry (i, j): sum of g_i <dloss/dy, f_j>
-    routed   how many tokens have each expert in use"""
-    weights_TE = weights_TE.double()
-    return {"slopes": weights_TE.T @ slopes_TE.double(), "routed": (weights_TE != 0).sum(0)}
+def _calibrate(pairs: pd.DataFrame) -> dict[str, float]:
+    done = pairs[pairs.chosen != ""]
+    x, y = done.linear.to_numpy(), done.measured.to_numpy()
+    weight = (1 / done.probability).to_numpy()
+    weight = weight / weight.sum()
+    mean_x, mean_y = weight @ x, weight @ y
+    with np.errstate(invalid="ignore", divide="ignore"):  # of equal estimates there is no slope
+        slope = (weight @ ((x - mean_x) * (y - mean_y))) / (weight @ (x - mean_x) ** 2)
+    # The lowest are all measured; of the others a sample without replacement (Cochran, Sampling
+    # Techniques, 1977, ch. 2 and 5).
+    drawn, total = done[done.chosen == "random"].measured, pairs.linear.notna().sum()
+    n, others = len(drawn), total - (done.chosen == "lowest").sum()
+    error = 0.0 if n == others else others / total * np.sqrt(1 - n / others) * drawn.sem()
+    return {
+        "intercept": mean_y - slope * mean_x,
+        "slope": slope,
+        "mean_error": mean_y - mean_x,
+        "rank_correlation": done.linear.rank().corr(done.measured.rank()),
+        "num_pairs": len(done),
+        "num_all": total,
+        "mean_measured": mean_y,
+        "mean_measured_se": error,
+    }
 
 
-def _substitution(sums: Sums) -> Tensor:
-    slopes_UEE, routed_UE = sums["slopes"], sums["routed"]
-    own_UE = slopes_UEE.diagonal(dim1=-2, dim2=-1)
-    return (slopes_UEE - own_UE[..., None]) / routed_UE[..., None]
+def _choose(pairs: pd.DataFrame, lowest: int, random: int, seed: int) -> pd.DataFrame:
+    """chosen and probability of one site's pairs."""
+    order = pairs.linear.dropna().sort_values(kind="stable").index
+    low, others = order[:lowest], order[lowest:]
+    key = [seed, *pairs[["layer", "stage"]].iloc[0]]
+    drawn = np.random.default_rng(key).permutation(others)[:random]
+    probability = pd.Series(np.nan, pairs.index)
+    probability[low], probability[others] = 1.0, len(drawn) / max(1, len(others))
+    chosen = pd.Series("", pairs.index)
+    chosen[low], chosen[drawn] = "lowest", "random"
+    return pd.DataFrame({"chosen": chosen, "probability": probability})
 
 
-def _removal(sums: Sums) -> Tensor:
-    return -sums["slopes"].diagonal(dim1=-2, dim2=-1) / sums["routed"]
+def _changes(
+    model: Adapter, docs: Sequences, conditions: list[Condition], batch_size: int, progress: bool
+) -> np.ndarray:
+    """(C, S) rise of each sequence's summed nll, nats."""
+    batches = -(-len(docs) // batch_size)
+    with tqdm(total=batches * len(conditions), unit="forward", disable=not progress) as bar:
+        clean, *cells = measure(model, conditions, docs, batch_size=batch_size, progress=bar.update)
+    return np.stack([cell.losses.nll_sum - clean.losses.nll_sum for cell in cells])
 
 
-METRICS: dict[str, Metric] = {
-    "substitution": Metric(
-        "function",
-        "pairs",
-        _substitution,
-        None,
-        "rise of the loss, to first order, if expert_j runs in expert_i's slots at its weight; "
-        "nats per token routed to expert_i",
-    ),
-    "removal_linear": Metric(
-        "function",
-        "experts",
-        _removal,
-        None,
-        "rise of the loss, to first order, if the expert is taken away and not refilled; nats per "
-        "token routed to it",
-    ),
-}
+def _by_document(docs: Sequences, values_CS: np.ndarray) -> np.ndarray:
+    document_S = np.unique(docs.document_id, return_inverse=True)[1]
+    return np.stack([np.bincount(document_S, weights=values_S) for values_S in values_CS])
+
+
+def _ratios(
+    numerator_CD: np.ndarray, denominator_CD: np.ndarray, confidence, resamples, seed
+) -> Intervals:
+    with np.errstate(invalid="ignore", divide="ignore"):  # an expert without tokens
+        return intervals(
+            numerator_CD, denominator_CD, confidence=confidence, resamples=resamples, seed=seed
+        )

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.adapters.base import Adapter
-from analysis.overlap.base import TABLES, Estimate
-from analysis.stats.experts import INDEX, SHARED, check_one_step, square
-from analysis.stats.pairs import SITE, check_choice
+from analysis.adapters import Adapter
+from analysis.overlap.metrics import TABLES, Estimate
+from analysis.stats import INDEX, SHARED, SITE, check_choice, check_one_step, square
 from cartmoe.hooks import RouterSite
 
 KEYS = [*SITE, "metric"]

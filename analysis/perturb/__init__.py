@@ -1,23 +1,44 @@
-"""Every perturbation of routing, and the dict that names them.
+"""Every perturbation of routing, and conditions: where, at which point, with what effect one acts.
 
 base.py        what a perturbation is
 masks.py       experts taken away
 logits.py      logits moved
 decisions.py   decisions changed that are no map of logits
-recorded.py    decisions and gates of other models
-compound.py    made of other perturbations, or of a function
 flips.py       the worst flips within a budget, and as many random ones
+recorded.py    decisions and gates of other models; trace.py, trace_files.py: recorded routing
+compound.py    made of other perturbations, or of a function
+catalogue.py   the dict that names them
+where.py       sites and tokens; context.py, noise.py: what a perturbation may see, and draw
+effects.py     the part of a changed decision that is let through
+condition.py   one arm of an experiment; arms.py: arms that belong together
 """
 
-from __future__ import annotations
-
-from dataclasses import fields
-from typing import Any
-
-from analysis.perturb.base import Identity, Perturbation
-from analysis.perturb.compound import Compose, Custom, ResidualNoise, import_name
-from analysis.perturb.decisions import DropSlots, Lag, NoRouted, TopK, UniformWeights
-from analysis.perturb.flips import Worst
+from analysis.perturb.arms import cascade_arms, site_arms, split_arms
+from analysis.perturb.base import (
+    Identity,
+    Perturbation,
+    chosen_mask,
+    map_inner,
+    parts_of,
+    set_number,
+)
+from analysis.perturb.catalogue import (
+    PERTURBATIONS,
+    perturbation_class,
+    perturbation_from_dict,
+)
+from analysis.perturb.compound import Compose, Custom, ResidualNoise
+from analysis.perturb.condition import CLEAN, DOWNSTREAM, Condition, of_one_name
+from analysis.perturb.context import Calibration, RouterContext, SiteStats, Tokens
+from analysis.perturb.decisions import (
+    DropSlots,
+    Lag,
+    NoRouted,
+    TopK,
+    UniformWeights,
+    where_tokens,
+)
+from analysis.perturb.flips import Flips, Worst
 from analysis.perturb.logits import (
     GaussianNoise,
     GumbelNoise,
@@ -27,55 +48,7 @@ from analysis.perturb.logits import (
     Temperature,
 )
 from analysis.perturb.masks import DropChosen, DropExperts, DropTop, DropUnchosen, KeepRanks
+from analysis.perturb.noise import Noise, hash_key, mix64, sequence_hash
 from analysis.perturb.recorded import GateSwap, Replay
-from cartmoe.config import check_choice
-
-PERTURBATIONS: dict[str, type[Perturbation]] = {
-    "Identity": Identity,
-    "DropTop": DropTop,
-    "KeepRanks": KeepRanks,
-    "TopK": TopK,
-    "DropExperts": DropExperts,
-    "DropSlots": DropSlots,
-    "DropChosen": DropChosen,
-    "DropUnchosen": DropUnchosen,
-    "GaussianNoise": GaussianNoise,
-    "GumbelNoise": GumbelNoise,
-    "Temperature": Temperature,
-    "SwapRanks": SwapRanks,
-    "RandomRouting": RandomRouting,
-    "UniformWeights": UniformWeights,
-    "Quantize": Quantize,
-    "Lag": Lag,
-    "Replay": Replay,
-    "GateSwap": GateSwap,
-    "Worst": Worst,
-    "Compose": Compose,
-    "ResidualNoise": ResidualNoise,
-    "NoRouted": NoRouted,
-    "Custom": Custom,
-}
-
-
-def perturbation_class(name: object) -> type[Perturbation]:
-    """The class of that name: of the catalogue, or "package.module:Name" of one's own.
-
-    Raises `ValueError` with the choices.
-    """
-    if isinstance(name, str) and ":" in name:
-        cls = import_name(name)
-        if not isinstance(cls, type) or not issubclass(cls, Perturbation):
-            raise ValueError(f"{name!r} is no class derived from analysis.Perturbation")
-        return cls
-    check_choice("perturbation", name, PERTURBATIONS)
-    return PERTURBATIONS[name]
-
-
-def perturbation_from_dict(d: dict[str, Any]) -> Perturbation:
-    """The inverse of `Perturbation.to_dict`; `ValueError` with the choices for a wrong name."""
-    parameters = dict(d)
-    cls = perturbation_class(parameters.pop("name", None))
-    parameters.pop("source", None)  # in the identity of one's own classes
-    for parameter in parameters:
-        check_choice(f"parameter of {cls.__name__}", parameter, [f.name for f in fields(cls)])
-    return cls(**parameters)
+from analysis.perturb.trace import Trace
+from analysis.perturb.where import Where, sites_of, token_kinds

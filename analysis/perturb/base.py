@@ -8,24 +8,20 @@ decision, `p.decide(routing, router, ctx)`, for what is no map of logits.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from analysis.context import RouterContext
+from analysis.perturb.context import RouterContext
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
-
-if TYPE_CHECKING:
-    from analysis.adapters.base import Adapter
-    from analysis.clean import CleanPass
-    from analysis.conditions import Condition
 
 EXPECTS = ("none", "weights", "selection", "output")
 
@@ -82,12 +78,35 @@ class Perturbation:
 
     def check(self, sites: Sequence[RouterSite]) -> None:
         """Raise `ValueError` if it cannot act on these routers of a model."""
+        for part in self.inner():
+            part.check(sites)
 
-    def prepare(self, model: Adapter, clean: CleanPass, condition: Condition) -> Perturbation:
-        """What takes this one's place on one batch, whose clean pass is over: for searches that
-        need the whole model. `condition` is that of which it is a part."""
-        self.check([site for site in model.sites() if condition.where(site)])
-        return self
+    def inner(self) -> tuple[Perturbation, ...]:
+        """Those that it is made of."""
+        values = (getattr(self, f.name) for f in fields(self))
+        several = (value if isinstance(value, tuple) else (value,) for value in values)
+        return tuple(p for some in several for p in some if isinstance(p, Perturbation))
+
+
+def parts_of(p: Perturbation) -> Iterator[Perturbation]:
+    """It, and all that it is made of."""
+    yield p
+    for part in p.inner():
+        yield from parts_of(part)
+
+
+def map_inner(p: Perturbation, fn: Callable[[Perturbation], Perturbation]) -> Perturbation:
+    """With fn(part) in the place of each that it is made of; itself if they stay."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(of, value))
+        return fn(value) if isinstance(value, Perturbation) else value
+
+    old = {f.name: getattr(p, f.name) for f in fields(p)}
+    new = {name: of(value) for name, value in old.items()}
+    changed = {n: v for n, v in new.items() if v is not old[n] and v != old[n]}
+    return replace(p, **changed) if changed else p
 
 
 def check_experts(said: str, number: int, sites: Sequence[RouterSite]) -> None:
@@ -207,3 +226,17 @@ class Identity(Perturbation):
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """The very input."""
         return logits_TE
+
+
+def import_name(text: str) -> Any:
+    """What "package.module:name" names; `ValueError` saying what is not there."""
+    module, _, name = text.partition(":")
+    try:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{text!r} cannot be imported ({error}); write 'package.module:name'"
+        ) from error
+    return found

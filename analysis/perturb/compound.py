@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from analysis.context import RouterContext
-from analysis.perturb.base import EXPECTS, Identity, Perturbation, flat, plain, set_number
+from analysis.perturb.base import (
+    EXPECTS,
+    Identity,
+    Perturbation,
+    flat,
+    import_name,
+    parts_of,
+    plain,
+    set_number,
+)
+from analysis.perturb.context import RouterContext
+from analysis.perturb.masks import DropTop
 from cartmoe.config import check_choice
-from cartmoe.hooks import RouterSite
-
-
-def import_name(text: str) -> Any:
-    """What "package.module:name" names; `ValueError` saying what is not there."""
-    module, _, name = text.partition(":")
-    try:
-        found = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{text!r} cannot be imported ({error}); write 'package.module:name'"
-        ) from error
-    return found
 
 
 @dataclass(frozen=True)
@@ -39,17 +33,16 @@ class Compose(Perturbation):
     parts: tuple[Perturbation, ...] = ()
 
     def __post_init__(self) -> None:
-        from analysis.perturb import perturbation_from_dict
-
         if not isinstance(self.parts, tuple | list) or not self.parts:
             raise ValueError(f"parts is {self.parts!r}; give a list of perturbations")
-        parts = [perturbation_from_dict(p) if isinstance(p, Mapping) else p for p in self.parts]
-        for part in parts:
+        for part in self.parts:
             if not isinstance(part, Perturbation) or isinstance(part, ResidualNoise):
                 raise ValueError(f"parts has {part!r}; each must be a perturbation of routing")
-        object.__setattr__(self, "parts", tuple(parts))
+        object.__setattr__(self, "parts", tuple(self.parts))
         decided = None
-        for part in self._flat():
+        for part in parts_of(self):
+            if isinstance(part, Compose):
+                continue
             anew = part.anew or not hasattr(part, "decide")
             if anew and decided is not None and part != Identity():
                 raise ValueError(
@@ -57,10 +50,6 @@ class Compose(Perturbation):
                     "is another decision after it; put it before"
                 )
             decided = part if hasattr(part, "decide") else decided
-
-    def _flat(self) -> Iterator[Perturbation]:
-        for part in self.parts:
-            yield from part._flat() if isinstance(part, Compose) else (part,)
 
     @property
     def expects(self) -> str:
@@ -82,16 +71,6 @@ class Compose(Perturbation):
         """All parts changing nothing."""
         return Compose(tuple(part.identity() for part in self.parts))
 
-    def check(self, sites: Sequence[RouterSite]) -> None:
-        """Every part."""
-        for part in self.parts:
-            part.check(sites)
-
-    def prepare(self, model, clean, condition) -> Perturbation:
-        """Every part prepared on its own."""
-        parts = tuple(part.prepare(model, clean, condition) for part in self.parts)
-        return self if parts == self.parts else replace(self, parts=parts)
-
 
 @dataclass(frozen=True)
 class ResidualNoise(Perturbation):
@@ -103,10 +82,7 @@ class ResidualNoise(Perturbation):
     of: Perturbation = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        from analysis.perturb import DropTop, perturbation_from_dict
-
         of = DropTop(1) if self.of is None else self.of
-        of = perturbation_from_dict(of) if isinstance(of, Mapping) else of
         if not isinstance(of, Perturbation) or isinstance(of, ResidualNoise):
             raise ValueError(f"of is {of!r}; it must be a perturbation of routing")
         object.__setattr__(self, "of", of)
@@ -134,15 +110,6 @@ class ResidualNoise(Perturbation):
     def identity(self) -> Perturbation:
         """Noise of norm 0."""
         return ResidualNoise(self.of.identity())
-
-    def check(self, sites: Sequence[RouterSite]) -> None:
-        """That of the perturbation whose size it has."""
-        self.of.check(sites)
-
-    def prepare(self, model, clean, condition) -> Perturbation:
-        """With `of` prepared."""
-        of = self.of.prepare(model, clean, replace(condition, perturbation=self.of))
-        return self if of is self.of else ResidualNoise(of)
 
 
 @dataclass(frozen=True)

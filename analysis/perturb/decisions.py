@@ -9,14 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from analysis.context import RouterContext
-from analysis.perturb.base import (
-    Identity,
-    Perturbation,
-    check_experts,
-    set_flag,
-    set_number,
-)
+from analysis.perturb.base import Identity, Perturbation, check_experts, set_flag, set_number
+from analysis.perturb.context import RouterContext
 from cartmoe.config import check_choice
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import EPS, Router, Routing

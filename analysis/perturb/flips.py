@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from analysis.context import RouterContext
 from analysis.perturb.base import Identity, Perturbation, set_number
+from analysis.perturb.context import RouterContext
 from cartmoe.config import check_choice
 from cartmoe.routing import Router, Routing
 
@@ -27,7 +27,7 @@ class Worst(Perturbation):
              flips so far have led, and those that did not raise a sequence's loss are taken back
     choose   "random": as many random flips instead, the control beside it
 
-    See `analysis.worst.search`. It needs targets and the whole model, so it runs in studies,
+    See `analysis.measure.search`. It needs targets and the whole model, so it runs in studies,
     `sweep` and `compare`, not in `perturbed`.
     """
 
@@ -46,12 +46,6 @@ class Worst(Perturbation):
     def identity(self) -> Perturbation:
         """No flip."""
         return Identity()
-
-    def prepare(self, model, clean, condition) -> Perturbation:
-        """The flips found for this batch."""
-        from analysis.worst import search
-
-        return search(self, model, clean, condition) if self.flips else Identity()
 
     def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
         """Not without a search before it."""

@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from analysis.context import RouterContext
 from analysis.perturb.base import Perturbation, check_experts, chosen_mask, finite_std, set_number
+from analysis.perturb.context import RouterContext
 from cartmoe.config import check_choice
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import stable_topk

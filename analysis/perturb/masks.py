@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from analysis.context import RouterContext
 from analysis.perturb.base import (
     Perturbation,
     check_experts,
@@ -19,6 +18,7 @@ from analysis.perturb.base import (
     set_number,
     set_numbers,
 )
+from analysis.perturb.context import RouterContext
 from cartmoe.config import check_choice
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import stable_topk

@@ -6,20 +6,21 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from analysis.context import RouterContext, Tokens
+from analysis.adapters import as_adapter, load
 from analysis.perturb.base import Identity, Perturbation
+from analysis.perturb.context import RouterContext
 from analysis.perturb.decisions import where_tokens
-from cartmoe.data import IGNORE
-from cartmoe.hooks import RouterSite
+from analysis.perturb.trace import Trace
+from analysis.perturb.trace_files import trace_sha256
+from cartmoe.checkpoint import CheckpointError, checkpoint_sha256, read_config
+from cartmoe.hooks import RouterSite, router_sites
 from cartmoe.routing import Router, Routing
-
-if TYPE_CHECKING:
-    from analysis.trace import Trace
+from cartmoe.skeleton import skeleton
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,6 @@ class Replay(Perturbation):
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        from analysis.trace import Trace
-
         trace = self.trace
         if not isinstance(trace, str | Path | Trace) or trace == "":
             raise ValueError(f"trace is {trace!r}; give an analysis.Trace, or the directory of one")
@@ -84,20 +83,6 @@ class Replay(Perturbation):
                     f"{site.num_experts}"
                 )
 
-    def prepare(self, model, clean, condition) -> Perturbation:
-        """Itself. Raises `ValueError` if a token with a target has no recorded decision."""
-        super().prepare(model, clean, condition)
-        tokens: Tokens = clean.tokens
-        known_T = self.opened().known(tokens.sequence_T, tokens.position_T, tokens.token_ids_T)
-        wanted_T = clean.losses.targets_T != IGNORE
-        missing = int((wanted_T & ~known_T).sum())
-        if missing:
-            raise ValueError(
-                f"trace {self.trace} has no decision for {missing} of {int(wanted_T.sum())} tokens:"
-                " it was recorded on shorter, or other, texts; record it on these documents"
-            )
-        return self
-
     def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
         """The recorded experts; `ValueError` where a sequence or the site was not recorded."""
         trace, tokens = self.opened(), ctx.tokens
@@ -134,8 +119,6 @@ class GateSwap(Perturbation):
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        from analysis.adapters.base import as_adapter
-
         given = self.checkpoint
         if isinstance(given, str | Path) and given != "":
             object.__setattr__(self, "checkpoint", str(given))
@@ -226,14 +209,10 @@ def _pin(perturbation: Perturbation, what: str, found: str | None) -> None:
 
 
 def _trace_sha256(path: str) -> str | None:
-    from analysis.trace_files import trace_sha256
-
     return trace_sha256(Path(path))
 
 
 def _checkpoint_sha256(path: str) -> str | None:
-    from cartmoe.checkpoint import CheckpointError, checkpoint_sha256
-
     try:
         return checkpoint_sha256(path)
     except (FileNotFoundError, CheckpointError):
@@ -242,8 +221,6 @@ def _checkpoint_sha256(path: str) -> str | None:
 
 @functools.lru_cache(maxsize=8)
 def _opened(path: str, sha256: str) -> Trace:
-    from analysis.trace import Trace
-
     trace = Trace.load(path)
     if trace.sha256 != sha256:
         raise ValueError(f"the trace at {path} is another one than it was")
@@ -253,10 +230,6 @@ def _opened(path: str, sha256: str) -> Trace:
 @functools.lru_cache(maxsize=16)
 def _sites_of(path: str, sha256: str) -> tuple[RouterSite, ...]:
     """The routers of a checkpoint, told from its configuration alone."""
-    from cartmoe.checkpoint import read_config
-    from cartmoe.hooks import router_sites
-    from cartmoe.skeleton import skeleton
-
     return tuple(router_sites(skeleton(read_config(path))))
 
 
@@ -266,8 +239,6 @@ Gates = dict[tuple[int, int], Callable[[Tensor, Tensor], Tensor]]
 @functools.lru_cache(maxsize=2)
 def _loaded_gates(path: str, sha256: str, device: torch.device) -> Gates:
     """Of a checkpoint; nothing else of it stays in memory."""
-    from analysis.models import load
-
     model = load(path)
     if model.identity != sha256:
         raise ValueError(f"the checkpoint at {path} is another one than it was")

@@ -18,9 +18,9 @@ from analysis.plots.matrices import (
     name_experts,
     sheet,
 )
-from analysis.plots.sites import metric_rows, one_site
+from analysis.plots.rows import metric_rows, one_site
 from analysis.plots.style import model_styles
-from analysis.stats.experts import square
+from analysis.stats import square
 
 SHARES = {"composite_a": "A", "composite_b": "B", "composite_interaction": "interaction"}
 SIMILAR = {

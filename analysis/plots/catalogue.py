@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from analysis.plots.dots import Look, dot_rows, figure_height
 from analysis.plots.style import canvas, damage_frame, model_styles
-from analysis.stats.pairs import CHECKPOINT, CONDITION, PLAIN, base_name, check_choice
+from analysis.stats import CHECKPOINT, CONDITION, PLAIN, base_name, check_choice
 
 ROW, LINE = 0.13, 0.05  # inches of a row beside its models, and of a model in it
 WRAP = 32  # characters of a label in one line

@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 
 from analysis.plots.dots import Look, checkpoint_names, dot_rows, figure_height
 from analysis.plots.style import canvas, damage_frame, model_styles
-from analysis.stats.pairs import CHECKPOINT, CONDITION
-from analysis.stats.robustness import find
+from analysis.stats import CHECKPOINT, CONDITION, find
 
 # In the order of the damage that a working router should show; only the subject is filled.
 CONDITIONS = {

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.style import DELTA, canvas, damage_frame, model_styles, widen_scale
-from analysis.stats.pairs import CHECKPOINT, CONDITION, PLAIN, check_choice
+from analysis.plots.dots import GREY
+from analysis.plots.style import (
+    COLUMN_WIDTH,
+    DELTA,
+    canvas,
+    damage_frame,
+    model_styles,
+    paper_style,
+    table_of,
+    widen_scale,
+)
+from analysis.stats import CHECKPOINT, CONDITION, PLAIN, check_choice
 
 STRENGTH = {
     "DropTop": "top experts disabled per token",
@@ -91,4 +105,104 @@ def damage_curve(
         ax.set_xlabel(STRENGTH.get(perturbation, default) if x == "strength" else X[x])
         ax.set_ylabel(text)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return ax
+
+
+DOSES = ("strength", "mass_moved", "flips", "output_change")
+
+
+SHORT = {  # a panel is half a column wide
+    "mass_moved": "routed mass moved",
+    "flips": "chosen experts changed",
+    "flips_total": "changed, cascade too",
+    "changed": "tokens changed",
+    "mass_lost": "clean mass lost",
+    "active": "experts used",
+    "output_change": "output change / residual",
+}
+
+
+def dose_panels(
+    frame: pd.DataFrame | Any,
+    perturbation: str = "GaussianNoise",
+    doses: Sequence[str] = DOSES,
+    **options: Any,
+) -> Figure:
+    """One perturbation's damage over each dose, two panels a row, on one scale of damage.
+
+    options   those of `damage_curve`; raises `ValueError` like it
+    """
+    frame = damage_frame(frame, ["delta_nats"])
+    rows = -(-len(doses) // 2)
+    with paper_style():
+        figure, axes = plt.subplots(
+            rows,
+            2,
+            figsize=(COLUMN_WIDTH, 1.6 * rows + 0.4),
+            sharey=True,
+            layout="constrained",
+            squeeze=False,
+        )
+        try:
+            for ax, dose in zip(axes.flat, doses, strict=False):
+                damage_curve(frame, perturbation, x=dose, ax=ax, **options)
+                handles = ax.legend_.legend_handles
+                ax.legend_.remove()
+                ax.set_ylabel("")
+                ax.set_xlabel(SHORT.get(dose, ax.get_xlabel()), fontsize=7)
+            for ax in axes.flat[len(doses) :]:
+                ax.set_axis_off()
+            figure.supylabel(DELTA, fontsize=8)
+            figure.legend(handles=handles, loc="outside upper center", ncols=3)
+        except BaseException:
+            plt.close(figure)
+            raise
+    return figure
+
+
+GAP_X = {"budget": "flips allowed per token", "flips": "share of chosen experts changed"}
+
+
+GAP_PARTS = {"worst": ("-", True), "random": ("--", False)}
+
+
+def gap_curve(frame: pd.DataFrame | Any, x: str = "budget", ax: Axes | None = None) -> Axes:
+    """Damage of the worst flips (full, solid) and of random ones (open, dashed) over their number.
+
+    frame   the table of `stats.gap`, or a Results; x: "budget", or "flips", what was made of it
+
+    Of flips a token; the space between the lines is the robustness gap. Raises `ValueError` for
+    an unknown x and where only flips per sequence were measured.
+    """
+    frame = table_of(frame, "gap", ["condition", "part", "budget", "delta_nats"])
+    check_choice("x", x, [name for name in GAP_X if name in frame])
+    per_token = ~frame.condition.str.contains("per=sequence")
+    if not per_token.any():
+        raise ValueError("frame has flips per sequence only; the picture is of flips per token")
+    styles, frame = model_styles(frame), frame[per_token]
+    with canvas(ax, height=2.5) as ax:
+        models = {}
+        for (model, *_), rows in frame.groupby(CHECKPOINT, sort=False):
+            color, marker = styles[model]["color"], styles[model]["marker"]
+            for part, (line, filled) in GAP_PARTS.items():
+                curve = rows[rows.part == part].sort_values(x)
+                face = color if filled else "white"
+                ax.plot(curve[x], curve.delta_nats, color=color, marker=marker, mfc=face, ls=line)
+                ax.fill_between(curve[x], curve.low, curve.high, color=color, alpha=0.2, lw=0)
+            models[model] = Line2D([], [], color=color, marker=marker, label=model)
+        widen_scale(ax.yaxis, frame[frame.part != "gap"].delta_nats)
+        if x == "budget":
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xlabel(GAP_X[x])
+        ax.set_ylabel(DELTA)
+        kinds = [
+            Line2D([], [], color=GREY, ls=line, marker="o", mfc=GREY if full else "white", label=n)
+            for n, (line, full) in GAP_PARTS.items()
+        ]
+        ax.legend(
+            handles=[*models.values(), *kinds],
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=3,
+        )
     return ax

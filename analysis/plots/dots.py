@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from analysis.plots.style import DELTA, widen_scale
-from analysis.stats.pairs import CHECKPOINT
+from analysis.stats import CHECKPOINT
 
 GREY = "#404040"
 ROW_HEIGHT, FRAME_HEIGHT = 0.32, 0.95  # inches

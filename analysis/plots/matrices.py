@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from analysis.plots.style import paper_style
-from analysis.stats.experts import SHARED
+from analysis.stats import SHARED
 
 PAGE_WIDTH = 6.8  # inches, both columns of a paper
 

@@ -10,10 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis.plots.dots import GREY
-from analysis.plots.sites import label_of
+from analysis.plots.rows import label_of
 from analysis.plots.style import canvas, marker_colors, model_styles
-from analysis.stats.pairs import check_columns
-from analysis.stats.relation import APART, LOAD
+from analysis.stats import APART, LOAD, check_columns
 
 ALL, ALL_STYLE = "all", {"color": "black", "marker": "d", "linestyle": "-"}
 BAND = "#D9D9D9"

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.plots.dots import GREY
 from analysis.plots.style import canvas, model_styles
-from analysis.stats.pairs import SITE, check_columns
+from analysis.stats import SITE, check_columns
 
 STAGES = ["-", "--", "-.", ":"]
 PALEST = 0.55  # share of white in the color of the first layer

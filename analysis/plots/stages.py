@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from analysis.plots.dots import Look, checkpoint_names, dot_rows, figure_height
 from analysis.plots.style import canvas, damage_frame, model_styles
-from analysis.stats.pairs import CHECKPOINT, CONDITION, PLAIN, check_choice, label
+from analysis.stats import CHECKPOINT, CONDITION, PLAIN, check_choice, label
 
 POINTS = {"logits": Look("o"), "scores": Look("D", False)}
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns
+from analysis.stats import CHECKPOINT, check_choice, check_columns
 
 COLUMN_WIDTH = 3.3  # inches, one column of a two-column paper
 

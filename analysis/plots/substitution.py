@@ -18,10 +18,9 @@ from analysis.plots.matrices import (
     name_experts,
     sheet,
 )
-from analysis.plots.sites import label_of, metric_rows, one_site
+from analysis.plots.rows import label_of, metric_rows, one_site
 from analysis.plots.style import COLUMN_WIDTH, model_styles
-from analysis.stats.experts import square
-from analysis.stats.pairs import SITE, check_columns
+from analysis.stats import SITE, check_columns, square
 
 CHOSEN = {"lowest": ("lowest estimates", True), "random": ("at random", False)}  # name, filled
 MEASURED = ["linear", "measured", "low", "high", "chosen"]

@@ -5,14 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.stats.pairs import (
-    CHECKPOINT,
-    CONDITION,
-    PLAIN,
-    check_choice,
-    check_columns,
-    control,
-)
+from analysis.stats.pairs import CHECKPOINT, CONDITION, PLAIN, check_choice, check_columns, control
 
 CURVE = [*CHECKPOINT, *(column for column in CONDITION if column != "strength")]
 

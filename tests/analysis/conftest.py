@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 
 from analysis.adapters.base import as_adapter
-from analysis.context import RouterContext, Tokens
-from analysis.intervene import calibrate
-from analysis.noise import Noise
+from analysis.measure.calibrate import calibrate
+from analysis.perturb.context import RouterContext, Tokens
+from analysis.perturb.noise import Noise
 from cartmoe import LanguageModel, ModelConfig
 from cartmoe.checkpoint import save
 from cartmoe.data import IGNORE, Sequences

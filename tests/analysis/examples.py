@@ -4,29 +4,19 @@ import math
 
 import pytest
 
-from analysis.perturb import (
-    Compose,
-    Custom,
-    DropChosen,
-    DropExperts,
-    DropSlots,
-    DropTop,
-    DropUnchosen,
+from analysis.perturb.base import Identity
+from analysis.perturb.compound import Compose, Custom, ResidualNoise
+from analysis.perturb.decisions import DropSlots, Lag, NoRouted, TopK, UniformWeights
+from analysis.perturb.flips import Worst
+from analysis.perturb.logits import (
     GaussianNoise,
     GumbelNoise,
-    Identity,
-    KeepRanks,
-    Lag,
-    NoRouted,
     Quantize,
     RandomRouting,
-    ResidualNoise,
     SwapRanks,
     Temperature,
-    TopK,
-    UniformWeights,
-    Worst,
 )
+from analysis.perturb.masks import DropChosen, DropExperts, DropTop, DropUnchosen, KeepRanks
 
 
 def soften(logits_TE, ctx):

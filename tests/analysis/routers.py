@@ -2,9 +2,9 @@
 
 import torch
 
-from analysis.conditions import Condition
-from analysis.intervene import perturbed
+from analysis.measure.intervene import perturbed
 from analysis.perturb.base import chosen_mask
+from analysis.perturb.condition import Condition
 from cartmoe.hooks import capture_routing
 from cartmoe.routing import Router, Routing
 

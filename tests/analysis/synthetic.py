@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.stats import label
+from analysis.stats.pairs import label
 
 FAMILIES = ["dense", "smoe", "smoe_share", "hash", "fine_grained", "top_p", "cartesian"]
 PLAIN = {"where": "all", "point": "logits", "effect": "full", "downstream": "reroute"}

@@ -271,7 +271,7 @@ def test_a_full_disk(small, monkeypatch, tmp_path, write_study):
     def full(*arguments):
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr("analysis.store.Store.add", full)
+    monkeypatch.setattr("analysis.study.store.Store.add", full)
     message = error_of("run", path, "--out", tmp_path / "out", "--no-progress")
     assert message == "database or disk is full"
 

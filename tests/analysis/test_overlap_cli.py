@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from analysis import measure_overlap, overlap_report
+from analysis import measure_overlap
 from analysis.__main__ import app
-from analysis.models import documents, load
-from analysis.overlap import METRICS, Overlap
+from analysis.adapters.load import documents, load
+from analysis.overlap.metrics.catalogue import METRICS
+from analysis.overlap.tables import Overlap
+from analysis.report import overlap as overlap_report
 
 pytestmark = pytest.mark.usefixtures("environment")
 

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 import analysis as an
-from analysis.study import Data, Study
+from analysis.study.specs import Data
+from analysis.study.study import Study
 from cartmoe import load
 from cartmoe.__main__ import app
 from cartmoe.checkpoint import newest, read_meta

@@ -1,0 +1,25 @@
+"""Conditions at work in a model, and what they do to its loss and its routing.
+
+clean.py, losses.py, doses.py     the clean pass of a batch; losses; how far decisions were changed
+calibrate.py, intervene.py        statistics of clean routing; conditions at work in a running model
+prepare.py, search.py             what a condition becomes on a batch; the worst flips
+shard.py, reuse.py                the unit of work; expert outputs that many conditions share
+results.py, sweep.py              tables; one model in memory
+compare.py, comparison.py         checkpoints side by side
+generate.py, regret.py, margins.py   text, better routes, flips that margins predict
+document_sums.py                  means over tokens with intervals over documents
+"""
+
+from analysis.measure.calibrate import calibrate
+from analysis.measure.clean import CleanPass
+from analysis.measure.compare import compare
+from analysis.measure.comparison import Comparison
+from analysis.measure.generate import generation_agreement
+from analysis.measure.intervene import perturbed
+from analysis.measure.losses import loss_gradient, output_slopes
+from analysis.measure.margins import flip_prediction
+from analysis.measure.regret import regret
+from analysis.measure.results import FACTS, Results, facts_of, key_columns
+from analysis.measure.reuse import worth_tabulating
+from analysis.measure.shard import Cell, measure
+from analysis.measure.sweep import Asked, sweep

@@ -1,0 +1,74 @@
+"""The clean pass over one batch, which every condition on it shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from analysis.adapters import Adapter, DenseRouting, Segment, State
+from analysis.measure.losses import CleanLosses
+from analysis.perturb import Tokens
+from cartmoe.data import Sequences
+from cartmoe.hooks import RouterSite
+from cartmoe.routing import Routing
+
+
+@dataclass
+class CleanPass:
+    """What the model does when nobody disturbs it.
+
+    states     the stream before each segment, and after the last
+    routings   every router's decision;  dense  the same as vectors over the experts
+    branches   by site, the routed branch's share c_0 (T,) and ||c_0 routed|| (T,)
+    draws      noise that conditions have drawn on this batch: neighboring strengths share it
+    """
+
+    segments: list[Segment]
+    states: list[State]
+    routings: dict[RouterSite, Routing]
+    dense: dict[RouterSite, DenseRouting]
+    branches: dict[RouterSite, tuple[Tensor, Tensor]]
+    losses: CleanLosses
+    tokens: Tokens
+    length: int
+    draws: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Adapter, batch: Sequences, kinds_V: Tensor | None = None) -> CleanPass:
+        """One forward. Raises `FloatingPointError` if router logits are not finite."""
+        segments, states = model.segments(), [State(None, batch.tokens_SL)]
+        with torch.no_grad(), model.watch_branches() as branches:
+            for segment in segments:
+                states.append(segment.run(states[-1]))
+            model.check()
+            hidden_TD = states[-1].hidden_BLD.flatten(0, 1)
+            losses = CleanLosses.of(model, hidden_TD, batch.targets_SL.flatten())
+        routings = dict(zip(model.sites(), states[-1].decisions, strict=True))
+        dense = {site: DenseRouting(r) for site, r in routings.items()}
+        tokens = Tokens.of(batch.tokens_SL, batch.sequence_id_S, kinds_V)
+        length = batch.tokens_SL.shape[1]
+        return cls(segments, states, routings, dense, dict(branches), losses, tokens, length)
+
+    def first_segment(self, where: Callable[[RouterSite], bool]) -> int:
+        """The number of the first segment in which one of these sites runs."""
+        return next(i for i, s in enumerate(self.segments) if any(map(where, s.sites)))
+
+    def sites_from(self, first: int) -> frozenset[RouterSite]:
+        """The sites that run in the segment of this number and those after it."""
+        return frozenset(site for s in self.segments[first:] for site in s.sites)
+
+    def residual_norm(self, number: int) -> Tensor:
+        """(T,) norm of the stream before a segment."""
+        return self.states[number].hidden_BLD.flatten(0, 1).float().norm(dim=-1)
+
+    def output_change(self, number: int, before: State, after: State) -> Tensor:
+        """(T,) how much a segment's output differs from the clean run's, as a share of the clean
+        stream's norm before it."""
+        change_BLD = after.hidden_BLD - self.states[number + 1].hidden_BLD
+        if before is not self.states[number]:
+            change_BLD -= before.hidden_BLD - self.states[number].hidden_BLD
+        change_T = change_BLD.flatten(0, 1).float().norm(dim=-1)
+        return change_T / self.residual_norm(number)

@@ -1,0 +1,178 @@
+"""What a comparison of checkpoints has measured, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis import stats
+from analysis.adapters import Adapter, DenseRouting, clean_routing
+from analysis.measure.document_sums import DocumentSums
+from analysis.measure.doses import change_of
+from analysis.measure.results import Results
+from analysis.stats import pair
+from cartmoe.data import Sequences
+from cartmoe.hooks import RouterSite
+from cartmoe.routing import Routing
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` measured. The first model is the reference; intervals are over documents.
+
+    results   of all models, as `sweep` gives them for one
+    models    their names, in order
+    """
+
+    results: Results
+    models: tuple[str, ...]
+    drifts: Mapping[str, DocumentSums]
+
+    def drift(self, confidence: float = 0.95, resamples: int = 9999, seed: int = 0) -> pd.DataFrame:
+        """How far the clean decisions of each other model lie from the reference's on the same
+        tokens: a row for all sites that both have with as many experts, and for each of them.
+
+        model, reference, where, num_documents, num_tokens, and per token, each with _low and _high:
+        flips        share of the reference's experts that this model does not use
+        changed      share of tokens with another set of experts
+        mass_moved   total variation between the weights
+        js           Jensen-Shannon divergence of the scores as distributions (nats, at most ln 2)
+
+        Raises `ValueError` naming models that have no such site.
+        """
+        options = dict(confidence=confidence, resamples=resamples, seed=seed)
+        apart = [name for name in self.models[1:] if name not in self.drifts]
+        if apart:
+            raise ValueError(
+                f"{', '.join(apart)} and {self.models[0]} have no router at the same layer and "
+                "stage with as many experts, so their decisions cannot be compared"
+            )
+        tables = [
+            sums.table(**options).assign(model=name, reference=self.models[0])
+            for name, sums in self.drifts.items()
+        ]
+        table = pd.concat(tables, ignore_index=True)
+        return table[["model", "reference", *table.columns[:-2]]]
+
+    def damage_difference(
+        self, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
+    ) -> pd.DataFrame:
+        """Of every condition the damage in each other model minus that in the reference, by
+        document: model, reference, condition, num_documents, delta_nats, low, high,
+        delta_bits_per_byte, bpb_low, bpb_high. Above 0: the other model is hurt more."""
+        options = dict(confidence=confidence, resamples=resamples, seed=seed)
+        # A name stands for one checkpoint, whatever seed it was trained with.
+        losses = pair(self.results.losses.assign(train_seed=0))
+        labels = dict.fromkeys(self.results.damage().label)
+        tables = [
+            stats.contrast_models(losses, model, self.models[0], label, **options)
+            for model in self.models[1:]
+            for label in labels
+        ]
+        table = pd.concat(tables, ignore_index=True).drop(columns="train_seed")
+        return table.rename(columns={"model_a": "model", "model_b": "reference"})
+
+    def drift_cost(self) -> pd.DataFrame:
+        """What another of the models' decisions (`Replay`) or gates (`GateSwap`) cost a model, in
+        place of its own; below 0 they serve it better.
+
+        model, imposed ("decisions" or "gates"), of, label, delta_nats, low, high,
+        delta_bits_per_byte, bpb_low, bpb_high, mass_moved, flips. Raises `ValueError` if neither
+        was among the perturbations.
+        """
+        kinds = {"Replay": "decisions", "GateSwap": "gates"}
+        named = {f"{kind}({name})": (kinds[kind], name) for kind in kinds for name in self.models}
+        damage = self.results.damage()
+        rows = damage[damage.perturbation.isin(list(named))].copy()
+        rows["imposed"] = [named[p][0] for p in rows.perturbation]
+        rows["of"] = [named[p][1] for p in rows.perturbation]
+        rows = rows[rows["of"] != rows.model]
+        if rows.empty:
+            name = self.models[0]
+            raise ValueError(
+                f"no model was run with another's decisions; add an.Replay({name!r}) or "
+                f"an.GateSwap({name!r}) to the perturbations"
+            )
+        columns = ["model", "imposed", "of", "label", "delta_nats", "low", "high"]
+        columns += ["delta_bits_per_byte", "bpb_low", "bpb_high", "mass_moved", "flips"]
+        return rows[columns].reset_index(drop=True)
+
+    def table(self) -> pd.DataFrame:
+        """A row a condition: the damage in each model and, for each other model, its difference to
+        the reference, in nats per token with low and high."""
+        names = ["delta_nats", "low", "high"]
+        parts = [
+            (model, rows.set_index("label")[names])
+            for model, rows in self.results.damage().groupby("model", sort=False)
+        ]
+        differences = self.damage_difference().groupby("model", sort=False)
+        parts += [
+            (f"{model} - {self.models[0]}", rows.set_index("condition")[names])
+            for model, rows in differences
+        ]
+        tables = [
+            part.set_axis([name, f"{name} low", f"{name} high"], axis=1) for name, part in parts
+        ]
+        return pd.concat(tables, axis=1).rename_axis("condition")
+
+    def __repr__(self) -> str:
+        clean = self.results.clean()
+        nats = ", ".join(f"{row.model} {row.nats:.3f}" for row in clean.itertuples())
+        lines = [f"{clean.num_documents.iloc[0]} documents; clean nats per token: {nats}"]
+        if len(self.drifts) == len(self.models) - 1:
+            overall = self.drift()[lambda t: t["where"] == "all"]
+            lines += [
+                f"{row.model} decides otherwise than {row.reference}: {row.flips:.1%} of experts, "
+                f"{row.changed:.1%} of tokens"
+                for row in overall.itertuples()
+            ]
+        return "\n".join([*lines, self.table().round(4).to_string()])
+
+
+def place_of(site: RouterSite) -> tuple[int, int]:
+    """What two models' sites are matched by."""
+    return site.layer, site.stage
+
+
+def drifts_of(
+    models: Mapping[str, Adapter], docs: Sequences, batch_size: int
+) -> dict[str, DocumentSums]:
+    """Of every model but the first, how its clean decisions differ from the first one's."""
+    (_, reference), *others = models.items()
+    sums: dict[str, DocumentSums] = {}
+    for first in range(0, len(docs), batch_size):
+        batch = docs[first : first + batch_size].to(reference.device)
+        decisions = zip(reference.sites(), clean_routing(reference, batch.tokens_SL), strict=True)
+        own = {place_of(site): (site, routing) for site, routing in decisions}
+        for name, model in others:
+            theirs = clean_routing(model, batch.tokens_SL.to(model.device))
+            for site, routing in zip(model.sites(), theirs, strict=True):
+                mine, base = own.get(place_of(site), (None, None))
+                if mine is None or mine.num_experts != site.num_experts:
+                    continue
+                here = Routing(*(t.to(reference.device) for t in routing))
+                differences = _differences(base, here)
+                table = sums.setdefault(name, DocumentSums("where"))
+                for row in ("all", f"layer {site.layer} stage {site.stage}"):
+                    table.add(batch, (row,), differences)
+    return sums
+
+
+def _differences(base: Routing, other: Routing) -> dict[str, Tensor]:
+    before, after = DenseRouting(base), DenseRouting(other)
+    doses = change_of(before, after, before)
+    return {name: doses[name] for name in ("flips", "changed", "mass_moved")} | {
+        "js": js_divergence(base.scores_TE, other.scores_TE)
+    }
+
+
+def js_divergence(a_TE: Tensor, b_TE: Tensor) -> Tensor:
+    """(T,) Jensen-Shannon divergence in nats of scores as distributions; 0 to ln 2."""
+    a_TE, b_TE = (s.double() / s.double().sum(-1, keepdim=True) for s in (a_TE, b_TE))
+    entropy = torch.special.entr
+    mean_TE = (a_TE + b_TE) / 2
+    return (entropy(mean_TE) - (entropy(a_TE) + entropy(b_TE)) / 2).sum(-1).clamp(min=0)

@@ -1,0 +1,77 @@
+"""How much a decision was changed, token by token: the doses that damage is plotted against.
+
+Shapes: T tokens, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from analysis.adapters import DenseRouting
+from cartmoe.routing import Router, Routing
+
+
+def flip_share(before: DenseRouting, after: DenseRouting) -> Tensor:
+    """(T,) |S \\ S'| / |S|: the share of the experts before that are not used after."""
+    gone_T = (before.used_TE & ~after.used_TE).sum(-1)
+    return gone_T / before.count_T.clamp(min=1)
+
+
+def change_of(base: DenseRouting, changed: DenseRouting, clean: DenseRouting) -> dict[str, Tensor]:
+    """(T,) each: what a condition did to R = base, the router's own decision on its input.
+
+    flips        share of R's experts that are no longer used (the direct effect)
+    flips_total  the same against the clean run's decision, which cascades have moved too
+    changed      1 where the set of experts is another one
+    mass_moved   total variation between the two weight vectors, sum |w - w'| / 2
+    mass_lost    weight that R gave to experts that are no longer used
+    active       experts used
+    """
+    return {
+        "flips": flip_share(base, changed),
+        "flips_total": flip_share(clean, changed),
+        "changed": (base.used_TE != changed.used_TE).any(-1),
+        "mass_moved": (base.weights_TE - changed.weights_TE).abs_().sum(-1) / 2,
+        "mass_lost": (base.weights_TE * ~changed.used_TE).sum(-1),
+        "active": changed.count_T,
+    }
+
+
+def certainty_of(routing: Routing, dense: DenseRouting, router: Router) -> dict[str, Tensor]:
+    """(T,) each: how decided a clean decision was.
+
+    entropy  of the scores as a distribution, in nats
+    margin   see `margin_of`
+    """
+    scores_TE = routing.scores_TE
+    p_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+    return {
+        "entropy": torch.special.entr(p_TE).sum(-1),
+        "margin": margin_of(routing, router, dense.count_T),
+    }
+
+
+def margin_of(routing: Routing, router: Router, count_T: Tensor) -> Tensor:
+    """(T,) how far a decision that uses k experts is from another set, in what decides it.
+
+    top-k    z_(k) - z_(k+1), in logits; where a bias selects, the same in selection scores; 0 if
+             all experts are used
+    top-p    the distance of the running sum of probabilities to p, on the nearer side
+    """
+    E = routing.scores_TE.shape[-1]
+    last_T1 = (count_T - 1).clamp(min=0)[:, None]
+    if router.top_p:
+        sum_TE = routing.scores_TE.sort(-1, descending=True).values.cumsum(-1)
+        before_T1 = F.pad(sum_TE, (1, 0)).gather(-1, last_T1)
+        return torch.minimum(sum_TE.gather(-1, last_T1) - router.top_p, router.top_p - before_T1)[
+            :, 0
+        ].abs()
+    chooses_by_bias = router.score_function == "sigmoid"
+    decides_TE = (
+        router.selection_scores(routing.scores_TE) if chooses_by_bias else routing.logits_TE
+    )
+    sorted_TE = decides_TE.sort(-1, descending=True).values
+    next_T1 = (last_T1 + 1).clamp(max=E - 1)
+    return (sorted_TE.gather(-1, last_T1) - sorted_TE.gather(-1, next_T1))[:, 0]

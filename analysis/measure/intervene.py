@@ -1,0 +1,190 @@
+"""Conditions at work in a running model, and calibration, which only listens to one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from analysis.adapters import Adapter, State, as_adapter
+from analysis.measure.clean import CleanPass
+from analysis.perturb import (
+    Calibration,
+    Condition,
+    Noise,
+    Perturbation,
+    ResidualNoise,
+    RouterContext,
+    Tokens,
+    Where,
+    sequence_hash,
+    token_kinds,
+)
+from cartmoe.hooks import RouterSite
+from cartmoe.interrupt import restoring
+from cartmoe.routing import Router, Routing
+
+# What an observer is told at each perturbed site: the site, R, R'.
+Observer = Callable[[RouterSite, Routing, Routing], None]
+
+
+class Intervention:
+    """One condition, as the function that `Adapter.edit` calls at every site.
+
+    recorded   the clean run's decisions by site, for downstream "replay"
+    where      the sites to perturb, if not those of `condition.where`
+    """
+
+    def __init__(
+        self,
+        condition: Condition,
+        calibration: Calibration | None = None,
+        recorded: Mapping[RouterSite, Routing] | None = None,
+        where: Callable[[RouterSite], bool] | None = None,
+        observe: Observer = lambda site, base, changed: None,
+    ):
+        self.condition, self.calibration, self.observe = condition, calibration, observe
+        self.recorded, self.where = recorded, where or condition.where
+        self.tokens: Tokens | None = None
+
+    def begin(
+        self,
+        tokens: Tokens,
+        draws: dict,
+        earlier: Mapping[RouterSite, Routing] | None = None,
+    ) -> None:
+        """A forward over these tokens comes next. `draws` keeps noise for all that share it.
+
+        earlier   decisions of sites that it will not run, nobody having perturbed them
+        """
+        self.tokens, self.draws = tokens, draws
+        self.earlier, self.own = dict(earlier or {}), dict(earlier or {})
+
+    def begin_at(self, clean: CleanPass, first: int) -> State:
+        """A forward over the clean pass's tokens begins with the segment of this number; the
+        stream that enters it."""
+        remaining = clean.sites_from(first)
+        earlier = {s: r for s, r in clean.routings.items() if s not in remaining}
+        self.begin(clean.tokens, clean.draws, earlier)
+        return clean.states[first]
+
+    @restoring
+    def attached(
+        self, model: Adapter, where: Callable[[RouterSite], bool] | None = None
+    ) -> Iterator[None]:
+        """Within the block the model runs under the condition; `where`: the sites that will run,
+        by default all."""
+        with ExitStack() as stack:
+            if isinstance(self.condition.perturbation, ResidualNoise):
+                self.intended: dict[RouterSite, Routing] = {}
+                add_noise = partial(self._add_noise, model)
+                stack.enter_context(model.edit_output(add_noise, where))
+            stack.enter_context(model.edit(self, where))
+            yield
+
+    def __call__(self, routing: Routing, router: Router, site: RouterSite, x_TD: Tensor) -> Routing:
+        condition, tokens = self.condition, self.tokens
+        if tokens is None or len(tokens.token_ids_T) != len(routing.ids_TK):
+            raise RuntimeError(
+                f"{site.name} decided about {len(routing.ids_TK)} tokens that nobody announced: "
+                "within `perturbed` a model must run as a whole; to measure it, pass the "
+                "perturbation to sweep"
+            )
+        replay = condition.downstream == "replay"
+        base = self.recorded[site] if replay else routing
+        changed = base
+        if self.where(site):
+            stats = self.calibration.sites.get(site) if self.calibration else None
+            x_TD = None if replay else x_TD
+            ctx = RouterContext(
+                site, base, x_TD, tokens, self._noise(site), stats, self.earlier, self.own
+            )
+            if isinstance(condition.perturbation, ResidualNoise):
+                of = replace(condition, perturbation=condition.perturbation.of)
+                intended = of.apply(base, router, ctx)
+                if intended is not base:
+                    self.intended[site] = intended
+            else:
+                changed = condition.apply(base, router, ctx)
+            self.observe(site, base, changed)
+        self.earlier[site], self.own[site] = changed, base
+        return changed
+
+    def _noise(self, site: RouterSite) -> Noise:
+        key = (site.layer, site.stage)
+        tokens = self.tokens
+        seed = self.condition.eval_seed
+        return Noise(seed, key, tokens.sequence_T, tokens.position_T, self.draws)
+
+    def _add_noise(
+        self, model: Adapter, output_TD: Tensor, x_TD: Tensor, routing: Routing, site: RouterSite
+    ) -> Tensor | None:
+        """For `ResidualNoise`: a random direction as long as the change that was intended."""
+        intended = self.intended.pop(site, None)
+        if intended is None:
+            return None
+        change_TD = (model.stage_output(site, x_TD, intended) - output_TD).float()
+        noise_TD = self._noise(site).normal(output_TD.shape[-1], "residual")
+        length_T1 = change_TD.norm(dim=-1, keepdim=True) / noise_TD.norm(dim=-1, keepdim=True)
+        return output_TD + (length_T1 * noise_TD).to(output_TD.dtype)
+
+
+@restoring
+def perturbed(
+    model: Adapter,
+    perturbation: Perturbation,
+    where: str | Where | Callable[[RouterSite], bool] = "all",
+    *,
+    point: str = "logits",
+    effect: str = "full",
+    seed: int = 0,
+    sequence_ids: Tensor | None = None,
+    stats: Calibration | None = None,
+) -> Iterator[dict[RouterSite, int]]:
+    """Within the block, the model routes under the perturbation. Yields firings by site.
+
+    model          a model under study, or a `cartmoe.LanguageModel`
+    where          "all", "layer 2", "stage 0", ... (see `Where`), or a function of a RouterSite
+    sequence_ids   (B,) int64, the ids that key the noise of the rows; by default a hash of each
+                   row's tokens
+    stats          from `calibrate`; some perturbations need them and say so
+
+    On exit, also by an exception, no hook of ours is left and every other one is. Raises
+    `ValueError` for wrong arguments and for a compiled model, `RuntimeError` if a site that should
+    have fired did not.
+    """
+    model = as_adapter(model)
+    selector = None
+    if callable(where) and not isinstance(where, Where):
+        selector, where = where, "all"
+    condition = Condition(perturbation, where, point=point, effect=effect, eval_seed=seed)
+    selector = selector or condition.where
+    sites = model.sites()
+    fired = {site: 0 for site in sites if selector(site)}
+    if isinstance(perturbation, Perturbation):
+        perturbation.check(list(fired))
+    if sites and not fired:
+        have = ", ".join(f"layer {s.layer} stage {s.stage}" for s in sites)
+        raise ValueError(f"where selects no router; the model has {have}")
+
+    def count(site: RouterSite, base: Routing, changed: Routing) -> None:
+        fired[site] += 1
+
+    intervention = Intervention(condition, stats, where=selector, observe=count)
+    kinds_V = token_kinds(model.tokenizer) if condition.where.tokens and model.tokenizer else None
+
+    def begin(tokens_BL: Tensor) -> None:
+        ids = sequence_hash(tokens_BL) if sequence_ids is None else torch.as_tensor(sequence_ids)
+        if len(ids) != len(tokens_BL):
+            raise ValueError(
+                f"sequence_ids has {len(ids)} rows; the model was given {len(tokens_BL)}"
+            )
+        intervention.begin(Tokens.of(tokens_BL, ids.to(tokens_BL.device), kinds_V), {})
+
+    # All routers, also those that stay as they are: a perturbation may look back at them.
+    with model.on_forward(begin), intervention.attached(model):
+        yield fired

@@ -1,0 +1,168 @@
+"""What a study or a sweep has measured, as tables."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from analysis import stats
+from analysis.adapters import Adapter
+from analysis.measure.shard import Cell
+from analysis.perturb import CLEAN, Condition
+from analysis.stats import Pairs, pair
+
+FACTS = ["model", "train_seed", "layer", "stage", "metric", "value"]
+
+
+def key_columns(model: str, family: str, train_seed: int, condition: Condition | None) -> dict:
+    """The columns that name a cell in every table; condition None is the clean run."""
+    named = {"model": model, "family": family, "train_seed": train_seed}
+    return named | (condition.columns() if condition else CLEAN)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Tables of design.md: `losses` and `routing` hold sums, everything else is derived.
+
+    facts      model, train_seed, layer, stage, metric, value: what is fixed by the architecture
+    finished, planned   cells; a half-finished study can be read like a finished one
+    cells      a row a finished cell: the columns that name it, shard, seconds
+    failed     a row a cell that killed its workers: the columns that name it, shard, reason
+    tokens     where every token's loss was kept: (model, train_seed, condition) -> the frame
+               `Cell.tokens` of all its shards, condition "clean" being the clean run
+    """
+
+    losses: pd.DataFrame
+    routing: pd.DataFrame
+    facts: pd.DataFrame
+    finished: int
+    planned: int
+    cells: pd.DataFrame = field(default_factory=pd.DataFrame)
+    failed: pd.DataFrame = field(default_factory=pd.DataFrame)
+    tokens: Callable[[str, int, str], pd.DataFrame] | None = None
+
+    @functools.cached_property
+    def _pairs(self) -> list[Pairs]:
+        return pair(self.losses)
+
+    @functools.cached_property
+    def _damage(self) -> pd.DataFrame:
+        return stats.damage(self._pairs, self.routing)
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether anything but clean runs was measured."""
+        return bool((self.losses.condition != "clean").any())
+
+    def damage(self) -> pd.DataFrame:
+        """Change of every condition with intervals, doses beside it; see `stats.damage`."""
+        return self._damage
+
+    def clean(self) -> pd.DataFrame:
+        """The clean runs, dense models too; see `stats.clean_table`."""
+        return stats.clean_table(self._pairs)
+
+    def sites(self) -> pd.DataFrame:
+        """`facts`, and of the clean run, per site: mean entropy (nats), margin (logits), active
+        experts, routed_share (c_0) and routed_ratio (||c_0 routed|| / ||residual||)."""
+        keys = ["model", "train_seed", "layer", "stage"]
+        metrics = ["active", "entropy", "margin", "routed_share", "routed_ratio"]
+        clean = self.routing[self.routing.condition == "clean"]
+        sums = clean.groupby(keys, sort=False)[["num_tokens", *metrics]].sum()
+        means = sums[metrics].div(sums.num_tokens, axis=0).reset_index()
+        long = means.melt(id_vars=keys, var_name="metric", value_name="value")
+        return pd.concat([self.facts, long], ignore_index=True)
+
+    def table(self) -> pd.DataFrame:
+        """The paper's Table 4 with intervals, both mask points, each stage, and the controls."""
+        return stats.robustness_table(self.damage(), self.sites())
+
+    # Damage taken apart. `condition` is a label as in `damage()`; without one, all conditions for
+    # which what is needed was measured, which may be none.
+
+    def split(self, condition: str | None = None) -> pd.DataFrame:
+        """Divided into set, weights and mass (`analysis.split_arms`); see `stats.split`."""
+        return stats.split(self._pairs, condition)
+
+    def cascade(self, condition: str | None = None) -> pd.DataFrame:
+        """With and without the routers behind (`analysis.cascade_arms`); see `stats.cascade`."""
+        return stats.cascade(self._pairs, condition, self.routing)
+
+    def additivity(self, condition: str | None = None) -> pd.DataFrame:
+        """Each site alone, their sum, all at once (`analysis.site_arms`); `stats.additivity`."""
+        return stats.additivity(self._pairs, condition, self.routing)
+
+    def gap(self, condition: str | None = None) -> pd.DataFrame:
+        """Worst against random flips, and what the search costs; see `stats.gap`."""
+        return stats.gap(self._pairs, condition, self.routing, self.cells)
+
+    def per_dose(self) -> pd.DataFrame:
+        """Damage per flip and per mass moved, K and routed share beside it; `stats.per_dose`."""
+        return stats.per_dose(self._pairs, self.routing, self.sites())
+
+    def contrasts(
+        self,
+        reference: str = "cartesian",
+        conditions: Sequence[str] = ("DropTop(1)",),
+        margin: float | None = None,
+    ) -> pd.DataFrame:
+        """The reference against each other model; see `stats.family_contrasts`. Name them before
+        you look; "equivalent" needs a margin, in nats per token."""
+        return stats.family_contrasts(self._pairs, reference, conditions, margin)
+
+    def tails(self, conditions: Sequence[str] | None = None) -> pd.DataFrame:
+        """Quantiles over tokens, and what the worst ones carry; see `stats.tails`. Like all that
+        speaks of tokens it needs them kept: `ValueError` says how."""
+        return stats.tails(self.losses, self.tokens, conditions)
+
+    def tail_curve(self, conditions: Sequence[str] | None = None) -> pd.DataFrame:
+        """Share of the damage over the share of tokens; see `stats.tail_curve`."""
+        return stats.tail_curve(self.losses, self.tokens, conditions)
+
+    def damage_by(self, by: str, conditions: Sequence[str] | None = None) -> pd.DataFrame:
+        """Damage by "position", "frequency" or "domain"; see `stats.damage_by`. The domain alone
+        needs no tokens."""
+        return stats.damage_by(self.losses, by, self.tokens, conditions)
+
+
+def facts_of(model: Adapter) -> list[dict[str, Any]]:
+    """Rows of `Results.facts` for one model."""
+    return [
+        dict(model=model.name, train_seed=model.train_seed, layer=site.layer, stage=site.stage,
+             metric=metric, value=value)
+        for site in model.sites()
+        for metric, value in model.site_facts(site).items()
+    ]  # fmt: skip
+
+
+def from_cells(model: Adapter, cells: Iterable[Cell]) -> Results:
+    """Results of cells that were just measured on one model, one shard."""
+    return join([(model, list(cells))])
+
+
+def join(measured: Sequence[tuple[Adapter, Sequence[Cell]]]) -> Results:
+    """Results of cells that were just measured on several models, one shard each."""
+    tables: dict[str, list[pd.DataFrame]] = {"losses": [], "routing": []}
+    rows, tokens = [], {}
+    for model, cells in measured:
+        for cell in cells:
+            columns = key_columns(model.name, model.family, model.train_seed, cell.condition)
+            for name, parts in tables.items():
+                parts.append(getattr(cell, name).assign(**columns))
+            rows.append(columns | {"shard": 0, "seconds": cell.seconds})
+            if cell.tokens is not None:
+                tokens[model.name, model.train_seed, columns["condition"]] = cell.tokens
+    frames = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+    facts = [row for model, _ in measured for row in facts_of(model)]
+    return Results(
+        **frames,
+        facts=pd.DataFrame(facts, columns=FACTS),
+        finished=len(rows),
+        planned=len(rows),
+        cells=pd.DataFrame(rows),
+        tokens=(lambda *key: tokens[key]) if tokens else None,
+    )

@@ -1,0 +1,42 @@
+"""What the experts of a layer have in common: metrics on tensors, counts and sums.
+
+base.py          what a metric is; units of documents and the jackknife over them
+usage.py         which tokens experts are used for, and with whom: counts.py, information.py,
+                 chance.py on tensors, usage_stream.py over batches
+weights.py       their parameters, up to SwiGLU's symmetries
+outputs.py       what they compute: cka.py, vectors.py on tensors
+first_order.py   what one costs in another's place, to first order: this is damage itself
+composite.py     pairs (a_i, b_j) of a Cartesian layer; composed.py: what those put out
+catalogue.py     the dict that names them
+
+Nothing here knows a model, only tensors and the protocol of `analysis.adapters`.
+"""
+
+from analysis.overlap.metrics import usage, weights, outputs  # isort: skip
+from analysis.overlap.metrics.base import (
+    MAX_UNITS,
+    PROBES,
+    TABLES,
+    Estimate,
+    Metric,
+    Probe,
+    Stream,
+    Sums,
+    UnitSums,
+    estimate,
+)
+from analysis.overlap.metrics.catalogue import METRICS
+from analysis.overlap.metrics.composite import (
+    PAIR_EXPERTS,
+    PAIR_TOKENS,
+    SHARES,
+    TOKENS,
+    CompositeStream,
+    SecondStage,
+)
+from analysis.overlap.metrics.counts import saturation_of, used_mask
+from analysis.overlap.metrics.first_order import SubstitutionStream
+from analysis.overlap.metrics.information import mutual_information
+from analysis.overlap.metrics.outputs import OutputStream
+from analysis.overlap.metrics.usage_stream import UsageStream
+from analysis.overlap.metrics.weights import ExpertWeights

@@ -1,0 +1,242 @@
+"""How far composed experts of a Cartesian layer are from additive, and how much alike they are.
+
+How far o_ij (`analysis.overlap.composed`) is from additive is the interaction of a two-way analysis
+of variance over (i, j); of B fed the mean of v over i it is 0, and what A and B then are is their
+null.
+
+Shapes: U units, T tokens, D model, A and B experts of the two stages, P pairs of them (i, j), N
+sets of tokens that enter B, R relations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from analysis.adapters import Adapter
+from analysis.overlap.metrics.base import Metric, Probe, Sums, UnitSums
+from analysis.overlap.metrics.cka import hsic_sums
+from analysis.overlap.metrics.composed import Block, Layer, wide
+from analysis.overlap.metrics.cores import on_cores
+from cartmoe.hooks import RouterSite
+
+TOKENS = 1024  # of a batch that are used, drawn at random: P outputs of each are dear
+BLOCK_ROWS = 1024  # that an expert of B runs at once, so that temporaries stay in cache
+PAIR_TOKENS = 64  # of a batch (to whole blocks) that pairs are compared and the null is taken on
+PAIR_EXPERTS = 16  # the first of each stage, that are compared: P x P numbers are kept a unit
+PARTS = ("a", "b", "interaction")
+SHARES = tuple(f"composite_{part}" for part in PARTS)
+RELATIONS = ("row", "column", "unrelated")
+
+
+def two_way(outputs_ABTD: Tensor) -> Tensor:
+    """(3,) fp64 sums of squares of A (over i), B (over j) and interaction, about each token's grand
+    mean; they add up to the total."""
+    y_ABTD = outputs_ABTD.double() - outputs_ABTD.double().mean((0, 1))
+    A, B = y_ABTD.shape[:2]
+    a_ATD, b_BTD = y_ABTD.mean(1), y_ABTD.mean(0)
+    rest_ABTD = y_ABTD - a_ATD[:, None] - b_BTD
+    return torch.stack([B * _square(a_ATD), A * _square(b_BTD), _square(rest_ABTD)])
+
+
+def mean_cosines(outputs_ABTD: Tensor) -> Tensor:
+    """(R, T) mean cosine of two composed experts' outputs about the token's mean of those that are
+    given: of two that share a row (the same a_i), a column (the same b_j), nothing."""
+    A, B = outputs_ABTD.shape[:2]
+    outputs_ABTD = wide(outputs_ABTD)
+    n_ABTD = F.normalize(outputs_ABTD - outputs_ABTD.mean((0, 1)), dim=-1)
+    n_ATD, n_BTD = n_ABTD.sum(1), n_ABTD.sum(0)
+    own_T, row_T = n_ABTD.square().sum((0, 1, 3)), n_ATD.square().sum((0, 2))
+    column_T, all_T = n_BTD.square().sum((0, 2)), n_ATD.sum(0).square().sum(-1)
+    sums_RT = torch.stack([row_T - own_T, column_T - own_T, all_T - row_T - column_T + own_T])
+    counts_R1 = A * B * sums_RT.new_tensor([[B - 1], [A - 1], [(A - 1) * (B - 1)]])
+    return sums_RT / counts_R1
+
+
+class CompositeStream:
+    """Sums for the metrics below over the tokens of one two-stage layer; of fixed size. `tokens` of
+    a batch are used; `PAIR_TOKENS` are enough for all but shares of squares.
+
+    Shares of squares are of all composed experts. Pairs (cosine and CKA) are of those of the first
+    16 experts of each stage: with more than 16, the order of experts decides which these are.
+    """
+
+    def __init__(
+        self,
+        model: Adapter,
+        first: RouterSite,
+        second: RouterSite,
+        units: int,
+        tokens: int = TOKENS,
+    ):
+        self._layer, self._sums = Layer(model, first, second), UnitSums(units)
+        self._tokens = tokens
+
+    @torch.no_grad()
+    def add(self, probe: Probe) -> None:
+        """Add a batch; the probe is that of the first stage."""
+        u_TD = probe.stream_TD[: self._tokens]
+        a_ATD = self._layer.first_outputs(u_TD)
+        (A, T, D), B = a_ATD.shape, self._layer.second.num_experts
+        step = max(1, BLOCK_ROWS // A)
+        few = min(T, -(-PAIR_TOKENS // step) * step)
+        pairs_ABTD = wide(u_TD.new_empty(min(A, PAIR_EXPERTS), min(B, PAIR_EXPERTS), few, D))
+
+        def measure(start: int) -> dict[str, Tensor]:
+            some = slice(start, start + step)
+            block = self._layer.block(u_TD[some], a_ATD[:, some], with_mean=start < few)
+            if start >= few:
+                return dict(squares=_squares(block)[1])
+            last_BTD, squares_3 = _squares(block, pairs_ABTD[:, :, some])
+            null_2 = _effects(wide(a_ATD[:, some]), last_BTD)
+            return dict(squares=squares_3, null=F.pad(null_2, (0, 1)))
+
+        for sums in on_cores(measure, range(0, T, step)):
+            self._sums.add(probe.unit, **sums)
+        self._compare(probe.unit, pairs_ABTD)
+
+    def _compare(self, unit: int, outputs_ABTD: Tensor) -> None:
+        """Pairs of composed experts."""
+        cosine_RT = mean_cosines(outputs_ABTD).double()
+        hsic_PP = hsic_sums(outputs_ABTD.flatten(0, 1))["ij"]
+        tokens = torch.tensor(cosine_RT.shape[1])
+        self._sums.add(unit, cosine=cosine_RT.sum(1), tokens=tokens, hsic=hsic_PP)
+
+    def sums(self) -> Sums:
+        """squares (U, 3) and null (U, 3) of `PARTS`; cosine (U, R), tokens (U,); hsic (U, P, P),
+        HSIC_1 times tokens."""
+        return self._sums.sums()
+
+
+class SecondStage:
+    """The same layer as its second stage sees it, whose experts come first in pairs."""
+
+    def __init__(self, layer: CompositeStream):
+        self._layer = layer
+
+    def add(self, probe: Probe) -> None:
+        """Nothing: the first stage has added the batch."""
+
+    def sums(self) -> Sums:
+        """hsic (U, P, P), of pairs (j, i)."""
+        hsic_UPP = self._layer.sums()["hsic"]
+        return {"hsic": _by_expert(hsic_UPP).permute(0, 2, 1, 4, 3).reshape(hsic_UPP.shape)}
+
+
+def _squares(block: Block, outputs_ABTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(B, T, D) routed parts of the last row (of the mean, where it is fed), and (3,) `two_way` of
+    all composed outputs; those of the first experts are written to `outputs_ABTD`. At least fp32.
+
+    One expert j at a time; with q_j that routed part, o_ij = rows_i + q_j + e_ij, and the
+    interaction is that of the small e, so that no digits are lost.
+    """
+    A, B = len(block.rows_ATD), len(block.experts[0])
+    square, row_ATD = 0.0, torch.zeros_like(block.rows_ATD)
+    q_BTD, column_BTD = row_ATD.new_empty(2, B, *row_ATD.shape[1:])
+    for j in range(B):
+        routed_NTD = wide(block.routed(j))
+        if outputs_ABTD is not None and j < outputs_ABTD.shape[1]:
+            rows = slice(len(outputs_ABTD))
+            torch.add(block.rows_ATD[rows], routed_NTD[:A][rows], out=outputs_ABTD[:, j])
+        q_BTD[j] = routed_NTD[-1]
+        e_ATD = routed_NTD[:A].sub_(q_BTD[j])
+        row_ATD[: len(e_ATD)].add_(e_ATD)  # one row of 0 in a parallel layer
+        torch.sum(e_ATD, 0, out=column_BTD[j])
+        square += _square(e_ATD)
+    row_ATD, column_BTD = row_ATD / B, column_BTD / A
+    main_2 = _effects(block.rows_ATD + row_ATD, q_BTD + column_BTD)
+    additive = B * _square(row_ATD) + A * _square(column_BTD) - A * B * _square(row_ATD.mean(0))
+    return q_BTD, torch.stack([*main_2, square - additive])
+
+
+def _effects(a_ATD: Tensor, b_BTD: Tensor) -> Tensor:
+    """(2,) sums of squares of A and B over all i and j."""
+    a_ATD, b_BTD = a_ATD - a_ATD.mean(0), b_BTD - b_BTD.mean(0)
+    return torch.stack([len(b_BTD) * _square(a_ATD), len(a_ATD) * _square(b_BTD)])
+
+
+def _square(x: Tensor) -> Tensor:
+    """Sum of squares as fp64, summed in the dtype of x: one pass without temporaries."""
+    return torch.dot(x.flatten(), x.flatten()).double()
+
+
+def related(num_experts: int) -> Tensor:
+    """(R, P, P) which pairs of composed experts share a row, a column, nothing."""
+    same = torch.eye(num_experts, dtype=torch.bool)
+    row_PP = same.repeat_interleave(num_experts, 0).repeat_interleave(num_experts, 1)
+    column_PP = same.repeat(num_experts, num_experts)
+    return torch.stack([row_PP & ~column_PP, column_PP & ~row_PP, ~row_PP & ~column_PP])
+
+
+def _share(part: int, of: str = "squares") -> Callable[[Sums], Tensor]:
+    return lambda sums: sums[of][:, part] / sums[of].sum(-1)
+
+
+def _cosine(relation: int) -> Callable[[Sums], Tensor]:
+    return lambda sums: sums["cosine"][:, relation] / sums["tokens"]
+
+
+def _pairs_cka(sums: Sums) -> Tensor:
+    """(U, P, P)"""
+    hsic_UPP = sums["hsic"]
+    norm_UP = hsic_UPP.diagonal(dim1=1, dim2=2).sqrt()
+    return hsic_UPP / (norm_UP[:, :, None] * norm_UP[:, None])
+
+
+def _by_expert(pairs_UPP: Tensor) -> Tensor:
+    """(U, i, j, i', j'); both stages have as many experts."""
+    experts = round(pairs_UPP.shape[-1] ** 0.5)
+    return pairs_UPP.view(-1, *[experts] * 4)
+
+
+def _cka(relation: int) -> Callable[[Sums], Tensor]:
+    def of(sums: Sums) -> Tensor:
+        cka_UPP = _pairs_cka(sums)
+        return cka_UPP[:, related(round(cka_UPP.shape[-1] ** 0.5))[relation]].mean(-1)
+
+    return of
+
+
+def _experts_cka(sums: Sums) -> Tensor:
+    """(U, i, i') means over j = j'."""
+    return _by_expert(_pairs_cka(sums)).diagonal(dim1=2, dim2=4).mean(-1)
+
+
+def _metrics() -> Iterator[tuple[str, Metric]]:
+    what = {"a": "A's main effect", "b": "B's main effect", "interaction": "what is not additive"}
+    for part, name in enumerate(PARTS):
+        about = (
+            f"share of {what[name]} in the squares of composed outputs about their mean; null: the "
+            "same of B fed the mean over A's experts"
+        )
+        of, null = _share(part), _share(part, "null")
+        yield f"composite_{name}", Metric("composite", "sites", of, null, about)
+    pairs = dict(
+        zip(RELATIONS, ("have the same a_i", "have the same b_j", "share neither"), strict=True)
+    )
+    few = f"those of the first {PAIR_EXPERTS} experts of each stage"
+    for name, make, measure in (
+        ("cka", _cka, "mean debiased CKA"),
+        ("cosine", _cosine, "mean cosine, about the token's mean of these,"),
+    ):
+        unrelated = make(RELATIONS.index("unrelated"))
+        for relation, which in enumerate(RELATIONS):
+            about = f"{measure} of composed experts that {pairs[which]}, {few}"
+            null = None if which == "unrelated" else unrelated
+            if null:
+                about += "; null: of those that share neither"
+            metric = Metric("composite", "sites", make(relation), null, about)
+            yield f"composite_{name}_{which}", metric
+    about = (
+        "mean debiased CKA of composed experts that differ in these two of one stage alone, over "
+        f"the other's experts; of stages of at most {PAIR_EXPERTS} experts, the first of which is "
+        "among the sites; null: of those that share neither"
+    )
+    null = _cka(RELATIONS.index("unrelated"))
+    yield "composite_cka", Metric("composite", "pairs", _experts_cka, null, about)
+
+
+METRICS: dict[str, Metric] = dict(_metrics())

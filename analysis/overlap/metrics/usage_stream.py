@@ -1,0 +1,158 @@
+"""Sums of which experts the tokens of one site use, from the decisions of the real run.
+
+Shapes: U units, T tokens, E experts, K slots, F experts of the site before, V classes of tokens, Z
+domains, R shuffles of labels over documents, none of a single one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.special import entr
+
+from analysis.adapters import DenseRouting
+from analysis.overlap.metrics.base import Probe, Sums, UnitSums
+from analysis.overlap.metrics.counts import pair_counts
+from analysis.overlap.metrics.information import conditional_mutual_information
+from cartmoe.hooks import RouterSite
+from cartmoe.routing import EPS, Routing
+
+
+class UsageStream:
+    """Sums over one site's tokens of which experts they use.
+
+    units         of documents, for what gets an interval
+    num_classes   V of the tokens' labels;  num_domains   Z
+    classes       count by classes too, which metrics that are not by units need
+
+    What needs classes of tokens is counted over all units together, for its size, which grows with
+    the number of domains: (R + 1) (E + 1) V Z int32 numbers. A use is an expert and a token that
+    uses it, once however many slots it has.
+    """
+
+    def __init__(
+        self,
+        site: RouterSite,
+        units: int,
+        num_classes: int,
+        num_domains: int,
+        classes: bool = True,
+    ):
+        self.site, self.num_classes, self.num_domains = site, num_classes, num_domains
+        self.classes = classes
+        self._sums = UnitSums(units)
+        self._counts: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, probe: Probe) -> None:
+        """Add a batch."""
+        dense = DenseRouting(probe.routing)
+        ids_KT = _distinct(probe.routing, dense).T.contiguous()
+        self._add_to_unit(probe, dense, ids_KT)
+        if self.classes:
+            self._count_classes(probe, ids_KT)
+        else:
+            self._count_other_domains(probe, ids_KT)
+
+    def sums(self) -> Sums:
+        """By name, those of units (U, ...):
+
+        tokens            how many there are; domain_tokens (Z,) by domain
+        pairs (E, E)      tokens that use both; on the diagonal those that use one
+        domains (E, Z)    tokens of the domain that use the expert
+        weight (E,)       that the expert's uses have
+        entropy           of scores as a distribution, nats
+        transition (F, E), before (F,)   tokens that use both, the first at the site before;
+                          lacking at the first site
+
+        and those of all units together (1, ...):
+
+        other_domains (R, E, Z)   under shuffled labels
+
+        and with classes
+
+        classes (E, V), class_tokens (V,)   as by domain
+        other_classes (R, E, V), other_class_tokens (R, V)   under shuffled labels
+        mi_domain_given_token, other_mi_domain_given_token (R,)   which are no sums
+        """
+        E = self.site.num_experts
+        if self.classes:
+            together = self._by_class(E)
+        else:
+            together = {"other_domains": self._counts["other_domains"][:, :E]}
+        return {**self._sums.sums(), **{n: t[None].double() for n, t in together.items()}}
+
+    def _by_class(self, E: int) -> dict[str, Tensor]:
+        joint_EVZ, other_REVZ = self._counts["joint"][:E], self._counts["other_joint"][:, :E]
+        given = [_domain_given_class(joint_EVZ) for joint_EVZ in (joint_EVZ, *other_REVZ)]
+        return {
+            "classes": joint_EVZ.sum(-1),
+            "class_tokens": self._counts["class_tokens"],
+            "other_classes": self._counts["other_classes"][:, :E],
+            "other_class_tokens": self._counts["other_class_tokens"],
+            "other_domains": other_REVZ.sum(-2),
+            "mi_domain_given_token": given[0],
+            "other_mi_domain_given_token": torch.tensor(given[1:], dtype=torch.float64),
+        }
+
+    def _add_to_unit(self, probe: Probe, dense: DenseRouting, ids_KT: Tensor) -> None:
+        E, Z = self.site.num_experts, self.num_domains
+        scores_TE = probe.routing.scores_TE.float()
+        p_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=EPS)
+        domains = torch.bincount((ids_KT * Z + probe.domain_T).flatten(), minlength=(E + 1) * Z)
+        self._sums.add(
+            probe.unit,
+            tokens=torch.tensor(len(p_TE)),
+            domain_tokens=torch.bincount(probe.domain_T, minlength=Z),
+            pairs=pair_counts(dense.used_TE, dense.used_TE),
+            domains=domains.view(E + 1, Z)[:E],
+            weight=dense.weights_TE.double().sum(0),
+            entropy=entr(p_TE).sum(-1).double().sum(),
+        )
+        if probe.before is not None:
+            before_TF = DenseRouting(probe.before).used_TE
+            pairs_FE = pair_counts(before_TF, dense.used_TE)
+            self._sums.add(probe.unit, transition=pairs_FE, before=before_TF.sum(0))
+
+    def _count_other_domains(self, probe: Probe, ids_KT: Tensor) -> None:
+        E, Z = self.site.num_experts + 1, self.num_domains
+        R = len(probe.other_domain_RT)
+        shuffle_R1 = torch.arange(R)[:, None]
+        other_R1T = (shuffle_R1 * (E * Z) + probe.other_domain_RT)[:, None]
+        self._count("other_domains", (R, E, Z), ids_KT * Z + other_R1T)
+
+    def _count_classes(self, probe: Probe, ids_KT: Tensor) -> None:
+        E, V, Z = self.site.num_experts + 1, self.num_classes, self.num_domains  # E: with nobody
+        R = len(probe.other_tokens_RT)
+        shuffle_R1 = torch.arange(R)[:, None]
+        own_KT = ids_KT * V + probe.tokens_T
+        other_domain_R1T = (shuffle_R1 * (E * V * Z) + probe.other_domain_RT)[:, None]
+        other_tokens_R1T = (shuffle_R1 * (E * V) + probe.other_tokens_RT)[:, None]
+        self._count("joint", (E, V, Z), own_KT * Z + probe.domain_T)
+        self._count("other_joint", (R, E, V, Z), own_KT * Z + other_domain_R1T)
+        self._count("other_classes", (R, E, V), ids_KT * V + other_tokens_R1T)
+        self._count("class_tokens", (V,), probe.tokens_T)
+        self._count("other_class_tokens", (R, V), shuffle_R1 * V + probe.other_tokens_RT)
+
+    def _count(self, name: str, shape: tuple[int, ...], cells: Tensor) -> None:
+        """In place: a batch touches few of the cells."""
+        if name not in self._counts:
+            self._counts[name] = torch.zeros(shape, dtype=torch.int32)
+        cells = cells.flatten()
+        self._counts[name].view(-1).scatter_add_(
+            0, cells, torch.ones_like(cells, dtype=torch.int32)
+        )
+
+
+def _distinct(routing: Routing, dense: DenseRouting) -> Tensor:
+    """(T, K) on the CPU: the experts that each token uses, each once; elsewhere E, nobody."""
+    used_TE = dense.used_TE.cpu()
+    E = used_TE.shape[-1]
+    ids_TK = routing.ids_TK.masked_fill(routing.weights_TK == 0, E).cpu()
+    if (ids_TK < E).sum() > used_TE.sum():  # one stands twice
+        ids_TK = torch.arange(E).where(used_TE, E)
+    return ids_TK[:, (ids_TK < E).any(0)]  # top-p has a slot for each expert
+
+
+def _domain_given_class(joint_EVZ: Tensor) -> Tensor:
+    return conditional_mutual_information(joint_EVZ.double().mT)

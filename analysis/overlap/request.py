@@ -1,0 +1,81 @@
+"""What a measurement of overlap was asked for, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from analysis.adapters import Adapter, check_documents, routed_adapter
+from analysis.overlap.metrics import METRICS, PAIR_EXPERTS, PROBES, Metric
+from analysis.perturb import sites_of
+from cartmoe.config import check_choice
+from cartmoe.data import IGNORE, Sequences
+from cartmoe.hooks import RouterSite
+
+DAMAGE = "function"  # the kind that is itself damage, and is measured only where it is named
+
+
+def check_request(
+    model: object, metrics: str | Sequence[str] | None, sites: Any, probe: str
+) -> tuple[Adapter, list[RouterSite], Sequence[str]]:
+    """The model as a model under study, its sites and names of metrics that were asked for; raises
+    as `measure_overlap`."""
+    model = routed_adapter(model)
+    chosen = sites_of(model, sites)
+    check_choice("probe", probe, PROBES)
+    return model, chosen, _wanted(model, chosen, metrics)
+
+
+def check_tokens(docs: Sequences, model: Adapter, skip_first: bool) -> None:
+    """Raise `ValueError` unless the documents have a token to measure on, and the model knows all
+    of theirs."""
+    check_documents(docs, model)
+    if not (docs.targets_SL[:, int(skip_first) :] != IGNORE).any():
+        rest = ": skip_first leaves out the first of each sequence" if skip_first else ""
+        raise ValueError(f"docs has no token to measure on, which is one with a target{rest}")
+
+
+def metric_names(metrics: str | Sequence[str], choices: Iterable[str]) -> tuple[str, ...]:
+    """Each name once; `ValueError` where none is given, with the choices."""
+    given = [metrics] if isinstance(metrics, str) else metrics
+    several = isinstance(given, Iterable) and not isinstance(given, Metric)
+    names = tuple(dict.fromkeys(given)) if several else ()
+    if not names:
+        raise ValueError(f"metrics is {metrics!r}; name some of {', '.join(choices)}")
+    return names
+
+
+def _wanted(
+    model: Adapter, sites: list[RouterSite], metrics: str | Sequence[str] | None
+) -> Sequence[str]:
+    """Names of the metrics to measure, each once."""
+    fitting = {name: m for name, m in METRICS.items() if fits(model, sites, name, m)}
+    if metrics is None:
+        return [name for name, metric in fitting.items() if metric.kind != DAMAGE]
+    names = metric_names(metrics, METRICS)
+    for name in names:
+        check_choice("metric", name, METRICS)
+        check_choice(f"metric for these sites of {model.name}", name, fitting)
+    return names
+
+
+def fits(model: Adapter, sites: list[RouterSite], name: str, metric: Metric) -> bool:
+    """Whether the metric can be measured at these sites."""
+    if metric.kind == "composite":
+        seconds = {site: composed(model, site) for site in sites}
+        if metric.table == "pairs":  # of either stage, if the first is there
+            few = all(site.num_experts <= PAIR_EXPERTS for site in sites)
+            return few and all(seconds[site] or site in seconds.values() for site in sites)
+        return any(seconds.values())
+    if name == "transition":  # from the site before
+        return any(site != model.sites()[0] for site in sites)
+    return name != "router_cosine" or all(model.router_rows(site) is not None for site in sites)
+
+
+def composed(model: Adapter, site: RouterSite) -> RouterSite | None:
+    """The second stage, of as many experts, of the two-stage layer of which this site is the first;
+    None elsewhere."""
+    layer = [other for other in model.sites() if other.layer == site.layer]
+    if len(layer) == 2 and layer[0] == site and layer[1].num_experts == site.num_experts:
+        return layer[1]
+    return None

@@ -1,0 +1,185 @@
+"""One arm of an experiment: a perturbation, where it acts, at which point and with what effect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analysis.perturb.base import Perturbation, set_number
+from analysis.perturb.catalogue import PERTURBATIONS, perturbation_from_dict
+from analysis.perturb.compound import Compose
+from analysis.perturb.context import RouterContext, after_score
+from analysis.perturb.decisions import where_tokens
+from analysis.perturb.effects import EFFECTS
+from analysis.perturb.where import Where
+from analysis.stats import PLAIN, label_of
+from cartmoe.config import check_choice
+from cartmoe.routing import Router, Routing
+
+POINTS = ("logits", "scores")
+DOWNSTREAM = ("reroute", "replay")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Its canonical JSON, `id`, is its identity. Raises `ValueError` for wrong fields.
+
+    point       "logits", or "scores": masks act after the score function, scores' = scores *
+                exp(perturb(l) - l) with l = log scores, not renormalised
+    effect      which part of a changed decision is let through, a key of `EFFECTS`
+    downstream  "reroute": every router works from the stream that reaches it; "replay": every
+                router works from the clean run's logits, so there is no cascade of decisions
+    """
+
+    perturbation: Perturbation
+    where: Where = Where()
+    point: str = "logits"
+    effect: str = "full"
+    downstream: str = "reroute"
+    eval_seed: int = 0
+
+    def __post_init__(self) -> None:
+        p = self.perturbation
+        if isinstance(p, type) or not (isinstance(p, Perturbation) or callable(p)):
+            raise ValueError(
+                f"perturbation is {p!r}; give an object such as DropTop(1), of "
+                f"{', '.join(PERTURBATIONS)}, or a function (logits_TE, ctx) -> logits_TE"
+            )
+        if isinstance(p, Perturbation) and not (is_dataclass(p) and p.__dataclass_params__.frozen):
+            raise ValueError(f"perturbation is {p!r}; its class must be a @dataclass(frozen=True)")
+        object.__setattr__(self, "where", Where.parse(self.where))
+        check_choice("point", self.point, POINTS)
+        check_choice("effect", self.effect, EFFECTS)
+        check_choice("downstream", self.downstream, DOWNSTREAM)
+        if self.point not in getattr(p, "points", POINTS):
+            raise ValueError(
+                f"point is {self.point!r}; {type(p).__name__} works at {' and '.join(p.points)}"
+            )
+        if self.downstream == "replay" and getattr(p, "needs_input", False):
+            raise ValueError(
+                f"downstream is 'replay'; {p.label} needs what enters the router, and then nothing "
+                "does: later routers work from recorded logits"
+            )
+        set_number(self, "eval_seed", int)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` takes it back."""
+        return {
+            "perturbation": self.perturbation.to_dict(),
+            "where": str(self.where),
+            "point": self.point,
+            "effect": self.effect,
+            "downstream": self.downstream,
+            "eval_seed": self.eval_seed,
+        }
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Condition:
+        """`ValueError` with the choices for what does not exist."""
+        for name in d:
+            check_choice("field of a condition", name, [f.name for f in fields(cls)])
+        return cls(**(d | {"perturbation": perturbation_from_dict(d.get("perturbation", {}))}))
+
+    @property
+    def id(self) -> str:
+        """Canonical JSON: equal exactly for equal conditions."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def columns(self) -> dict[str, Any]:
+        """The columns that name it in every table."""
+        return {
+            "condition": self.id,
+            "perturbation": self.perturbation.label,
+            "strength": self.perturbation.strength,
+            "expects": self.perturbation.expects,
+            "where": str(self.where),
+            "point": self.point,
+            "effect": self.effect,
+            "downstream": self.downstream,
+            "eval_seed": self.eval_seed,
+        }
+
+    def apply(self, base: Routing, router: Router, ctx: RouterContext) -> Routing:
+        """The decision under this condition of a router whose own one is `base`."""
+        changed = self._perturb(self.perturbation, base, router, ctx)
+        if changed is base:
+            return base
+        changed = EFFECTS[self.effect](base, changed, router)
+        inside_T = self.where.inside(ctx.tokens)
+        return changed if inside_T is None else where_tokens(inside_T, changed, base)
+
+    def _perturb(self, p, base: Routing, router: Router, ctx: RouterContext) -> Routing:
+        if isinstance(p, Compose):
+            for i, part in enumerate(p.parts):
+                own = replace(ctx, clean=base, noise=ctx.noise.stream(i))
+                base = self._perturb(part, base, router, own)
+            return base
+        if hasattr(p, "decide"):
+            return p.decide(base, router, ctx)
+        if self.point == "logits":
+            logits_TE = _checked(p, base.logits_TE, ctx)
+            return base if logits_TE is base.logits_TE else router.route(logits_TE)
+        if ctx.stats:
+            ctx = replace(ctx, stats=after_score(ctx.stats, router))
+        scores_TE = perturb_scores(p, base.scores_TE, ctx)
+        return base if scores_TE is base.scores_TE else router.decide(base.logits_TE, scores_TE)
+
+
+LogitsFunction = Callable[[Tensor, RouterContext], Tensor]
+
+
+def _checked(perturb: LogitsFunction, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
+    moved_TE = perturb(logits_TE, ctx)
+    good = isinstance(moved_TE, Tensor) and moved_TE.shape == logits_TE.shape
+    if not good or moved_TE.dtype != logits_TE.dtype:
+        got = moved_TE
+        if isinstance(got, Tensor):
+            got = f"{got.dtype} of shape {tuple(got.shape)}"
+        raise ValueError(
+            f"perturbation {perturb!r} returned {got}; it must return {logits_TE.dtype} of shape "
+            f"{tuple(logits_TE.shape)}, as it was given"
+        )
+    return moved_TE
+
+
+MAX_LOG_SCORE = 80.0  # fp32 ends at e^88; K of these still have a sum
+
+
+def perturb_scores(perturb: LogitsFunction, scores_TE: Tensor, ctx: RouterContext) -> Tensor:
+    """scores * exp(perturb(l) - l) = exp(perturb(l)), l = log scores. A score of 0 stays 0, and
+    one whose l stays is the same to the last bit."""
+    log_TE = scores_TE.log()
+    moved_TE = _checked(perturb, log_TE, ctx)
+    if moved_TE is log_TE:
+        return scores_TE
+    new_TE = moved_TE.clamp(max=MAX_LOG_SCORE).exp().masked_fill(scores_TE == 0, 0.0)
+    return torch.where(moved_TE == log_TE, scores_TE, new_TE)
+
+
+CLEAN = {
+    "condition": "clean",
+    "perturbation": "clean",
+    "strength": float("nan"),
+    "expects": "none",
+    "where": "all",
+    "point": "logits",
+    "effect": "full",
+    "downstream": "reroute",
+    "eval_seed": 0,
+}
+
+
+def of_one_name(conditions: Iterable[Condition]) -> dict[str, list[Condition]]:
+    """By label, different ones that tables could not tell apart."""
+    found: dict[tuple[str, int], dict[Condition, None]] = {}
+    for condition in conditions:
+        p = condition.perturbation
+        options = {name: str(getattr(condition, name)) for name in PLAIN}
+        name = label_of(p.label, p.strength, **options)
+        found.setdefault((name, condition.eval_seed), {})[condition] = None
+    return {name: list(same) for (name, _), same in found.items() if len(same) > 1}

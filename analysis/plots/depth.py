@@ -1,0 +1,142 @@
+"""A metric of overlap over the depth of each model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from analysis.plots.dots import GREY
+from analysis.plots.rows import label_of, metric_rows
+from analysis.plots.style import DELTA, canvas, model_styles, rows_of, table_of, widen_scale
+from analysis.stats import CHECKPOINT, INDEX, SHARED, check_choice
+
+TABLES = ("pairs", "experts", "sites")
+
+
+def overlap_profile(overlap: Any, metric: str, ax: Axes | None = None) -> Axes:
+    """A metric at each site of each checkpoint, beside its null (dotted).
+
+    overlap  an object with the tables pairs, experts and sites, such as an Overlap, or one of them
+
+    Of pairs or experts it is the mean over them, and the vertical line is their spread: from the
+    lower to the upper quartile, no interval. Of a site's own metric the line is its interval over
+    documents. A shared expert does not enter, as not all families have one. The second stage of a
+    layer stands half a layer behind its first, at a short tick. Raises `ValueError` with the
+    choices for an unknown metric and for several steps of training.
+    """
+    rows = metric_rows(overlap, metric, *TABLES)
+    index = [name for name in INDEX["pairs"] + INDEX["experts"] if name in rows]
+    rows = rows[(rows[index] != SHARED).all(axis=1)] if index else rows
+    styles = model_styles(rows)
+    sites = _sites(rows.assign(x=depth(rows)), many=bool(index))
+    models, seen = list(styles), set()
+    with canvas(ax, height=2.5) as ax:
+        for (model, *_), line in sites.groupby(CHECKPOINT, sort=False):
+            look = styles[model]
+            shift = 0.3 * ((models.index(model) + 0.5) / len(models) - 0.5)
+            x = line.x + shift
+            ax.plot(x, line["value"], label=f"_{model}" if model in seen else model, **look)
+            ax.vlines(x, line.low, line.high, color=look["color"], lw=0.8)
+            ax.plot(x, line.null, color=look["color"], lw=0.8, ls=":", marker="_", ms=5)
+            seen.add(model)
+        depth_axis(ax, rows, "layer")
+        ax.set_ylabel(label_of(metric) + ("\nmean, quartiles" if index else ""))
+        handles = ax.get_legend_handles_labels()[0]
+        if rows.null.notna().any():
+            handles.append(Line2D([], [], color=GREY, lw=0.8, ls=":", label="null"))
+        # Long handles: a dash must be seen on both sides of a marker.
+        ax.legend(
+            handles=handles,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=3,
+            handlelength=2.8,
+        )
+    return ax
+
+
+def _sites(rows: pd.DataFrame, many: bool) -> pd.DataFrame:
+    """A row a site: x, value, low, high, null; its own numbers, or mean and quartiles."""
+    if not many:
+        return rows.sort_values("x")
+    by_site = rows.groupby([*CHECKPOINT, "x"], sort=False)
+    found = by_site[["value", "null"]].mean()
+    found["low"], found["high"] = by_site.value.quantile(0.25), by_site.value.quantile(0.75)
+    return found.reset_index().sort_values("x")
+
+
+PART, WHOLES = r"layer (?P<layer>\d+) stage (?P<stage>\d+)", ("sum", "joint")
+
+
+def layer_profile(
+    frame: pd.DataFrame | Any, condition: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """Damage at each site alone over the depth; to the right their sum, and all at once.
+
+    frame       the table of `stats.additivity`, or a Results
+    condition   the label of the joint condition, by default the first
+
+    The second stage of a layer stands half a layer behind its first, at a short tick. Intervals
+    over documents.
+    """
+    frame = table_of(frame, "additivity", ["condition", "part", "delta_nats"])
+    styles = model_styles(frame)
+    condition = frame.condition.iloc[0] if condition is None else condition
+    check_choice("condition", condition, frame.condition.unique())
+    frame = rows_of(frame, condition)
+    frame = frame[frame.part != "joint - sum"]
+    sites = frame.part.str.extract(PART).dropna().astype(int)
+    frame = frame.assign(x=depth(sites))
+    last = sites.layer.max()
+    step = max(1.0, 0.15 * (last - sites.layer.min()))
+    places = {name: last + step * (i + 1.5) for i, name in enumerate(WHOLES)}
+    models = list(styles)
+    with canvas(ax, height=2.5) as ax:
+        for (model, _, _), rows in frame.groupby(CHECKPOINT, sort=False):
+            look, shift = styles[model], 0.0  # of a layer, so that a site is nearest to its tick
+            if len(models) > 1:
+                shift = 0.3 * (models.index(model) / (len(models) - 1) - 0.5)
+            own = f"_{model}" if model in ax.get_legend_handles_labels()[1] else model
+            alone = rows[rows.x.notna()].sort_values("x")
+            ax.plot(alone.x + shift, alone.delta_nats, label=own, **look)
+            ends = rows[rows.x.isna()]
+            x_ends = ends.part.map(places) + step * shift
+            ax.plot(x_ends, ends.delta_nats, color=look["color"], marker=look["marker"], ls="")
+            for x, part in ((alone.x + shift, alone), (x_ends, ends)):
+                ax.vlines(x, part.low, part.high, color=look["color"], lw=0.8)
+        ax.axhline(0, color=GREY, lw=0.6, zorder=0.5)
+        ax.axvline(last + 0.9 * step, color="#A0A0A0", lw=0.6, ls=":")
+        widen_scale(ax.yaxis, frame.delta_nats)
+        depth_axis(ax, sites, f"layer at which {condition} acts alone", places)
+        ax.set_ylabel(DELTA)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return ax
+
+
+def depth(rows: pd.DataFrame) -> pd.Series:
+    """Where sites stand on an axis of layers: a second stage half a layer behind its first."""
+    return rows.layer + rows.stage / (rows.stage.max() + 1)
+
+
+def depth_axis(
+    ax: Axes, rows: pd.DataFrame, label: str, ends: Mapping[str, float] | None = None
+) -> None:
+    """Tell on the x axis where `depth` puts these sites: a long tick at each layer, with numbers as
+    far as there is room, a short one at each later stage, which the label explains.
+
+    ends   names behind the last layer, and where
+    """
+    layers, ends = sorted(rows.layer.unique()), ends or {}
+    step = max(1, round((len(layers) + 2 * len(ends)) / 8))
+    numbers = ["" if i % step else str(layer) for i, layer in enumerate(layers)]
+    ax.set_xticks([*layers, *ends.values()], [*numbers, *ends])
+    later = rows.stage > 0
+    if later.any():
+        ax.set_xticks(depth(rows)[later].unique(), minor=True)
+        stages = sorted(rows.stage[later].unique())
+        label += f"\n(short ticks: stage {', '.join(map(str, stages))})"
+    ax.set_xlabel(label)

@@ -1,0 +1,103 @@
+"""Which rows of an overlap a picture shows: of one metric, and of one site of one model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from analysis.stats import INDEX, SITE, check_choice, check_columns, check_one_step
+
+NUMBERS = ["value", "low", "high", "null"]
+RELATIONS = ("row", "column", "unrelated")  # what two composed experts share
+LABELS = {
+    "cka": "debiased CKA of outputs",
+    "composite_cka": "CKA of composed experts",
+    "cka_permuted": "debiased CKA, tokens permuted",
+    "co_activation": "co-activation P(j|i)",
+    "lift": "lift of joint choice",
+    "token_jaccard": "Jaccard of token sets",
+    "token_js": "Jensen-Shannon div. of tokens",
+    "flat_cosine": "cosine of weights",
+    "matched_cosine": "matched cosine of weights",
+    "router_cosine": "cosine of router rows",
+    "output_cosine": "cosine of outputs",
+    "relative_distance": "relative distance of outputs",
+    "substitution": "rise of loss (nats per routed token)",
+    "transition": "P(j|i)",
+    "jaccard": "Jaccard of joint choice",
+    "mi_domain": "I(expert; domain), nats",
+    "mi_token": "I(expert; token), nats",
+    "mi_domain_given_token": "I(expert; domain | token), nats",
+    "domain_specialization": "share of the domain's tokens",
+    "vocabulary_specialization": "vocabulary specialization",
+    "gini": "Gini coefficient of loads",
+    "max_vio": "MaxVio",
+    "committee": "weight of the standing committee",
+    "removal_linear": "removal, to first order (nats)",
+    "reap": "REAP's score",
+    "composite_a": "share of A in composed outputs",
+    "composite_b": "share of B in composed outputs",
+    "composite_interaction": "share of the interaction in composed outputs",
+    **{f"composite_cka_{r}": f"CKA of composed experts, {r}" for r in RELATIONS},
+    **{f"composite_cosine_{r}": f"cosine of composed experts, {r}" for r in RELATIONS},
+}
+
+
+def metric_rows(source: Any, metric: str, *tables: str) -> pd.DataFrame:
+    """The rows of one metric, in the order in which sites were measured.
+
+    source  an object with these tables as attributes, such as an Overlap, or one of its tables
+
+    Raises `ValueError` for other things, missing columns, tables without rows, a metric that none
+    of the tables has, naming those that they have, and rows of several steps of training.
+    """
+    kinds = " or ".join(tables)
+    if isinstance(source, pd.DataFrame):
+        fitting = [table for table in tables if set(INDEX[table]) <= set(source.columns)]
+        frames = {(fitting or tables)[0]: source}
+    else:
+        frames = {table: getattr(source, table, None) for table in tables}
+    if not all(isinstance(frame, pd.DataFrame) for frame in frames.values()):
+        raise ValueError(
+            f"overlap is a {type(source).__name__}; give an Overlap or its table {kinds}"
+        )
+    for table, frame in frames.items():
+        check_columns(table, frame, [*SITE, "metric", *INDEX[table], *NUMBERS])
+    if all(frame.empty for frame in frames.values()):
+        raise ValueError(f"table {' or '.join(frames)} has no rows: nothing of it was measured")
+    measured = {name: frame for frame in frames.values() for name in frame.metric.unique()}
+    check_choice(f"metric of {kinds}", metric, measured)
+    rows = measured[metric][measured[metric].metric == metric]
+    check_one_step(rows)
+    return rows
+
+
+def one_site(
+    rows: pd.DataFrame,
+    layer: int | None = None,
+    stage: int | None = None,
+    model: str | None = None,
+    train_seed: int | None = None,
+) -> tuple[pd.DataFrame, str]:
+    """Those of one site of one checkpoint, and "model, layer 2, stage 0".
+
+    A layer or stage that is not given is the first one measured; a model or train_seed must be
+    given where there are several. Raises `ValueError` with the choices.
+    """
+    seeds = rows.groupby("model").train_seed.nunique().max() > 1
+    wanted = {"model": model, "train_seed": train_seed, "layer": layer, "stage": stage}
+    for name in sorted(wanted, key=lambda name: wanted[name] is None):  # what is given comes first
+        value, choices = wanted[name], rows[name].unique().tolist()
+        if value is None and (name in ("layer", "stage") or len(choices) == 1):
+            value = choices[0]
+        check_choice(name, value, choices)
+        rows = rows[rows[name] == value]
+    first = rows.iloc[0]
+    checkpoint = f"{first.model} #{first.train_seed}" if seeds else first.model
+    return rows, f"{checkpoint}, layer {first.layer}, stage {first.stage}"
+
+
+def label_of(metric: str) -> str:
+    """What stands at an axis or a color bar."""
+    return LABELS.get(metric, metric.replace("_", " "))

@@ -1,0 +1,103 @@
+"""Damage by position in the sequence, frequency of the target, or domain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from analysis.plots.dots import GREY
+from analysis.plots.style import DELTA, canvas, model_styles, rows_of, table_of, widen_scale
+from analysis.stats import CHECKPOINT, check_choice
+
+X = {
+    "position": "position in the sequence",
+    "frequency": "times that the target occurs in the data",
+    "domain": "domain",
+}
+
+
+def group_curve(
+    frame: pd.DataFrame | Any,
+    by: str = "position",
+    condition: str = "DropTop(1)",
+    ax: Axes | None = None,
+) -> Axes:
+    """Damage of groups of tokens with intervals over documents, a line per checkpoint.
+
+    frame   the table of `stats.damage_by`, or a Results; the line breaks between domains, which
+            have no order. Raises `ValueError` for an unknown condition.
+    """
+    columns = ["condition", "by", "group", "order", "delta_nats", "low", "high"]
+    frame = table_of(frame, "damage_by", columns, by, [condition])
+    styles = model_styles(frame)
+    frame = rows_of(frame, condition)
+    by = frame.by.iloc[0]
+    groups = frame.drop_duplicates("group").sort_values("order").group.tolist()
+    models, seen = list(styles), set()
+    with canvas(ax, height=2.5) as ax:
+        for (model, *_), rows in frame.groupby(CHECKPOINT, sort=False):
+            look = styles[model] | ({"linestyle": ""} if by == "domain" else {})
+            shift = 0.4 * ((models.index(model) + 0.5) / len(models) - 0.5)
+            x = rows.group.map(groups.index) + shift
+            ax.plot(x, rows.delta_nats, label=f"_{model}" if model in seen else model, **look)
+            ax.vlines(x, rows.low, rows.high, color=look["color"], lw=0.8)
+            seen.add(model)
+        ax.axhline(0, color=GREY, lw=0.6, zorder=0.5)
+        widen_scale(ax.yaxis, frame.delta_nats)
+        turned = sum(map(len, groups)) > 28
+        turn = dict(rotation=40, ha="right", rotation_mode="anchor") if turned else {}
+        ax.set_xticks(range(len(groups)), groups, **turn)
+        ax.set_xlabel(X[by])
+        ax.set_ylabel(DELTA)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return ax
+
+
+TAIL_Y = {
+    "carried": "share of the damage they carry",
+    "rise": "rise of a token's loss (nats)",
+}
+
+
+def tail_shares(
+    frame: pd.DataFrame | Any,
+    condition: str = "DropTop(1)",
+    y: str = "carried",
+    ax: Axes | None = None,
+) -> Axes:
+    """Share of the damage carried by the worst tokens, or y "rise": the quantiles themselves.
+
+    frame   the table of `stats.tail_curve`, or a Results with tokens kept
+
+    A share above 1 is no mistake: the other tokens gain. The dotted line is what an even spread
+    over tokens would give. Raises `ValueError` for an unknown condition or y.
+    """
+    check_choice("y", y, TAIL_Y)
+    frame = table_of(frame, "tail_curve", ["condition", "share", *TAIL_Y], [condition])
+    styles = model_styles(frame)
+    frame = rows_of(frame, condition)
+    with canvas(ax, height=2.4) as ax:
+        for (model, *_), rows in frame.groupby(CHECKPOINT, sort=False):
+            known = model in ax.get_legend_handles_labels()[1]
+            color, line = styles[model]["color"], styles[model]["linestyle"]
+            ax.plot(
+                rows.share, rows[y], color=color, ls=line, marker=styles[model]["marker"],
+                markevery=(0.05, 0.2), label=f"_{model}" if known else model,
+            )  # fmt: skip
+        if y == "carried":
+            even = np.geomspace(frame.share.min(), 1, 50)
+            ax.plot(even, even, color=GREY, lw=0.8, ls=":", label="evenly spread")
+        else:
+            ax.axhline(0, color=GREY, lw=0.6, zorder=0.5)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(numticks=8))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        ax.set_xlabel(f"worst tokens under {condition}")
+        ax.set_ylabel(TAIL_Y[y])
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return ax

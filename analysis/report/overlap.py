@@ -1,0 +1,144 @@
+"""What `python -m analysis overlap` leaves in its directory: tables, a manifest, figures."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import plots
+from analysis.adapters import Adapter, load
+from analysis.overlap import Overlap
+from analysis.overlap.metrics import METRICS, TABLES
+from analysis.plots import SHARES, SIMILAR
+from analysis.study import manifest
+from cartmoe.files import write_atomically
+
+MANIFEST = "manifest.json"
+CHECKPOINT = ["model", "train_seed"]
+Picture = Callable[[], Axes | Figure]
+
+
+def named(paths: Sequence[Path]) -> list[Adapter]:
+    """The models of these checkpoints or runs, those that tables could not tell apart by family and
+    seed by the names of their folders. Raises `ValueError` where that does not help either."""
+    models = [load(path) for path in paths]
+    seen = Counter((model.name, model.train_seed) for model in models)
+    for path, model in zip(paths, models, strict=True):
+        if seen[model.name, model.train_seed] > 1:
+            model.name = path.resolve().name
+    again = Counter((model.name, model.train_seed) for model in models)
+    for (name, seed), number in again.items():
+        if number > 1:
+            raise ValueError(
+                f"MODEL has {number} called {name!r} of train_seed {seed}; give each once, from "
+                "folders of different names"
+            )
+    return models
+
+
+def finished(out: Path, asked: dict[str, Any]) -> list[Path] | None:
+    """The files in `out` if all that is `asked` now was measured there and they are there; None if
+    it is to be done.
+
+    Raises `ValueError` where it holds anything else, which would be lost.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    try:
+        known = dict(json.loads((out / MANIFEST).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # not there, damaged, somebody else's
+        known = {}
+    now = json.loads(json.dumps(asked))
+    other = [name for name, value in now.items() if known.get(name) != value]
+    if other:
+        raise ValueError(
+            f"out is {str(out)!r}, which holds other results ({', '.join(other)}); choose another"
+        )
+    files = [out / name for name in known.get("files") or []]
+    return files if files and all(path.is_file() for path in files) else None
+
+
+def write_overlap(overlap: Overlap, out: Path, asked: dict[str, Any]) -> list[Path]:
+    """Write experts.csv, sites.csv, pairs.csv, manifest.json (`asked` in it) and figures/, each
+    whole or not at all; returns their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / MANIFEST]
+
+    def note(written: list[Path]) -> None:
+        said = asked | manifest() | {"files": [str(path.relative_to(out)) for path in written]}
+        write_atomically(files[0], json.dumps(said, indent=1) + "\n")
+
+    note([])
+    for name in TABLES:
+        table = getattr(overlap, name)
+        if not table.empty:
+            files.append(out / f"{name}.csv")
+            write_atomically(files[-1], table.to_csv(index=False))
+    for name, picture in _pictures(overlap):
+        with plots.paper_style():
+            drawing = picture()
+            files += plots.save(drawing, out / "figures" / name)
+            plt.close(getattr(drawing, "figure", drawing))
+    note(files)
+    return files
+
+
+def _pictures(overlap: Overlap) -> Iterator[tuple[str, Picture]]:
+    """For all models one picture a metric of pairs; for each model its first site in detail."""
+    for name in _within_sites(overlap):
+        yield name, partial(plots.overlap_profile, overlap, name)
+    tables = (getattr(overlap, name) for name in TABLES)
+    checkpoints = pd.concat([table[CHECKPOINT] for table in tables]).drop_duplicates()
+    for key in checkpoints.itertuples(index=False, name=None):
+        own, stem = _of_checkpoint(overlap, key), f"{key[0]}-s{key[1]}"
+        for name in _within_sites(own):
+            if METRICS[name].kind == "function":
+                draw = partial(plots.substitution_matrix, own, **_first_site(own, name))
+            else:
+                draw = partial(plots.overlap_heatmap, own, name)  # of the first site
+            yield f"{stem}-{name}", draw
+        for layer in _cartesian_layers(own)[:1]:
+            yield f"{stem}-usage", partial(plots.cartesian_usage, own, layer=layer)
+        name = "domain_specialization"
+        if name in set(own.experts.metric):
+            draw = partial(plots.specialization, own, **_first_site(own, name))
+            yield f"{stem}-domains", draw
+
+
+def _within_sites(overlap: Overlap) -> list[str]:
+    """Metrics of pairs of experts of one site."""
+    return [name for name in overlap.pairs.metric.unique() if name != "transition"]
+
+
+def _first_site(overlap: Overlap, metric: str) -> dict[str, int]:
+    """The first at which it was measured."""
+    first = overlap.table(metric).iloc[0]
+    return dict(layer=int(first.layer), stage=int(first.stage))
+
+
+def _cartesian_layers(overlap: Overlap) -> list[int]:
+    """Those of which everything was measured that `cartesian_usage` draws."""
+    needed = {("transition", 1), *((name, 0) for name in (*SHARES, *SIMILAR))}
+    rows = pd.concat([overlap.pairs, overlap.sites])
+    layers = {
+        int(layer): set(zip(own.metric, own.stage, strict=True))
+        for layer, own in rows.groupby("layer")
+    }
+    return [layer for layer, found in layers.items() if needed <= found]
+
+
+def _of_checkpoint(overlap: Overlap, key: tuple[str, int]) -> Overlap:
+    parts = {}
+    for name in TABLES:
+        table = getattr(overlap, name)
+        parts[name] = table[(table[CHECKPOINT] == list(key)).all(axis=1)]
+    return Overlap(**parts)

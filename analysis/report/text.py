@@ -1,0 +1,213 @@
+"""What a study found, in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import stats
+from analysis.measure import Results
+from analysis.stats import PLAIN
+
+LEAST = 1e-6  # routed weight or output that moved less did not: weights are rounded
+# What each expectation is measured by; see `Perturbation.expects`.
+DOSE = {"selection": "changed", "weights": "mass_moved", "output": "output_change"}
+
+
+def tables(results: Results, contrasts: Mapping[str, Any] | None = None) -> dict[str, pd.DataFrame]:
+    """By name, every table that the study has the conditions for.
+
+    contrasts   arguments of `Results.contrasts`, named before the study was run
+    """
+    made = {"clean": results.clean(), "sites": results.sites(), "failed": results.failed}
+    if results.has_conditions:
+        whole = whole_conditions(results)
+        made |= {
+            "damage": results.damage(),
+            "robustness": results.table(),
+            "per_dose": results.per_dose(),
+            "split": results.split(),
+            "cascade": results.cascade(),
+            "additivity": results.additivity(),
+            "gap": results.gap(),
+            "by_domain": results.damage_by("domain", whole),
+        }
+        if results.tokens is not None:
+            made["tails"] = results.tails()
+            made |= {f"by_{by}": results.damage_by(by, whole) for by in ("position", "frequency")}
+        if contrasts := measured(results, contrasts):
+            made["contrasts"] = results.contrasts(**contrasts)
+    always = ("clean", "sites")
+    return {name: table for name, table in made.items() if len(table) or name in always}
+
+
+def whole_conditions(results: Results) -> list[str]:
+    """Labels of those that act everywhere with all their effect, and are to change something."""
+    damage = results.damage()
+    plain = (damage[list(PLAIN)] == list(PLAIN.values())).all(axis=1)
+    return list(dict.fromkeys(damage.label[plain & (damage.expects != "none")]))
+
+
+def measured(results: Results, contrasts: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The contrasts less the conditions that a study, half finished, does not have in two models;
+    None where nothing is left."""
+    if not contrasts:
+        return None
+    labels = results.damage().groupby("model").label.agg(set)
+    mine = labels.get(contrasts["reference"], set())
+    others = set().union(*labels.drop(contrasts["reference"], errors="ignore"))
+    left = [condition for condition in contrasts["conditions"] if condition in mine & others]
+    margin = contrasts.get("margin") or None  # a margin of 0 is none
+    return dict(contrasts) | {"conditions": left, "margin": margin} if left else None
+
+
+def describe(
+    results: Results,
+    made: Mapping[str, pd.DataFrame] | None = None,
+    contrasts: Mapping[str, Any] | None = None,
+) -> str:
+    """The text of robustness.txt; `made` is what `tables` gave, if it is there already."""
+    made = tables(results, contrasts) if made is None else made
+    columns = ["model", "train_seed", "num_documents", "num_tokens", "nats", "low", "high",
+               "perplexity", "bits_per_byte"]  # fmt: skip
+    unfinished = "UNFINISHED: " if results.finished < results.planned else ""
+    parts = [f"{unfinished}{results.finished} of {results.planned} cells are measured"]
+    parts += _failed(results)
+    parts.append(
+        "Clean validation loss (nats per token [95 % interval over documents; of the standard "
+        "library, over packages])"
+    )
+    parts.append(_text(made["clean"][columns]))
+    if results.has_conditions:
+        parts.append("Routing robustness (form of arXiv 2410.16077, Table 4)")
+        parts.append(stats.format_robustness(made["robustness"]))
+        parts += [*_identity(results), _positive_control(results), *_without_effect(results)]
+        parts += _taken_apart(made, whole_conditions(results))
+    if "contrasts" in made:
+        margin = (contrasts or {}).get("margin")
+        parts += ["Contrasts named beforehand", stats.format_contrasts(made["contrasts"], margin)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _failed(results: Results) -> list[str]:
+    if results.failed.empty:
+        return []
+    failed = results.failed.assign(label=stats.label(results.failed))
+    rows = [
+        f"  {row.model} (seed {row.train_seed}): {row.label}, shard {row.shard}: {row.reason}"
+        for row in failed.itertuples()
+    ]
+    return ["\n".join([f"FAILED: {len(rows)} cells killed their workers", *rows])]
+
+
+def _identity(results: Results) -> list[str]:
+    """The verdict on the hooks themselves: an identity that is not exactly 0 voids the study."""
+    damage = results.damage()
+    identity = damage[damage.perturbation == "Identity"]
+    if identity.empty:
+        return []
+    wrong = identity[(identity[["delta_nats", "kl", "mass_moved"]] != 0).any(axis=1)]
+    if wrong.empty:
+        return ["Identity control: hooks alone change nothing, to the last bit: passed"]
+    names = ", ".join(
+        f"{r.model} (seed {r.train_seed}): {r.delta_nats:g}" for r in wrong.itertuples()
+    )
+    return [f"Identity control FAILED: hooks alone change the loss of {names}"]
+
+
+def _positive_control(results: Results) -> str:
+    damage = results.damage()
+    if not damage.perturbation.str.startswith("RandomRouting").any():
+        return "Positive control: RandomRouting was not run, so nothing shows that routing matters"
+    failed = stats.positive_control(damage)
+    if failed.empty:
+        return "Positive control: random routing hurts every model (interval above 0): passed"
+    names = ", ".join(
+        f"{r.model} (seed {r.train_seed}): {r.delta_nats:+.4f} [{r.low:.4f}, {r.high:.4f}]"
+        for r in failed.itertuples()
+    )
+    return f"Positive control FAILED: random routing is not shown to hurt {names}"
+
+
+def _without_effect(results: Results) -> list[str]:
+    """Conditions that did not change what they are there to change: they failed, and say nothing
+    of robustness."""
+    failed = [
+        f"{row['model']} (seed {row['train_seed']}): {row['label']} has {dose} of 0"
+        for row in results.damage().to_dict("records")
+        if (dose := _must_move(row)) and not row[dose] >= LEAST and row["strength"] != 0
+    ]
+    return [f"FAILED, changed nothing: {'; '.join(failed)}"] if failed else []
+
+
+def _must_move(row: Mapping[str, Any]) -> str | None:
+    """The dose that may not be 0. An effect that lets only a part of a changed decision through
+    may let through nothing: that is a result."""
+    lets_sets_through = ("full", "selection", "no_refill", "part set")
+    dose = DOSE.get(row["expects"])
+    if row["expects"] == "selection":
+        return dose if row["effect"].startswith(lets_sets_through) else None
+    return dose if row["effect"] == "full" else None
+
+
+def _taken_apart(made: Mapping[str, pd.DataFrame], whole: list[str]) -> list[str]:
+    """Titles and texts of the tables that were made."""
+    out = []
+    titles = {
+        "split": "Damage divided: Shapley values, main effects and their interaction",
+        "cascade": "Cascade: later routers work from the changed stream, or repeat the clean run",
+        "additivity": "Damages at single sites, their sum, and all sites at once",
+        "gap": "Robustness gap: the worst flips found against as many random ones",
+    }
+    for name, title in titles.items():
+        if name in made:
+            out += [f"{title} (nats per token; share of the whole)", _parts(made[name])]
+    doses = made["per_dose"]
+    top = doses[
+        (doses.perturbation == "DropTop") & (doses.label == doses.label.str.split(",").str[0])
+    ]
+    if len(top):
+        shown = pd.DataFrame(
+            {
+                **{c: top[c] for c in ("model", "train_seed", "label", "top_k", "renormalize")},
+                **{c: top[c] for c in ("routed_share", "routed_ratio")},
+                "m / E": top.experts_off,
+                "nats per token": top.delta_nats,
+                "per flip": _interval(top, "per_flip"),
+                "per mass moved": _interval(top, "per_mass"),
+            }
+        )
+        out += ["Damage per dose: the slopes from 0 [95 % interval over documents]", _text(shown)]
+    if "tails" in made:
+        tails = made["tails"][made["tails"].condition.isin(whole)]
+        columns = ["model", "train_seed", "condition", "mean", "q0.5", "q0.99", "max"]
+        shown = tails[[*columns, "worst_0.01", "worst_0.1"]]
+        out += ["Rise of single tokens' losses, and what the worst ones carry", _text(shown)]
+    return out
+
+
+def _parts(table: pd.DataFrame) -> str:
+    """A table of parts (see stats/parts.py), what it has besides at the end."""
+    known = ("family", "delta_nats", "low", "high", "share", "share_low", "share_high")
+    own = [c for c in table if c not in (*known, "model", "train_seed", "condition", "part")]
+    shown = table[["model", "train_seed", "condition", "part"]].assign(
+        damage=_interval(table, "delta_nats", "low", "high"),
+        share=_interval(table, "share", "share_low", "share_high"),
+        **{name: table[name] for name in own},
+    )
+    return _text(shown)
+
+
+def _interval(table: pd.DataFrame, value: str, *bounds: str) -> list[str]:
+    names = bounds or (f"{value}_low", f"{value}_high")
+    return [
+        "-" if np.isnan(v) else f"{v:+.3f} " + ("[-]" if np.isnan(a) else f"[{a:.3f}, {b:.3f}]")
+        for v, a, b in table[[value, *names]].astype(float).to_numpy()
+    ]
+
+
+def _text(table: pd.DataFrame) -> str:
+    return table.to_string(index=False, float_format=lambda v: f"{v:.3f}", na_rep="-")

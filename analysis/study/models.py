@@ -1,0 +1,167 @@
+"""The models of a study: found where they are, or trained.
+
+Whether there is anything to do is told from manifests and configurations alone, which is quick;
+weights are read, and every byte of them checked, by who measures or trains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from analysis.adapters import CartMoEAdapter
+from analysis.study.specs import ModelSpec
+from analysis.study.study import Study
+from cartmoe.checkpoint import (
+    CHECKPOINTS,
+    checkpoint_sha256,
+    newest,
+    read_config,
+    read_meta,
+    read_tokenizer,
+    run_checkpoints,
+)
+from cartmoe.config import ModelConfig
+from cartmoe.corpora import CORPORA, is_built_in
+from cartmoe.data import Corpus
+from cartmoe.run import RUN, read_run
+from cartmoe.skeleton import skeleton as model_skeleton
+from cartmoe.tokenizers import tokenizer_key
+from cartmoe.train import train
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model of the study that is there to be measured."""
+
+    spec: ModelSpec
+    path: Path
+    identity: str
+
+    @classmethod
+    def of(cls, spec: ModelSpec, path: Path) -> Checkpoint:
+        """By what its manifest says."""
+        return cls(spec, path, checkpoint_sha256(path))
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return read_config(self.path)
+
+
+def skeleton(spec: ModelSpec, config: ModelConfig) -> CartMoEAdapter:
+    """The model without any weights: its sites and what is fixed by the architecture."""
+    return CartMoEAdapter(model_skeleton(config), name=spec.name, train_seed=spec.train_seed)
+
+
+def check_sources(study: Study) -> None:
+    """Raise `ValueError`, a line a mistake, for a corpus or a tokenizer that is not there."""
+    mistakes = []
+    corpus = study.data.corpus
+    if not is_built_in(corpus) and not Path(corpus).expanduser().exists():
+        mistakes.append(
+            f"data.corpus: corpus is {corpus!r}, which is no file, folder or built-in corpus "
+            f"({', '.join(CORPORA)})"
+        )
+    try:
+        tokenizer_key(study.data.tokenizer)
+    except (ValueError, OSError) as error:
+        mistakes.append(f"data.tokenizer: {error}")
+    if mistakes:
+        raise ValueError("\n".join(f"{study.origin}: {mistake}" for mistake in mistakes))
+
+
+def find(study: Study, spec: ModelSpec, corpus: Corpus, out: Path) -> Checkpoint | None:
+    """The model's checkpoint if it is there, finished; None for one that is to be trained.
+
+    Raises `ValueError` or `FileNotFoundError` for a given one that is damaged, or cannot read the
+    study's tokens.
+    """
+    if spec.path:
+        with _named(study, spec):
+            path = _last(Path(spec.path))
+            _check_tokens(study, spec, path, corpus)
+            return Checkpoint.of(spec, path)
+    path = _trained(spec, run_folder(out, spec), corpus)
+    return path and Checkpoint.of(spec, path)
+
+
+def configs(study: Study, found: list[Checkpoint | None]) -> list[ModelConfig]:
+    """Of every model, there already or not."""
+    return [
+        checkpoint.config if checkpoint else spec.config
+        for spec, checkpoint in zip(study.models, found, strict=True)
+    ]
+
+
+def check_bytes(study: Study, checkpoint: Checkpoint) -> Checkpoint:
+    """The same with every byte read: of a run whose newest checkpoint is damaged the one before.
+
+    Raises as `find` does.
+    """
+    with _named(study, checkpoint.spec):
+        given = checkpoint.spec.path
+        return Checkpoint.of(checkpoint.spec, newest(given or checkpoint.path.parent.parent))
+
+
+def make(spec: ModelSpec, out: Path, progress: bool) -> Checkpoint:
+    """Train the model, going on where an earlier process ended."""
+    return Checkpoint.of(spec, newest(train(spec.config, spec.train, run_folder(out, spec),
+                                            progress=progress)))  # fmt: skip
+
+
+def run_folder(out: Path, spec: ModelSpec) -> Path:
+    """Where the study trains the model."""
+    return out / "models" / f"{spec.name}-s{spec.train_seed}"
+
+
+@contextmanager
+def _named(study: Study, spec: ModelSpec) -> Iterator[None]:
+    """Errors within the block say which model of which study they are about."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        number = study.models.index(spec) - sum(m.path is None for m in study.models)
+        raise ValueError(f"{study.origin}: models[{number}]: {error}") from error
+
+
+def _last(directory: Path) -> Path:
+    """The checkpoint itself, or the newest one of a run, damaged or not."""
+    if (directory / CHECKPOINTS).is_dir() and run_checkpoints(directory):
+        return run_checkpoints(directory)[-1]
+    return directory
+
+
+def _trained(spec: ModelSpec, folder: Path, corpus: Corpus) -> Path | None:
+    """The last checkpoint of a finished run of exactly what is asked for."""
+    if not (folder / RUN).is_file() or not run_checkpoints(folder):
+        return None
+    asked = {
+        "model": spec.config.to_dict(),
+        "train": asdict(spec.train),
+        "data": {"corpus_sha256": corpus.sha256},
+    }
+    path = _last(folder)
+    try:
+        same = read_run(folder)["asked"] == json.loads(json.dumps(asked))
+        return path if same and read_meta(path)["step"] >= spec.train.steps else None
+    except (ValueError, KeyError, OSError):  # `train` says what is wrong, or makes it good
+        return None
+
+
+def _check_tokens(study: Study, spec: ModelSpec, path: Path, corpus: Corpus) -> None:
+    tokenizer, size = read_tokenizer(path), read_config(path).vocab_size
+    name = study.data.tokenizer
+    if tokenizer and tokenizer.identity != corpus.tokenizer.identity:
+        raise ValueError(
+            f"model {spec.name!r} reads tokens of {tokenizer.name!r}; those of the study are of "
+            f"{name!r} (data.tokenizer)"
+        )
+    if size < corpus.vocab_size:
+        raise ValueError(
+            f"model {spec.name!r} has a vocabulary of {size}; data.tokenizer {name!r} needs "
+            f"{corpus.vocab_size}"
+        )

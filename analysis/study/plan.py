@@ -1,0 +1,221 @@
+"""Which cells a study has, each with its whole identity."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from analysis.adapters import Adapter
+from analysis.measure import facts_of, worth_tabulating
+from analysis.perturb import Condition, Where
+from analysis.study.models import Checkpoint, skeleton
+from analysis.study.provenance import default_device, platform_identity
+from analysis.study.specs import ModelSpec
+from analysis.study.store import cell_key
+from analysis.study.study import Study
+from analysis.study.worker import PlannedCell, Source, Task
+from cartmoe.config import ModelConfig
+from cartmoe.corpora import is_built_in
+from cartmoe.data import Corpus, Sequences, prepare, sequences
+
+TASKS_A_WORKER = 3  # at least so many, so that none waits long for the last one
+MOST_CELLS = 32  # of a task: what is lost when it is stopped; its clean pass is then 3 % of it
+
+
+@dataclass(frozen=True)
+class Work:
+    """The cells of one model, shard by shard."""
+
+    checkpoint: Checkpoint
+    family: str
+    facts: list[dict[str, Any]]
+    cells: list[PlannedCell]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, on what, and how.
+
+    threads   of whoever computes a cell
+    """
+
+    study: Study
+    corpus: Corpus
+    shards: list[Sequences]
+    calibration: Sequences
+    threads: int
+
+    @classmethod
+    def of(cls, study: Study, threads: int) -> Plan:
+        """Raises `ValueError` or `OSError` for documents that cannot be read."""
+        corpus, docs = documents_of(study)
+        size = study.data.shard
+        shards = [docs[i : i + size] for i in range(0, len(docs), size)]
+        limit = study.measure.calibration
+        calibration = sequences(corpus, split="train", limit=limit, **_limits(study))
+        return cls(study, corpus, shards, calibration, threads)
+
+    def check(self, models: Iterable[tuple[ModelSpec, ModelConfig]]) -> None:
+        """Raise `ValueError`, a line a mistake, for conditions that do not fit one of them, and for
+        layers that none has. (Stages may be missing: most families have but one.)"""
+        mistakes: dict[str, None] = {}
+        layers: set[int] = set()
+        for spec, config in models:
+            model, arms = self.arms(spec, config)
+            mistakes |= dict.fromkeys(self._misfits(model, arms))
+            layers |= {site.layer for site in model.sites()}
+        for place in dict.fromkeys(condition.where for condition in self.study.conditions):
+            if place.layer is not None and place.layer not in layers:
+                have = ", ".join(map(str, sorted(layers))) or "none: all are dense"
+                mistakes[f"conditions: where is '{place}'; layers with a router are {have}"] = None
+        if mistakes:
+            raise ValueError("\n".join(f"{self.study.origin}: {m}" for m in mistakes))
+
+    def _misfits(self, model: Adapter, conditions: Iterable[Condition | None]) -> Iterator[str]:
+        for condition in filter(None, conditions):
+            try:
+                condition.perturbation.check(list(filter(condition.where, model.sites())))
+            except ValueError as error:
+                yield f"conditions: {condition.perturbation.label}, model {model.name!r}: {error}"
+
+    @cached_property
+    def platform(self) -> dict[str, Any]:
+        """What of this machine changes bits."""
+        return platform_identity(default_device(), self.threads)
+
+    @cached_property
+    def _shard_sha256(self) -> list[str]:
+        return [shard.sha256 for shard in self.shards]
+
+    @cached_property
+    def _calibration(self) -> dict[str, Any]:
+        size = self.study.measure.batch_size
+        return {"sequences": self.calibration.sha256, "batch_size": size}
+
+    @cached_property
+    def _condition_dicts(self) -> dict[Condition, dict[str, Any]]:
+        return {condition: condition.to_dict() for condition in self.study.conditions}
+
+    def arms(
+        self, spec: ModelSpec, config: ModelConfig
+    ) -> tuple[Adapter, dict[Condition | None, bool]]:
+        """(the model without weights, what it is measured under: the clean run, None, and every
+        condition that it has a router for -> whether experts' outputs come from a table).
+
+        The latter is decided here, by all conditions of the study, so that it does not depend on
+        which of them are measured together.
+        """
+        if spec not in self._arms:
+            model, measure = skeleton(spec, config), self.study.measure
+            conditions = conditions_for(model, self.study.conditions_of(spec))
+            tokens = measure.batch_size * self.study.data.length
+            tabulated = worth_tabulating(model, conditions, tokens)
+            self._arms[spec] = model, {c: c in tabulated for c in (None, *conditions)}
+        return self._arms[spec]
+
+    @cached_property
+    def _arms(self) -> dict[ModelSpec, tuple[Adapter, dict[Condition | None, bool]]]:
+        return {}
+
+    def work(self, checkpoint: Checkpoint) -> Work:
+        """The cells of one model."""
+        model, arms = self.arms(checkpoint.spec, checkpoint.config)
+        measure = self.study.measure
+        common = self.platform | {
+            "model": checkpoint.identity,
+            "tokenizer": self.corpus.tokenizer.identity,
+            "batch_size": measure.batch_size,
+            "precision": measure.precision,
+            "keep_tokens": measure.tokens,
+        }
+        cells = []
+        for shard, data in enumerate(self._shard_sha256):
+            for condition, tabulated in arms.items():
+                identity = common | {
+                    "data": data,
+                    "condition": self._condition_dicts[condition] if condition else None,
+                    "calibration": self._calibration if condition else None,
+                    "tabulated": tabulated,
+                }
+                key = cell_key(identity)
+                cells.append(PlannedCell(key, shard, condition, tabulated, identity))
+        return Work(checkpoint, model.family, facts_of(model), cells)
+
+    def tasks(self, work: Sequence[Work], keys: Collection[str], workers: int) -> list[Task]:
+        """These cells in tasks: those of one model and shard together, since they share a clean
+        pass, but cut where they are many, or where workers would be left without any."""
+        taken: set[str] = set()  # two names may stand for one model
+        together: list[tuple[Work, list[PlannedCell]]] = []
+        for w in work:
+            by_shard: dict[int, list[PlannedCell]] = {}
+            for cell in w.cells:
+                if cell.key in keys and cell.key not in taken:
+                    taken.add(cell.key)
+                    by_shard.setdefault(cell.shard, []).append(cell)
+            together += [(w, cells) for cells in by_shard.values()]
+        pieces = math.ceil(TASKS_A_WORKER * workers / max(1, len(together))) if workers > 1 else 1
+        keep = self.study.measure.tokens
+        return [
+            Task(self._source(w.checkpoint), self.shards[part[0].shard], part, keep)
+            for w, cells in together
+            for part in _cut(cells, max(pieces, math.ceil(len(cells) / MOST_CELLS)))
+        ]
+
+    def _source(self, checkpoint: Checkpoint) -> Source:
+        tokenizer, measure = self.corpus.tokenizer, self.study.measure
+        return Source(
+            checkpoint=checkpoint.path.resolve(),
+            identity=checkpoint.identity,
+            name=checkpoint.spec.name,
+            train_seed=checkpoint.spec.train_seed,
+            tokenizer=(tokenizer.name, getattr(tokenizer, "json", None)),
+            calibration=self.calibration,
+            calibration_sha256=self._calibration["sequences"],
+            batch_size=measure.batch_size,
+            precision=measure.precision,
+            platform=tuple(self.platform.items()),
+        )
+
+
+def documents_of(study: Study) -> tuple[Corpus, Sequences]:
+    """(the study's corpus, what of it is measured on). Warns if that is less than was asked for."""
+    data = study.data
+    corpus = prepare(data.corpus, data.tokenizer)
+    have = len(corpus.split(data.split))
+    if data.documents is not None and data.documents > have:
+        warnings.warn(
+            f"corpus {corpus.name!r} has only {have} {data.split} documents (at most "
+            f"{data.documents} were asked for), and all of them are taken",
+            stacklevel=2,
+        )
+    docs = sequences(corpus, split=data.split, limit=data.documents, **_limits(study))
+    return corpus, docs.by_group(corpus) if is_built_in(data.corpus) else docs
+
+
+def _limits(study: Study) -> dict[str, int | None]:
+    return dict(length=study.data.length, max_tokens_per_document=study.data.max_tokens)
+
+
+def _cut(cells: list[PlannedCell], pieces: int) -> Iterator[tuple[PlannedCell, ...]]:
+    size = math.ceil(len(cells) / pieces)
+    for first in range(0, len(cells), size):
+        yield tuple(cells[first : first + size])
+
+
+def conditions_for(model: Adapter, conditions: Sequence[Condition]) -> list[Condition]:
+    """Those that perturb a router of the model, leaving out a part that is the whole: in a model
+    of one stage a layer, "stage 0" is "all"."""
+    sites = model.sites()
+
+    def chosen(where: Where) -> int:
+        return sum(map(where, sites))
+
+    return [
+        c for c in conditions
+        if chosen(c.where)
+        and (c.where.stage is None or c.where.layer is not None or chosen(c.where) < len(sites))
+    ]  # fmt: skip

@@ -1,0 +1,175 @@
+"""Tasks through an executor: a few in flight at a time, what kills its worker tried again alone.
+
+When a worker process dies, all that was in flight is suspect. Suspects wait until the rest is done;
+then they run again, one cell at a time with nothing beside it, and a cell that has killed
+`MAX_DEATHS` workers in that way has failed. Any other error ends the whole.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    wait,
+)
+from itertools import islice
+from typing import NamedTuple
+
+from analysis.measure import Cell
+from analysis.study.executors import HINT, deaths
+from analysis.study.worker import Task, compute, compute_pickled, forget
+
+MAX_DEATHS = 3
+PATIENCE = 60  # seconds without a result before an executor is asked whether it has workers
+
+
+class Failure(NamedTuple):
+    """A cell that killed its workers."""
+
+    reason: str
+    attempts: int
+
+
+Outcome = tuple[Task, list[Cell] | Failure]
+
+
+class InProcess:
+    """Tasks one after the other, here."""
+
+    workers = 1
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        forget()
+
+    def run(self, tasks: Iterable[Task], suspects: Iterable[Task] = ()) -> Iterator[Outcome]:
+        """(task, its cells), in their order."""
+        for part in (tasks, suspects):
+            for task in part:
+                yield task, compute(task)
+
+
+class Pool:
+    """Tasks through the executors that a factory makes.
+
+    Leaving the block by an exception drops what is in flight, and the workers with it.
+    """
+
+    def __init__(self, factory: Callable[[], Executor]):
+        self.factory = factory
+
+    def __enter__(self) -> Pool:
+        self.executor = self.factory()
+        known = [getattr(self.executor, name, None) for name in ("workers", "_max_workers")]
+        self.workers = next(filter(None, known), os.cpu_count() or 1)
+        try:
+            self._check_start()
+        except BaseException:
+            self._drop()
+            raise
+        return self
+
+    def __exit__(self, kind: type | None, *exception) -> None:
+        if kind is None:
+            self.executor.shutdown(wait=True)
+        else:
+            self._drop()
+
+    def run(self, tasks: Iterable[Task], suspects: Iterable[Task] = ()) -> Iterator[Outcome]:
+        """(task, its cells or its `Failure`), as they are done.
+
+        suspects   tasks known to have killed workers: they come last, cell by cell
+
+        Raises what a task raises, and `ConnectionError` where the executor lost it.
+        """
+        tasks, suspects = iter(tasks), list(suspects)
+        flying: dict[Future, Task] = {}
+        while True:
+            # No more than keeps all busy: the others are not even made yet.
+            for task in islice(tasks, self.workers + 1 - len(flying)):
+                flying[self._submit(task)] = task
+            if not flying:
+                break
+            done = self._wait(flying)
+            broken = False
+            for future in done:
+                task, error = flying.pop(future), _error(future)
+                if error is None:
+                    yield task, future.result()
+                elif deaths(error):
+                    suspects.append(task)
+                    broken |= isinstance(error, BrokenExecutor)
+                else:
+                    raise error
+            if broken:
+                suspects += flying.values()
+                flying.clear()
+                self._restart()
+        for task in suspects:
+            for cell in task.alone():
+                yield cell, self._alone(cell)
+
+    def _alone(self, task: Task) -> list[Cell] | Failure:
+        died = 0
+        while died < MAX_DEATHS:
+            future = self._submit(task)
+            self._wait([future])
+            error = _error(future)
+            if error is None:
+                return future.result()
+            if not deaths(error):
+                raise error
+            died += deaths(error)
+            if isinstance(error, BrokenExecutor):
+                self._restart()
+        return Failure("the worker process died: killed, crashed, or out of memory", died)
+
+    def _wait(self, futures: Iterable[Future]) -> set[Future]:
+        """Those that are done, once one is; asks now and then whether there still are workers."""
+        while not (done := wait(futures, PATIENCE, FIRST_COMPLETED).done):
+            check = getattr(self.executor, "check", None)
+            if check:
+                check()
+        return done
+
+    def _submit(self, task: Task) -> Future:
+        try:
+            return self.executor.submit(compute_pickled, pickle.dumps(task))
+        except BrokenExecutor as error:  # it broke since it was asked last
+            future: Future = Future()
+            future.set_exception(error)
+            return future
+
+    def _check_start(self) -> None:
+        """Raise `ValueError` where a worker dies before it has a task: it would again and again."""
+        try:
+            for future in [self.executor.submit(os.getpid) for _ in range(self.workers)]:
+                future.result()
+        except BrokenExecutor as error:
+            raise ValueError(f"worker processes die at their start; {HINT}") from error
+
+    def _restart(self) -> None:
+        self._drop()
+        self.executor = self.factory()
+
+    def _drop(self) -> None:
+        kill = getattr(self.executor, "kill_workers", None)
+        if kill:
+            kill()
+        else:
+            self.executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _error(future: Future) -> BaseException | None:
+    try:
+        return future.exception()
+    except CancelledError as error:
+        return ConnectionError(f"the executor lost a task ({error}); finished cells are kept")

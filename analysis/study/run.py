@@ -1,0 +1,166 @@
+"""Running a study: train what is to be trained, measure what is missing, keep every cell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from analysis.measure import Results, key_columns
+from analysis.study.folder import PLAN, STORE, plan_path, read
+from analysis.study.models import (
+    Checkpoint,
+    check_bytes,
+    check_sources,
+    configs,
+    find,
+    make,
+    run_folder,
+)
+from analysis.study.plan import Plan, Work
+from analysis.study.pool import Failure, InProcess, Pool
+from analysis.study.provenance import manifest
+from analysis.study.store import Store
+from analysis.study.study import Study, study_dict
+from analysis.study.worker import Task
+from cartmoe.files import write_atomically
+from cartmoe.folders import check_directory
+
+__all__ = ["plan_path", "read", "run"]
+
+
+def run(
+    study: Study,
+    out: str | Path,
+    progress: bool = True,
+    executor: Callable[[], Executor] | None = None,
+    threads: int | None = None,
+) -> Results:
+    """Do what of the study is not done yet in `out`, and return its results.
+
+    executor   makes any `concurrent.futures.Executor` to measure with: `analysis.processes(4)`,
+               `analysis.dask("tcp://host:8786")`, or one of yours (of processes: spawned, not
+               forked); None: in this process
+    threads    of each process that measures; by default what the study says, then what the
+               executor has, then as many as now. Results are the same bits for the same number,
+               wherever they are computed on the same kind of machine.
+
+    A run that was stopped, however, goes on where it was: training from its last checkpoint, the
+    measurement with the first cell that is not in `out`/results.sqlite. A cell that kills its
+    workers costs no other one: it is noted as failed, and tried again by the next run.
+    """
+    out = Path(out)
+    say = (lambda text: tqdm.write(text)) if progress else (lambda text: None)
+    # What can fail at once comes before training, which may take hours.
+    check_directory(out)
+    check_sources(study)
+    out.mkdir(parents=True, exist_ok=True)
+    plan = Plan.of(study, threads_of(study, executor, threads))
+    with Store(out / STORE) as store:
+        finished = store.keys()
+        work = _ready(plan, out, finished, say, progress)
+        _write_plan(out, study, work)
+        missing = {c.key for w in work for c in w.cells} - finished
+        if missing:
+            say(f"measuring {len(missing)} of {sum(len(w.cells) for w in work)} cells")
+            _measure(plan, work, missing, store, executor, progress)
+    return read(out)
+
+
+def threads_of(
+    study: Study, executor: Callable[[], Executor] | None, threads: int | None = None
+) -> int:
+    """Of each process that measures."""
+    asked = threads or study.measure.threads or getattr(executor, "threads", None)
+    return asked or torch.get_num_threads()
+
+
+def _ready(
+    plan: Plan, out: Path, finished: set[str], say: Callable[[str], None], progress: bool
+) -> list[Work]:
+    """The cells of every model, in their order, those trained that are to be trained."""
+    study = plan.study
+
+    def checked(checkpoint: Checkpoint) -> Work:
+        work = plan.work(checkpoint)
+        if any(cell.key not in finished for cell in work.cells):
+            # It will be read, perhaps after hours of training others.
+            good = check_bytes(study, checkpoint)
+            return work if good == checkpoint else plan.work(good)
+        return work
+
+    found = [find(study, spec, plan.corpus, out) for spec in study.models]
+    plan.check(zip(study.models, configs(study, found), strict=True))
+    works = [checkpoint and checked(checkpoint) for checkpoint in found]
+    for i, spec in enumerate(study.models):
+        if not spec.path:
+            say(f"[{i + 1}/{len(works)}] {spec.name}, seed {spec.train_seed}: "
+                f"{run_folder(out, spec)}")  # fmt: skip
+        if not works[i]:
+            works[i] = plan.work(make(spec, out, progress))
+    return works
+
+
+def _measure(
+    plan: Plan,
+    work: Sequence[Work],
+    missing: set[str],
+    store: Store,
+    executor: Callable[[], Executor] | None,
+    progress: bool,
+) -> None:
+    failures = store.failures()
+    attempts = dict(zip(failures.key, failures.attempts, strict=True))
+    bar = tqdm(total=len(missing), unit="cell", disable=not progress)
+    with bar, InProcess() if executor is None else Pool(executor) as pool:
+        tasks = [
+            _unfinished(plan.tasks(work, keys, pool.workers), store)
+            for keys in (missing - attempts.keys(), missing & attempts.keys())
+        ]
+        # Closed at once when anything goes wrong here: workers do not go on.
+        with closing(pool.run(*tasks)) as outcomes:
+            for task, outcome in outcomes:
+                bar.set_description(task.source.name)
+                if isinstance(outcome, Failure):
+                    (cell,) = task.cells
+                    died = outcome.attempts + attempts.get(cell.key, 0)
+                    store.fail(cell.identity, outcome.reason, died)
+                else:
+                    for cell, measured in zip(task.cells, outcome, strict=True):
+                        store.add(cell.identity, measured)
+                bar.update(len(task.cells))
+
+
+def _unfinished(tasks: Iterable[Task], store: Store) -> Iterator[Task]:
+    """What is left of each when its turn comes: another process may measure the same study."""
+    for task in tasks:
+        cells = tuple(cell for cell in task.cells if cell.key not in store)
+        if cells:
+            yield replace(task, cells=cells)
+
+
+def _write_plan(out: Path, study: Study, work: Sequence[Work]) -> None:
+    """plan.json names every cell, so that results can be read without the models or the data."""
+    plan: dict[str, Any] = {
+        "study": study_dict(study),
+        "contrasts": study.contrasts and asdict(study.contrasts),
+        "manifest": manifest(),
+        "facts": [row for w in work for row in w.facts],
+        # A list: one checkpoint under two names has the same cells twice.
+        "cells": [
+            {"key": cell.key, "shard": cell.shard}
+            | key_columns(
+                w.checkpoint.spec.name, w.family, w.checkpoint.spec.train_seed, cell.condition
+            )
+            for w in work
+            for cell in w.cells
+        ],
+    }
+    write_atomically(out / PLAN, json.dumps(plan, indent=1))

@@ -1,0 +1,164 @@
+"""What a worker is given and gives back: the cells of one model on one shard.
+
+A task is plain data, so that it can go to another process or machine. Its cells are the same bits
+wherever it is computed: the worker takes on the planned number of threads, and refuses where it
+differs from what was planned in anything else that changes bits.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from analysis.adapters import CartMoEAdapter
+from analysis.measure import Cell, calibrate, measure
+from analysis.perturb import Calibration, Condition
+from analysis.study.provenance import default_device, platform_identity
+from cartmoe.checkpoint import checkpoint_sha256, load
+from cartmoe.data import Sequences
+from cartmoe.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer
+
+# Threads of one process share model and hooks, so one task at a time.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and the calibration slice: what a worker keeps from one task to the next.
+
+    tokenizer     (name, JSON) of the study's, which tells kinds of tokens
+    calibration   sequences, whose routing is recorded `batch_size` at a time, and their hash
+    platform      items of `platform_identity` where the study was planned
+    """
+
+    checkpoint: Path
+    identity: str
+    name: str
+    train_seed: int
+    tokenizer: tuple[str, str | None]
+    calibration: Sequences = field(compare=False, repr=False)
+    calibration_sha256: str
+    batch_size: int
+    precision: str
+    platform: tuple[tuple[str, Any], ...]
+
+
+class PlannedCell(NamedTuple):
+    """One cell: a condition (None: the clean run) on the shard of that number.
+
+    tabulated   whether experts' outputs come from a table (see `analysis.tabulate`)
+    """
+
+    key: str
+    shard: int
+    condition: Condition | None
+    tabulated: bool
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Cells of one model on one shard, and what to measure them with."""
+
+    source: Source
+    shard: Sequences
+    cells: tuple[PlannedCell, ...]
+    keep_tokens: bool
+
+    def alone(self) -> list[Task]:
+        """One task for each cell."""
+        return [replace(self, cells=(cell,)) for cell in self.cells]
+
+
+def compute(task: Task) -> list[Cell]:
+    """The task's cells, in their order. Raises as `analysis.measure.measure` does, and `ValueError`
+    where bits would differ from those planned."""
+    source = task.source
+    with _ONE_AT_A_TIME, numerics(dict(source.platform)), autocast(source.precision):
+        model, calibration = _prepared(source)
+        measured = measure(
+            model,
+            [cell.condition for cell in task.cells if cell.condition is not None],
+            task.shard,
+            batch_size=source.batch_size,
+            calibration=calibration,
+            tabulate=frozenset(cell.condition for cell in task.cells if cell.tabulated),
+            keep_tokens=task.keep_tokens,
+        )
+    by_condition = {cell.condition: cell for cell in measured}
+    return [by_condition[cell.condition] for cell in task.cells]
+
+
+def compute_pickled(task: bytes) -> list[Cell]:
+    """The same for another process. Pickled by hand: torch's own way between processes shares
+    memory with the sender, who may be gone."""
+    try:
+        unpickled = pickle.loads(task)
+    except (AttributeError, ImportError) as error:
+        raise ValueError(
+            f"a worker on {socket.gethostname()} cannot import a perturbation ({error}); it must "
+            "stand in a module that is installed there"
+        ) from error
+    return compute(unpickled)
+
+
+def forget() -> None:
+    """Let go of the models that this process keeps."""
+    _prepared.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _prepared(source: Source) -> tuple[CartMoEAdapter, Calibration | None]:
+    if checkpoint_sha256(source.checkpoint) != source.identity:
+        raise ValueError(f"{source.checkpoint} is not the checkpoint that was planned anymore")
+    model = CartMoEAdapter(
+        load(source.checkpoint).to(default_device()).eval(),
+        _tokenizer(*source.tokenizer),
+        name=source.name,
+        train_seed=source.train_seed,
+        identity=source.identity,
+    )
+    if not model.sites():
+        return model, None
+    return model, calibrate(model, source.calibration, batch_size=source.batch_size)
+
+
+def _tokenizer(name: str, json: str | None) -> Tokenizer:
+    return ByteTokenizer() if json is None else JsonTokenizer(json, name)
+
+
+@contextmanager
+def numerics(planned: dict[str, Any]) -> Iterator[None]:
+    """Within the block, threads on the CPU and the precision of products as planned, whatever
+    OMP_NUM_THREADS says. Raises `ValueError` for what cannot be taken on."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(planned["threads"] or threads)
+    torch.set_float32_matmul_precision(planned["matmul_precision"])
+    try:
+        here = platform_identity(default_device())
+        differing = [f"{k} is {here[k]!r}, not {v!r}" for k, v in planned.items() if here[k] != v]
+        if differing:
+            raise ValueError(
+                f"a worker on {socket.gethostname()} computes other bits than the study was "
+                f"planned with: {'; '.join(differing)}"
+            )
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def autocast(precision: str):
+    """The context in which a study of this precision measures."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(torch.device(default_device()).type, torch.bfloat16)

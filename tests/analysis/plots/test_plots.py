@@ -1,0 +1,213 @@
+"""Pictures draw the table's own numbers, can be told apart in grey, and are saved whole."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_hex
+
+from analysis import plots, stats
+from analysis.plots.style import FAMILY_STYLE, model_styles
+
+from ..synthetic import FAMILIES, routing, study
+
+ROUTED = FAMILIES[1:]
+
+
+@pytest.fixture(scope="module")
+def frame():
+    losses = study(documents=8)
+    return stats.damage(losses, routing(losses), resamples=199)
+
+
+@pytest.fixture(scope="module")
+def two_seeds():
+    return stats.damage(study((0, 1), documents=5), resamples=99)
+
+
+def lines(ax):
+    return {line.get_label(): line for line in ax.get_lines()}
+
+
+def is_clipped(figure) -> bool:
+    """Whether anything that is drawn reaches over the figure's edge."""
+    figure.canvas.draw()
+    (left, bottom), (right, top) = figure.get_tightbbox(figure.canvas.get_renderer()).get_points()
+    width, height = figure.get_size_inches()
+    slack = 0.01
+    return min(left, bottom, width - right, height - top) < -slack
+
+
+@pytest.mark.parametrize("draw", [plots.damage_curve, plots.control_dots, plots.stage_dots])
+def test_every_picture_is_a_column_wide_and_clips_nothing(draw, frame):
+    ax = draw(frame)
+    assert ax.figure.get_size_inches()[0] == plots.style.COLUMN_WIDTH
+    assert ax.xaxis.label.get_fontsize() == 8
+    assert not is_clipped(ax.figure)
+
+
+@pytest.mark.parametrize("draw", [plots.damage_curve, plots.control_dots, plots.stage_dots])
+def test_given_axes_are_drawn_on_and_settings_left_alone(draw, frame):
+    before = dict(mpl.rcParams)
+    _, ax = plt.subplots()
+    assert draw(frame, ax=ax) is ax
+    assert len(plt.get_fignums()) == 1
+    draw(frame)
+    assert dict(mpl.rcParams) == before
+
+
+@pytest.mark.parametrize("draw", [plots.damage_curve, plots.control_dots, plots.stage_dots])
+def test_results_with_a_damage_method_serve_as_well(draw, frame):
+    class Results:
+        def damage(self):
+            return frame
+
+    assert len(draw(Results()).get_lines()) == len(draw(frame).get_lines())
+    with pytest.raises(ValueError, match="frame is a list; give the table of"):
+        draw([1])
+    with pytest.raises(ValueError, match="table damage lacks the columns model"):
+        draw(frame.drop(columns="model"))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "low"),
+    [
+        ("strength", "delta_nats", "low"),
+        ("mass_moved", "delta_bits_per_byte", "bpb_low"),
+        ("flips", "perplexity_ratio", "ratio_low"),
+        ("changed", "kl", None),
+    ],
+)
+def test_curves_show_the_tables_points_and_intervals(frame, x, y, low):
+    ax = plots.damage_curve(frame, "GaussianNoise", x=x, y=y)
+    drawn = lines(ax)
+    assert list(drawn) == ROUTED
+    bands = [c for c in ax.collections if isinstance(c, PolyCollection)]
+    assert len(bands) == (len(ROUTED) if low else 0)
+    rows = frame[(frame.perturbation == "GaussianNoise") & (frame.model == "cartesian")]
+    np.testing.assert_allclose(drawn["cartesian"].get_xydata(), rows[[x, y]].to_numpy())
+    if low:
+        vertices = bands[-1].get_paths()[0].vertices
+        assert vertices[:, 1].min() == pytest.approx(rows[low].min())
+    assert ax.get_xlabel()
+    assert ax.get_ylabel()
+
+
+def test_families_keep_their_look_whatever_else_is_drawn(frame):
+    alone = lines(plots.damage_curve(frame[frame.family == "cartesian"]))["cartesian"]
+    among = lines(plots.damage_curve(frame))["cartesian"]
+    for line in (alone, among):
+        assert (to_hex(line.get_color()).upper(), line.get_marker()) == FAMILY_STYLE["cartesian"]
+    assert len({marker for _, marker in FAMILY_STYLE.values()}) == len(FAMILIES)
+    assert len({color for color, _ in FAMILY_STYLE.values()}) == len(FAMILIES)
+
+
+def test_models_of_one_family_and_unknown_families_differ(frame):
+    models = frame.iloc[:4].assign(
+        model=["a", "b", "olmoe", "qwen"], family=["cartesian", "cartesian", "olmoe", "qwen"]
+    )
+    styles = model_styles(models)
+    assert styles["a"]["color"] == styles["b"]["color"]
+    assert styles["a"]["linestyle"] != styles["b"]["linestyle"]
+    assert styles["olmoe"]["marker"] != styles["qwen"]["marker"]
+
+
+def test_runs_of_one_model_stand_in_the_legend_once(two_seeds):
+    ax = plots.damage_curve(two_seeds)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ROUTED
+    assert len(ax.get_lines()) == 2 * len(ROUTED)
+
+
+def test_curve_errors_list_the_choices(frame):
+    for options, message in [
+        ({"perturbation": "Lag"}, "perturbation is 'Lag'; choose one of .*'DropTop'"),
+        ({"x": "dose"}, "x is 'dose'; choose one of 'strength', 'mass_moved'"),
+        ({"y": "loss"}, "y is 'loss'; choose one of 'delta_nats'"),
+        ({"where": "stage 7"}, "where is 'stage 7'; choose one of 'all'"),
+        ({"point": "scores"}, "point is 'scores'; choose one of 'logits'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            plots.damage_curve(frame, **options)
+    with pytest.raises(ValueError, match=r"x is 'mass_moved'; choose one of 'strength'$"):
+        plots.damage_curve(frame.drop(columns=list(plots.curves.X)[1:]), x="mass_moved")
+    assert not plt.get_fignums()
+
+
+def points(ax):
+    """(x, row) of every marker."""
+    marked = [line for line in ax.get_lines() if line.get_marker() not in ("None", "")]
+    return [(line.get_xdata()[0], round(line.get_ydata()[0])) for line in marked]
+
+
+def test_controls_show_every_condition_of_every_model(frame):
+    ax = plots.control_dots(frame)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ROUTED
+    shown = points(ax)
+    assert len(shown) == 5 * len(ROUTED)
+    expected = frame.set_index(["model", "label"]).delta_nats
+    for label in ("DropTop(1)", "DropChosen(1)", "DropUnchosen(1)", "RandomRouting(1)", "NoRouted"):
+        for i, model in enumerate(ROUTED):
+            assert (expected[model, label], i) in shown
+    with pytest.raises(ValueError, match=r"frame has none of the conditions DropUnchosen\(1\)"):
+        plots.control_dots(frame[frame.perturbation == "GaussianNoise"])
+
+
+def test_runs_of_one_model_have_rows_of_their_own(two_seeds):
+    names = [text.get_text() for text in plots.control_dots(two_seeds).get_yticklabels()]
+    assert names[:2] == ["smoe #0", "smoe #1"]
+
+
+def test_stages_stand_beneath_their_model_and_single_ones_are_left_out(frame):
+    ax = plots.stage_dots(frame)
+    names = [text.get_text() for text in ax.get_yticklabels()]
+    assert names == [*ROUTED, "stage 0", "stage 1"]
+    expected = frame.set_index(["model", "label"]).delta_nats
+    assert (expected["cartesian", "DropTop(1), stage 1, scores"], len(names) - 1) in points(ax)
+    assert len(points(ax)) == 2 * len(names)
+    with pytest.raises(ValueError, match=r"condition is 'DropTop\(9\)'; choose one of"):
+        plots.stage_dots(frame, "DropTop(9)")
+
+
+def test_the_scale_widens_only_where_it_must(frame):
+    assert plots.control_dots(frame).get_xscale() == "linear"
+    spread = np.where(frame.perturbation == "NoRouted", 100.0, 1.0)
+    columns = {name: frame[name] * spread for name in ("delta_nats", "low", "high")}
+    ax = plots.control_dots(frame.assign(**columns))
+    assert ax.get_xscale() == "symlog"
+    assert not is_clipped(ax.figure)
+    curve = frame.assign(delta_nats=frame.delta_nats * np.where(frame.strength == 4, 100, 1))
+    assert plots.damage_curve(curve).get_yscale() == "symlog"
+
+
+def test_save_writes_both_files_with_text_and_nothing_else(frame, tmp_path):
+    ax = plots.damage_curve(frame)
+    paths = plots.save(ax, tmp_path / "new" / "figure.1")
+    assert paths == [tmp_path / "new" / "figure.1.png", tmp_path / "new" / "figure.1.pdf"]
+    assert sorted(paths[0].parent.iterdir()) == sorted(paths)
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+    assert plt.imread(paths[0]).shape[1] == round(3.3 * 300)
+    pdf = paths[1].read_bytes()
+    assert b"/TrueType" in pdf or b"/CIDFontType2" in pdf
+    assert b"/Type3" not in pdf
+    assert plt.fignum_exists(ax.figure.number)
+    assert plots.save(ax.figure, tmp_path / "again.pdf")[0] == tmp_path / "again.png"
+    assert plots.save(ax, tmp_path / "new" / "figure.1")[1].read_bytes() == pdf
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    figure = plt.figure()
+    old = tmp_path / "a.png"
+    old.write_bytes(b"old")
+
+    def break_down(path, **_):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figure, "savefig", break_down)
+    with pytest.raises(OSError, match="disk full"):
+        plots.save(figure, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == [old]
+    assert old.read_bytes() == b"old"
