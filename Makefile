@@ -10,11 +10,14 @@ OUT ?= runs/quick
 study: .venv/core
 	$(BIN)/python -m analysis run studies/quick.toml --out $(OUT)
 
+# On all cores, a process and a thread each; a process that has nothing left takes from the others.
+TEST := $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-slow: .venv/dev
-	$(BIN)/python -m pytest -m slow
+	$(TEST) -m slow
 
 bench: .venv/core
 	$(BIN)/python -m benchmarks
@@ -44,7 +47,9 @@ overlap: study
 	$(BIN)/python studies/relation.py
 
 lint: .venv/dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 lab: .venv/dev
 	$(BIN)/jupyter lab notebooks

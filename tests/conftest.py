@@ -5,6 +5,7 @@ import signal
 import sys
 
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # NumPy's too, and those of processes that are started
 
 import hypothesis
 import pytest
@@ -20,6 +21,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 TINY = dict(vocab_size=13, d_model=16, ffn_width=32, num_layers=3, num_heads=2, num_experts=6)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """As many processes as there are cores that this one may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @pytest.fixture(autouse=True)

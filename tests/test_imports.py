@@ -1,0 +1,51 @@
+"""What is imported when: heavy packages only when something of theirs is first used."""
+
+import subprocess
+import sys
+
+import pytest
+
+import analysis
+import cartmoe
+
+HEAVY = ("torch", "pandas", "matplotlib", "scipy", "numpy", "pydantic", "transformers", "dask")
+HELP = (
+    "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('analysis', None, '__main__')"
+)
+
+
+def heavy_after(code):
+    """Which heavy packages a new Python has imported when the code has run."""
+    tell = f"import sys; print(*(m for m in {HEAVY} if m in sys.modules), file=sys.stderr)"
+    code = f"try:\n    {code}\nexcept SystemExit:\n    pass\n{tell}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr.split()
+
+
+@pytest.mark.parametrize("code", ["import cartmoe", "import analysis", HELP])
+def test_nothing_heavy(code):
+    assert heavy_after(code) == []
+
+
+def test_it_would_be_seen():
+    assert "torch" in heavy_after("from cartmoe import LanguageModel")
+    assert "pandas" in heavy_after("from analysis import stats; stats.damage")
+
+
+@pytest.mark.parametrize("package", [analysis, cartmoe, analysis.stats, analysis.plots])
+def test_every_name_is_there(package):
+    assert package.__all__
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+
+
+def test_threads_spin_a_little_only():
+    """It must be said before torch loads OpenMP, and what the user says holds."""
+    code = "import os, cartmoe; print(os.environ['GOMP_SPINCOUNT'])"
+    for said, found in [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7")]:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=said, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == found
