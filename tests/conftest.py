@@ -5,7 +5,7 @@ import signal
 import sys
 
 os.environ.setdefault("MPLBACKEND", "agg")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # NumPy's too, and those of processes that are started
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy too, and of processes that are started
 
 import hypothesis
 import pytest
