@@ -61,11 +61,13 @@ from .perturb import (
     split_arms,
 )
 from .report import export
+from .stats import Bootstrap
 from .study import Study, dask, processes, read, run
 
 __all__ = [
     "METRICS",
     "PERTURBATIONS",
+    "Bootstrap",
     "Comparison",
     "Compose",
     "Condition",

@@ -69,6 +69,7 @@ VARIANTS = {
 }
 TIMES = ["seconds", "price"]
 QUIET = dict(progress=False)
+FEW = an.Bootstrap(resamples=99)
 
 
 def soften(logits_TE, ctx):
@@ -134,11 +135,11 @@ def _in_memory(models: list, docs, trace) -> None:
         results = an.sweep(model, docs, [*arms, an.Worst(1)], tokens=True, batch_size=2, **QUIET)
         _keep(results.damage(), "sweep", model.name)
         for site in model.sites():
-            found = an.regret(model, docs, site, n=3, batch_size=2, resamples=99, **QUIET)
+            found = an.regret(model, docs, site, n=3, batch_size=2, bootstrap=FEW, **QUIET)
             _keep(found, "regret", f"{model.name} {site.layer} {site.stage}")
-        flips = an.flip_prediction(model, docs, [0.5, 1.0], draws=4, batch_size=2, resamples=99)
+        flips = an.flip_prediction(model, docs, [0.5, 1.0], draws=4, batch_size=2, bootstrap=FEW)
         _keep(flips, "flips", model.name)
-        options = dict(prompt=12, new=8, batch_size=2, resamples=99, **QUIET)
+        options = dict(prompt=12, new=8, batch_size=2, bootstrap=FEW, **QUIET)
         text = an.generation_agreement(model, docs, [drop, an.GaussianNoise(1.0)], **options)
         _keep(text, "generation", model.name)
         for probe in ("all", "routed", "either"):
@@ -146,13 +147,13 @@ def _in_memory(models: list, docs, trace) -> None:
             _keep_overlap(overlap, probe, model.name)
         function = an.measure_overlap(model, docs, ["substitution", "removal_linear"], **QUIET)
         _keep_overlap(function, "function", model.name)
-        options = dict(lowest=2, random=3, batch_size=2, resamples=99, **QUIET)
+        options = dict(lowest=2, random=3, batch_size=2, bootstrap=FEW, **QUIET)
         for downstream in ("reroute", "replay"):
             pairs = an.substitution(model, docs, downstream=downstream, **options)
             _keep(pairs, f"substitution {downstream}", model.name)
             _keep(an.calibration(pairs), f"calibration {downstream}", model.name)
         for refill in (True, False):
-            options = dict(refill=refill, batch_size=2, resamples=99, **QUIET)
+            options = dict(refill=refill, batch_size=2, bootstrap=FEW, **QUIET)
             _keep(an.expert_damage(model, docs, **options), f"removal {refill}", model.name)
         stats = an.calibrate(model, docs, rows=50, batch_size=2)
         with an.perturbed(model, an.RandomRouting(), stats=stats), torch.no_grad():
@@ -160,7 +161,7 @@ def _in_memory(models: list, docs, trace) -> None:
         _keep(pd.DataFrame(logits.flatten(0, 1).numpy()), "perturbed", model.name)
     relation = an.relate(models, docs, batch_size=2, **QUIET)
     for damage in ("per_mass", "damage"):
-        _keep(relation.table(damage, resamples=499), "relation", damage)
+        _keep(relation.table(damage, bootstrap=an.Bootstrap(resamples=499)), "relation", damage)
     _keep(relation.experts, "relation", "experts")
     _keep(relation.takeover, "relation", "takeover")
     recorded = [trace.routing(place) for place in trace.sites]

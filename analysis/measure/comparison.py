@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from analysis import stats
-from analysis.adapters import Adapter, DenseRouting, clean_routing
+from analysis.adapters import Adapter, DenseRouting, batches, clean_routing
 from analysis.measure.document_sums import DocumentSums
 from analysis.measure.doses import change_of
 from analysis.measure.results import Results
-from analysis.stats import pair
+from analysis.stats import Bootstrap, pair
 from cartmoe.data import Sequences
-from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
 
 
@@ -32,7 +31,7 @@ class Comparison:
     models: tuple[str, ...]
     drifts: Mapping[str, DocumentSums]
 
-    def drift(self, confidence: float = 0.95, resamples: int = 9999, seed: int = 0) -> pd.DataFrame:
+    def drift(self, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:
         """How far the clean decisions of each other model lie from the reference's on the same
         tokens: a row for all sites that both have with as many experts, and for each of them.
 
@@ -44,7 +43,6 @@ class Comparison:
 
         Raises `ValueError` naming models that have no such site.
         """
-        options = dict(confidence=confidence, resamples=resamples, seed=seed)
         apart = [name for name in self.models[1:] if name not in self.drifts]
         if apart:
             raise ValueError(
@@ -52,24 +50,21 @@ class Comparison:
                 "stage with as many experts, so their decisions cannot be compared"
             )
         tables = [
-            sums.table(**options).assign(model=name, reference=self.models[0])
+            sums.table(bootstrap).assign(model=name, reference=self.models[0])
             for name, sums in self.drifts.items()
         ]
         table = pd.concat(tables, ignore_index=True)
         return table[["model", "reference", *table.columns[:-2]]]
 
-    def damage_difference(
-        self, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
-    ) -> pd.DataFrame:
+    def damage_difference(self, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:
         """Of every condition the damage in each other model minus that in the reference, by
         document: model, reference, condition, num_documents, delta_nats, low, high,
         delta_bits_per_byte, bpb_low, bpb_high. Above 0: the other model is hurt more."""
-        options = dict(confidence=confidence, resamples=resamples, seed=seed)
         # A name stands for one checkpoint, whatever seed it was trained with.
         losses = pair(self.results.losses.assign(train_seed=0))
         labels = dict.fromkeys(self.results.damage().label)
         tables = [
-            stats.contrast_models(losses, model, self.models[0], label, **options)
+            stats.contrast_models(losses, model, self.models[0], label, bootstrap)
             for model in self.models[1:]
             for label in labels
         ]
@@ -133,31 +128,25 @@ class Comparison:
         return "\n".join([*lines, self.table().round(4).to_string()])
 
 
-def place_of(site: RouterSite) -> tuple[int, int]:
-    """What two models' sites are matched by."""
-    return site.layer, site.stage
-
-
 def drifts_of(
     models: Mapping[str, Adapter], docs: Sequences, batch_size: int
 ) -> dict[str, DocumentSums]:
     """Of every model but the first, how its clean decisions differ from the first one's."""
     (_, reference), *others = models.items()
     sums: dict[str, DocumentSums] = {}
-    for first in range(0, len(docs), batch_size):
-        batch = docs[first : first + batch_size].to(reference.device)
-        decisions = zip(reference.sites(), clean_routing(reference, batch.tokens_SL), strict=True)
-        own = {place_of(site): (site, routing) for site, routing in decisions}
+    for batch in batches(reference, docs, batch_size):
+        decisions = clean_routing(reference, batch.tokens_SL).items()
+        own = {site.place: (site, routing) for site, routing in decisions}
         for name, model in others:
             theirs = clean_routing(model, batch.tokens_SL.to(model.device))
-            for site, routing in zip(model.sites(), theirs, strict=True):
-                mine, base = own.get(place_of(site), (None, None))
+            for site, routing in theirs.items():
+                mine, base = own.get(site.place, (None, None))
                 if mine is None or mine.num_experts != site.num_experts:
                     continue
                 here = Routing(*(t.to(reference.device) for t in routing))
                 differences = _differences(base, here)
                 table = sums.setdefault(name, DocumentSums("where"))
-                for row in ("all", f"layer {site.layer} stage {site.stage}"):
+                for row in ("all", str(site)):
                     table.add(batch, (row,), differences)
     return sums
 

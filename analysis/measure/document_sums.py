@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.stats import intervals
+from analysis.stats import Bootstrap
 from cartmoe.data import IGNORE, Sequences
 
 
@@ -50,13 +50,12 @@ class DocumentSums:
         for document, sums_C in zip(batch.document_id, sums_SC, strict=True):
             row[document] = row.get(document, 0.0) + sums_C
 
-    def table(self, confidence: float = 0.95, resamples: int = 9999, seed: int = 0) -> pd.DataFrame:
+    def table(self, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:
         """A row a key, in the order of their first `add`: the keys, num_documents, num_tokens, and
         of each column its mean per token with BCa bounds over documents, NAME, NAME_low, NAME_high.
 
         A mean that is not defined (NaN) has bounds that are not.
         """
-        options = dict(confidence=confidence, resamples=resamples, seed=seed)
         rows: list[dict[str, Any]] = []
         for key, sums in self._sums.items():
             *sums_CD, tokens_D = np.array(list(sums.values())).T
@@ -67,7 +66,7 @@ class DocumentSums:
             if any(defined):
                 sums_CD = np.array(sums_CD)[defined]
                 weights_CD = np.broadcast_to(tokens_D, sums_CD.shape)
-                found_C3[defined] = np.transpose(intervals(sums_CD, weights_CD, **options))
+                found_C3[defined] = np.transpose(bootstrap.intervals(sums_CD, weights_CD))
             for name, values in zip(self.columns, found_C3.tolist(), strict=True):
                 rows[-1] |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
         return pd.DataFrame(rows)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import Adapter, State, routed_adapter
+from analysis.adapters import Adapter, batches, routed_adapter, run
 from analysis.measure.calibrate import calibrate
 from analysis.measure.intervene import Intervention
 from analysis.measure.sweep import CALIBRATION, Asked, conditions_of
-from analysis.perturb import Calibration, Condition, Tokens, token_kinds
-from analysis.stats import intervals, label
+from analysis.perturb import CLEAN, Calibration, Condition, Tokens, token_kinds
+from analysis.stats import Bootstrap, label
 from cartmoe.config import check_choice, check_least
 from cartmoe.data import IGNORE, Sequences
 
@@ -40,8 +40,7 @@ def generation_agreement(
     seed: int = 0,
     calibration: Sequences | None = None,
     batch_size: int = 16,
-    confidence: float = 0.95,
-    resamples: int = 9999,
+    bootstrap: Bootstrap = Bootstrap(),
     progress: bool = True,
 ) -> pd.DataFrame:
     """Agreement of greedy continuations under perturbations with the clean ones.
@@ -80,13 +79,13 @@ def generation_agreement(
     stats = calibrate(model, calibration or docs[:CALIBRATION])
     needs_kinds = model.tokenizer and any(c.where.tokens for c in conditions)
     kinds_V = token_kinds(model.tokenizer) if needs_kinds else None
-    starts = range(0, len(prompts), batch_size)
     agreement: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in arms]
-    with tqdm(total=len(starts) * len(arms), unit="text batch", disable=not progress) as bar:
-        for first in starts:
-            batch = prompts[first : first + batch_size].to(model.device)
+    with tqdm(
+        total=-(-len(prompts) // batch_size) * len(arms), unit="text batch", disable=not progress
+    ) as bar:
+        for batch in batches(model, prompts, batch_size):
             decoder = Decoder(model, batch, prompt, new, stats, kinds_V)
-            clean_BN = decoder.text(None, batch.targets_SL[:, prompt - 1 :])
+            clean_BN = decoder.text(CLEAN, batch.targets_SL[:, prompt - 1 :])
             for (_, _, condition), parts in zip(arms, agreement, strict=True):
                 equal_BN = decoder.text(condition, clean_BN) == clean_BN
                 prefix_B = equal_BN.long().cumprod(-1).sum(-1)
@@ -98,8 +97,7 @@ def generation_agreement(
     numbers_MD = np.array(
         [np.concatenate(columns) for parts in agreement for columns in zip(*parts, strict=True)]
     )
-    options = dict(confidence=confidence, resamples=resamples, seed=seed)
-    found = np.transpose(intervals(numbers_MD, np.ones_like(numbers_MD), **options))
+    found = np.transpose(bootstrap.intervals(numbers_MD, np.ones_like(numbers_MD)))
     names = [f"{name}{bound}" for name in ("equal", "prefix") for bound in ("", "_low", "_high")]
     table = table.assign(num_documents=len(prompts), prompt=prompt, new=new)
     return table.join(pd.DataFrame(found.reshape(len(arms), -1), columns=names))
@@ -157,8 +155,8 @@ class Decoder:
         self.prompt_BP, self.ids_B = batch.tokens_SL[:, :prompt], batch.sequence_id_S
         self.draws: dict = {}  # of positions and sequences that every text has
 
-    def text(self, condition: Condition | None, guess_BN: Tensor) -> Tensor:
-        """(B, new) ids; without a condition the clean ones. The guess may be of any length, and
+    def text(self, condition: Condition, guess_BN: Tensor) -> Tensor:
+        """(B, new) ids under the condition. The guess may be of any length, and
         have negative ids for none."""
         B = len(self.prompt_BP)
         text_BN = self.prompt_BP.new_zeros(B, self.new)
@@ -175,23 +173,16 @@ class Decoder:
             settled_B1 = settled_now_B1.clamp(max=self.new)
         return text_BN
 
-    def _next(self, condition: Condition | None, tokens_BL: Tensor) -> Tensor:
+    def _next(self, condition: Condition, tokens_BL: Tensor) -> Tensor:
         """(B, new) the most probable token after the prompt and after each new one but the last."""
-        state = State(None, tokens_BL)
-        if condition is None:
-            state = self._run(state)
+        segments = self.model.segments()
+        if condition == CLEAN:
+            state = run(segments, tokens_BL)
         else:
             intervention = Intervention(condition, self.stats)
-            tokens = Tokens.of(tokens_BL, self.ids_B, self.kinds_V)
-            intervention.begin(tokens, self.draws)
+            intervention.begin(Tokens.of(tokens_BL, self.ids_B, self.kinds_V), self.draws)
             with intervention.attached(self.model):
-                state = self._run(state)
-        self.model.check()
+                state = run(segments, tokens_BL)
         start = self.prompt_BP.shape[1] - 1
         hidden_TD = state.hidden_BLD[:, start:].flatten(0, 1)
         return self.model.logits(hidden_TD).argmax(-1).view(-1, self.new)  # of equals the first
-
-    def _run(self, state: State) -> State:
-        for segment in self.model.segments():
-            state = segment.run(state)
-        return state

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr, ndtr
 
-from analysis.adapters import DenseRouting, check_documents, routed_adapter
+from analysis.adapters import DenseRouting, batches, check_documents, routed_adapter
 from analysis.measure.calibrate import calibrate
 from analysis.measure.clean import CleanPass
 from analysis.measure.document_sums import DocumentSums
-from analysis.measure.doses import margin_of
 from analysis.measure.sweep import CALIBRATION
-from analysis.perturb import Condition, GaussianNoise, Noise, RouterContext, Where
+from analysis.perturb import Condition, GaussianNoise, Noise, RouterContext, sites_of
+from analysis.stats import Bootstrap
 from cartmoe.data import Sequences
-from cartmoe.hooks import RouterSite
 from cartmoe.routing import Router, Routing, stable_topk
 
 STEP, REACH = 0.25, 9.0  # of the quadrature, in standard deviations of the noise
@@ -40,8 +39,7 @@ def flip_prediction(
     draws: int = 32,
     calibration: Sequences | None = None,
     batch_size: int = 16,
-    confidence: float = 0.95,
-    resamples: int = 9999,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Flips that `GaussianNoise` should make, going by clean logits, and those that it makes.
 
@@ -53,7 +51,7 @@ def flip_prediction(
     A row a sigma and site, and for each sigma one of all sites (where "all"), with model, family,
     train_seed, where, scale, sigma, predicted_by, num_documents, num_tokens and, with BCa bounds
     over documents (NAME_low, NAME_high), means over tokens of
-    margin             see `doses.margin_of`
+    margin             see `Router.margin`
     pair_predicted     Phi(-margin / (sqrt 2 sigma s)): that the noise puts the first expert that
                        is not used before the last that is
     pair_measured      that it did so, whatever other experts did
@@ -75,27 +73,22 @@ def flip_prediction(
     noises = [GaussianNoise(sigma, scale) for sigma in sigmas]
     if not noises or not all(noise.sigma > 0 for noise in noises):
         raise ValueError(f"sigmas is {sigmas!r}; give numbers above 0")
-    place = Where.parse(where)
-    sites = [site for site in model.sites() if place(site)]
-    if not sites or place.tokens or place.positions:
-        have = ", ".join(f"'{Where.parse(site)}'" for site in model.sites())
-        raise ValueError(f"where is {where!r}; it must select sites, all their tokens: {have}")
+    sites = sites_of(model, where)
     check_documents(docs, model)
     stats = calibrate(model, calibration or docs[:CALIBRATION]).sites
     sums = DocumentSums("where", "sigma", "predicted_by")
-    for first in range(0, len(docs), batch_size):
-        batch = docs[first : first + batch_size].to(model.device)
+    for batch in batches(model, docs, batch_size):
         clean = CleanPass.of(model, batch)
         for site in sites:
             routing, router, tokens = clean.routings[site], model.router(site), clean.tokens
-            own = Noise(seed, _key(site), tokens.sequence_T, tokens.position_T, {})
+            own = Noise(seed, site.place, tokens.sequence_T, tokens.position_T, {})
             ctx = RouterContext(site, routing, None, tokens, own, stats[site])
-            by = "margins" if by_logits(router) else "simulation"
+            by = "margins" if router.by_logits else "simulation"
             for noise in noises:
                 columns = _flips(routing, router, ctx, noise, draws)
-                for row in ("all", str(Where.parse(site))):
+                for row in ("all", str(site)):
                     sums.add(batch, (row, noise.sigma, by), columns)
-    table = sums.table(confidence, resamples, seed).sort_values("sigma", kind="stable")
+    table = sums.table(bootstrap).sort_values("sigma", kind="stable")
     table = table.reset_index(drop=True)
     for at, (name, value) in enumerate(
         dict(model=model.name, family=model.family, train_seed=model.train_seed).items()
@@ -105,25 +98,15 @@ def flip_prediction(
     return table
 
 
-def by_logits(router: Router) -> bool:
-    """Whether the router uses the k highest logits, whatever else they are."""
-    return not router.top_p and router.score_function == "softmax"
-
-
-def _key(site: RouterSite) -> tuple[int, int]:
-    """What conditions key their noise by: these are the draws that a study would see."""
-    return site.layer, site.stage
-
-
 def _flips(
     routing: Routing, router: Router, ctx: RouterContext, noise: GaussianNoise, draws: int
 ) -> dict[str, Tensor]:
     """(T,) each column at one site."""
     k, E = routing.ids_TK.shape[-1], ctx.site.num_experts
-    margin_T = margin_of(routing, router, DenseRouting(routing).count_T)
+    margin_T = router.margin(routing, DenseRouting(routing).count_T)
     undefined_T = torch.full_like(margin_T, torch.nan)
     columns = {"margin": margin_T, "pair_predicted": undefined_T, "pair_measured": undefined_T}
-    if by_logits(router):
+    if router.by_logits:
         unit = noise.unit(routing.logits_TE, ctx)
         std_T = noise.sigma * torch.as_tensor(unit, device=margin_T.device).double().flatten()
         std_T = std_T.expand(len(margin_T))

@@ -6,8 +6,6 @@ Shapes: T tokens, D model, E experts, K slots.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -15,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import Adapter, check_documents, routed_adapter
+from analysis.adapters import Adapter, batches, check_documents, route, routed_adapter
 from analysis.measure.clean import CleanPass
 from analysis.measure.document_sums import DocumentSums
 from analysis.measure.intervene import Intervention
 from analysis.measure.losses import CHUNK_LOGITS
-from analysis.measure.reuse import MAX_BYTES, Table
+from analysis.measure.reuse import Table, fits
 from analysis.perturb import (
     Condition,
     GumbelNoise,
@@ -29,18 +27,20 @@ from analysis.perturb import (
     Where,
     hash_key,
     mix64,
-    set_number,
+    sites_of,
     where_tokens,
 )
+from analysis.stats import Bootstrap
 from cartmoe.config import check_whole
 from cartmoe.data import IGNORE, Sequences
+from cartmoe.fields import Count, NonNegative, Positive, declared
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import EPS, Router, Routing
+from cartmoe.routing import Router, Routing
 
 SEEDS = 2**20  # alternatives of one seed are those of no other
 
 
-@dataclass(frozen=True)
+@declared
 class Alternative(Perturbation):
     """Another route of equal cost: as many experts as the token uses, drawn with `GumbelNoise`,
     that is, in proportion to exp(z / tau), and weighted as the router weighs them.
@@ -48,22 +48,16 @@ class Alternative(Perturbation):
     every, offset   act on the tokens at positions offset, offset + every, ...
     """
 
-    tau: float = 1.0
-    every: int = 1
-    offset: int = 0
-
-    def __post_init__(self) -> None:
-        set_number(self, "tau", float)
+    tau: NonNegative = 1.0
+    every: Positive = 1
+    offset: Count = 0
 
     def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
         """Only the draw is noisy, not the weights."""
-        noisy_TE = GumbelNoise(self.tau)(routing.logits_TE, ctx)
-        ids_TK = router.choose(router.score(noisy_TE))
+        ids_TK = route(router, GumbelNoise(self.tau)(routing.logits_TE, ctx)).ids_TK
         count_T1 = (routing.weights_TK != 0).sum(-1, keepdim=True)
         used_TK = torch.arange(ids_TK.shape[-1], device=ids_TK.device) < count_T1
-        weights_TK = routing.scores_TE.gather(-1, ids_TK) * used_TK
-        if router.renormalize:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=EPS)
+        weights_TK = router.weigh(routing.scores_TE, ids_TK, used_TK)
         changed = routing._replace(ids_TK=ids_TK, weights_TK=weights_TK)
         if self.every == 1:
             return changed
@@ -82,8 +76,7 @@ def regret(
     every: int = 1,
     seed: int = 0,
     batch_size: int = 16,
-    confidence: float = 0.95,
-    resamples: int = 9999,
+    bootstrap: Bootstrap = Bootstrap(),
     progress: bool = True,
 ) -> pd.DataFrame:
     """Regret of the router's routes at one site, in nats per token.
@@ -110,16 +103,17 @@ def regret(
     1, and no documents.
     """
     model = routed_adapter(model)
-    site = _one_site(model, site)
+    site, *others = sites_of(model, site, "site")
+    if others:
+        raise ValueError(f"site selects {site}, {', '.join(map(str, others))}; give one of them")
     for name, number in {"n": n, "every": every}.items():
         check_whole(name, number, 1)
     check_documents(docs, model)
     sizes = sorted({*(2**i for i in range(n.bit_length())), n})
     sums = DocumentSums("n")
-    starts = range(0, len(docs), batch_size)
-    with tqdm(total=len(starts) * n * every, unit="batch", disable=not progress) as bar:
-        for first in starts:
-            batch = docs[first : first + batch_size].to(model.device)
+    forwards = -(-len(docs) // batch_size) * n * every
+    with tqdm(total=forwards, unit="batch", disable=not progress) as bar:
+        for batch in batches(model, docs, batch_size):
             clean = CleanPass.of(model, batch)
             targets_2T = torch.stack([clean.losses.targets_T, _shuffled(clean, seed)])
             own_2T = nll_of(model, clean.losses.hidden_TD, targets_2T)
@@ -132,20 +126,11 @@ def regret(
                     regret_T, null_T = own_2T - best_2T
                     columns = {"regret": regret_T, "null": null_T, "excess": regret_T - null_T}
                     sums.add(batch, (number,), columns | {"cost": total_T / number})
-    table = sums.table(confidence, resamples, seed)
+    table = sums.table(bootstrap)
     table.insert(0, "where", str(Where.parse(site)))
     table.insert(2, "tau", float(tau))
     table.insert(3, "every", every)
     return table
-
-
-def _one_site(model: Adapter, site: RouterSite | str) -> RouterSite:
-    where = Where.parse(site)
-    chosen = [s for s in model.sites() if where(s)]
-    if len(chosen) != 1 or where.positions or where.tokens:
-        have = ", ".join(f"'{Where.parse(s)}'" for s in model.sites())
-        raise ValueError(f"site is '{where}'; give one of {have}")
-    return chosen[0]
 
 
 def _shuffled(clean: CleanPass, seed: int) -> Tensor:
@@ -174,24 +159,18 @@ def _alternatives(
 ) -> Iterator[Tensor]:
     """(2, T) nll under each of n alternatives; from the clean stream that enters the site."""
     first = clean.first_segment(site.__eq__)
-    fits = site.num_experts * len(targets_2T[0]) * model.width * 4 <= MAX_BYTES
     alone = clean.segments[first].sites == (site,)
-    pays = alone and fits and n * every > site.num_experts
-    table = Table(model, site, clean.routings[site]) if pays else None
+    pays = alone and fits(model, site, len(targets_2T[0])) and n * every > site.num_experts
+    tables = {site: Table(model, site, clean.routings[site])} if pays else None
     for number in range(n):
         clean.draws.clear()  # of the alternative before: kept, they would take n times the memory
         nll_2T = torch.zeros(targets_2T.shape, device=targets_2T.device)
         for offset in range(every):
             asked = Alternative(tau, every, offset)
             condition = Condition(asked, Where.parse(site), eval_seed=seed * SEEDS + number)
-            intervention = Intervention(condition, recorded=clean.routings)
-            state = intervention.begin_at(clean, first)
+            intervention = Intervention(condition, recorded=clean.routings, tables=tables)
             with intervention.attached(model, clean.sites_from(first).__contains__):
-                for i in range(first, len(clean.segments)):
-                    replaced = table is not None and i == first
-                    with model.replace_experts(site, table) if replaced else nullcontext():
-                        state = clean.segments[i].run(state)
-            model.check()
+                state = intervention.run_from(clean, first)
             inside_T = clean.tokens.position_T % every == offset
             found_2T = nll_of(model, state.hidden_BLD.flatten(0, 1), targets_2T)
             nll_2T = torch.where(inside_T, found_2T, nll_2T)

@@ -32,7 +32,7 @@ from analysis.overlap.metrics import (
 from analysis.overlap.probes import Labels, Probes, packs_of
 from analysis.overlap.request import DAMAGE, check_request, check_tokens, composed
 from analysis.overlap.tables import KEYS, VALUES, Overlap, rows_of
-from analysis.stats import INDEX, check_resampling
+from analysis.stats import INDEX, check_confidence
 from cartmoe.config import check_whole
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
@@ -73,7 +73,7 @@ def measure_overlap(
     on, and numbers out of range.
     """
     model, chosen, wanted = check_request(model, metrics, sites, probe)
-    check_resampling(confidence, 1)
+    check_confidence(confidence)
     check_whole("batch_size", batch_size, 1)
     check_whole("minibatch", minibatch, 4)
     check_whole("seed", seed, 0)

@@ -25,7 +25,7 @@ from analysis.overlap.removal import (
 )
 from analysis.overlap.request import fits, metric_names
 from analysis.overlap.tables import Overlap
-from analysis.stats import ALL, APART, check_resampling, relation
+from analysis.stats import ALL, APART, Bootstrap, relation
 from cartmoe.config import check_choice
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
@@ -58,15 +58,11 @@ class Relation:
         self,
         damage: str = "per_mass",
         metrics: str | Sequence[str] | None = None,
-        *,
-        resamples: int = 9999,
-        confidence: float = 0.95,
-        seed: int = 0,
+        bootstrap: Bootstrap = Bootstrap(),
     ) -> pd.DataFrame:
         """Rank correlations within sites, given load; see `analysis.stats.relation`."""
-        options = dict(resamples=resamples, confidence=confidence, seed=seed)
         names = self.metrics if metrics is None else metrics
-        return relation(self.experts, names, damage, **options)
+        return relation(self.experts, names, damage, bootstrap)
 
 
 def relate(
@@ -78,8 +74,7 @@ def relate(
     probe: str = "all",
     refill: bool = True,
     batch_size: int = 16,
-    confidence: float = 0.95,
-    resamples: int = 9999,
+    bootstrap: Bootstrap = Bootstrap(),
     seed: int = 0,
     progress: bool = True,
 ) -> Relation:
@@ -96,8 +91,6 @@ def relate(
     if isinstance(models, Mapping | str):
         raise ValueError(f"models is a {type(models).__name__}; give models, or a list of them")
     names = _predictors(metrics)
-    check_resampling(confidence, resamples)
-    options = dict(confidence=confidence, resamples=resamples, seed=seed)
     frames, heirs, overlaps = {}, [], []
     for model in models if isinstance(models, Iterable) else [models]:
         model, chosen = checked(model, docs, sites, batch_size)
@@ -114,12 +107,13 @@ def relate(
         if key in frames:
             raise ValueError(f"models has two called {key[0]!r} of train_seed {key[1]}; name them")
         clean = clean_sums(model, docs, chosen, batch_size)
-        frames[key] = damage_table(model, docs, clean, batch_size, refill, options, progress)
+        frames[key] = damage_table(model, docs, clean, batch_size, refill, bootstrap, progress)
         heirs.append(takeover_table(model, clean))
         own = [name for name in names if fits(model, chosen, name, METRICS[name])]
         frames[key] = frames[key].assign(**dict.fromkeys(names, np.nan))
         if own:
-            how = dict(batch_size=batch_size, confidence=confidence, seed=seed, progress=progress)
+            how = dict(batch_size=batch_size, seed=seed, progress=progress)
+            how |= dict(confidence=bootstrap.confidence)
             overlaps.append(measure_overlap(model, docs, own, chosen, probe, **how))
             columns = {name: _with_heirs(clean, overlaps[-1], name) for name in own}
             frames[key] = frames[key].assign(**columns)

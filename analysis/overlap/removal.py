@@ -17,14 +17,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import Adapter, DenseRouting, check_documents, clean_routing, routed_adapter
+from analysis.adapters import (
+    Adapter,
+    DenseRouting,
+    Router,
+    batches,
+    check_documents,
+    clean_routing,
+    route,
+    routed_adapter,
+)
 from analysis.measure import measure
 from analysis.perturb import Condition, DropExperts, sites_of
-from analysis.stats import SITE, check_resampling, intervals
+from analysis.stats import SITE, Bootstrap
 from cartmoe.config import check_whole
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import Router, Routing, expert_counts
+from cartmoe.routing import Routing, expert_counts
 
 HALVES = ("a", "b")
 
@@ -36,9 +45,7 @@ def expert_damage(
     sites: Any = None,
     batch_size: int = 16,
     refill: bool = True,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
     progress: bool = True,
 ) -> pd.DataFrame:
     """What it costs to drop each expert of each site alone, for every token.
@@ -61,10 +68,8 @@ def expert_damage(
     Raises `ValueError` for a dense model, sites that it does not have, and no documents.
     """
     model, chosen = checked(model, docs, sites, batch_size)
-    check_resampling(confidence, resamples)
     clean = clean_sums(model, docs, chosen, batch_size)
-    options = dict(confidence=confidence, resamples=resamples, seed=seed)
-    return damage_table(model, docs, clean, batch_size, refill, options, progress)
+    return damage_table(model, docs, clean, batch_size, refill, bootstrap, progress)
 
 
 def takeover(
@@ -121,13 +126,11 @@ def clean_sums(
     for site in sites:
         shapes = (site.num_experts,), (2, site.num_experts), (site.num_experts, site.num_experts)
         sums[site] = CleanSums(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
-    for first in range(0, len(docs), batch_size):
-        batch = docs[first : first + batch_size].to(model.device)
+    for batch in batches(model, docs, batch_size):
         counts_SL = batch.targets_SL != IGNORE
         half_S = torch.tensor([half_of[d] for d in batch.document_id])
         half_T = half_S[:, None].expand(counts_SL.shape)[counts_SL.cpu()]
-        decisions = zip(model.sites(), clean_routing(model, batch.tokens_SL), strict=True)
-        for site, routing in decisions:
+        for site, routing in clean_routing(model, batch.tokens_SL).items():
             if site in sums:
                 routing = Routing(*(t[counts_SL.flatten()] for t in routing))
                 weights_TE = DenseRouting(routing).weights_TE.double().cpu()
@@ -152,7 +155,7 @@ def gains(routing: Routing, router: Router) -> Tensor:
         uses_T = weights_TE[:, dropped] != 0
         logits_TE = routing.logits_TE[uses_T].clone()
         logits_TE[:, dropped] = -torch.inf
-        after_TE = DenseRouting(router.route(logits_TE)).weights_TE
+        after_TE = DenseRouting(route(router, logits_TE)).weights_TE
         gained_EE[dropped] = (after_TE - weights_TE[uses_T]).clamp(min=0).double().sum(0).cpu()
     return gained_EE
 
@@ -163,7 +166,7 @@ def damage_table(
     clean: Mapping[RouterSite, CleanSums],
     batch_size: int,
     refill: bool,
-    options: dict,
+    bootstrap: Bootstrap,
     progress: bool,
 ) -> pd.DataFrame:
     """The table of `expert_damage`."""
@@ -185,7 +188,7 @@ def damage_table(
     in_half_DH = np.array([half_of[d] for d in documents_D])[:, None] == np.arange(2)
     mass_NH = np.concatenate([sums.mass_HE.numpy().T for sums in clean.values()])
     load_N = np.concatenate([(s.slots_E / s.slots_E.sum()).numpy() for s in clean.values()])
-    found = intervals(nats_ND, np.broadcast_to(tokens_D, nats_ND.shape), **options)
+    found = bootstrap.intervals(nats_ND, np.broadcast_to(tokens_D, nats_ND.shape))
     nats_NH, tokens_H = nats_ND @ in_half_DH, tokens_D @ in_half_DH
     columns = {
         **_keys(model, [site for site, _ in places]),

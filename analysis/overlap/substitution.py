@@ -6,7 +6,6 @@ Shapes: T tokens, K slots, C conditions, S sequences, L length, D documents, E e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from analysis.adapters import Adapter, routed_adapter
+from analysis.adapters import Adapter, Router, routed_adapter
 from analysis.measure import measure
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.probes import routed_tokens
@@ -24,29 +23,27 @@ from analysis.perturb import (
     Perturbation,
     RouterContext,
     Where,
-    set_number,
     sites_of,
 )
-from analysis.stats import SITE, Intervals, check_columns, check_resampling, intervals
+from analysis.stats import SITE, Bootstrap, Intervals, check_columns
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import Sequences
+from cartmoe.fields import Count, declared
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import Router, Routing
+from cartmoe.routing import Routing
 
 LINEAR = {"value": "linear", "low": "linear_low", "high": "linear_high"}
 
 
-@dataclass(frozen=True)
+@declared
 class Substitute(Perturbation):
     """Expert `by` runs in the slots of `expert`, at its weight; where it is chosen already its
     weights add."""
 
-    expert: int
-    by: int
+    expert: Count
+    by: Count
 
     def __post_init__(self) -> None:
-        set_number(self, "expert", int)
-        set_number(self, "by", int)
         if self.by == self.expert:
             raise ValueError(f"by is {self.by}; it must be another one than expert")
 
@@ -73,8 +70,7 @@ def substitution(
     random: int = 16,
     downstream: str = "reroute",
     batch_size: int = 16,
-    confidence: float = 0.95,
-    resamples: int = 9999,
+    bootstrap: Bootstrap = Bootstrap(),
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -101,7 +97,6 @@ def substitution(
     check_whole("lowest", lowest, 0)
     check_whole("random", random, 0)
     check_choice("downstream", downstream, DOWNSTREAM)
-    check_resampling(confidence, resamples)
     if not lowest + random:
         raise ValueError(
             "lowest and random are 0; the linear estimates alone are in "
@@ -111,7 +106,8 @@ def substitution(
     for chosen in sites_of(model, site):
         if chosen.num_experts == 1:
             raise ValueError(f"site is {site!r}; {chosen.name} has no other expert to run instead")
-    options = dict(batch_size=batch_size, confidence=confidence, seed=seed, progress=progress)
+    options = dict(batch_size=batch_size, seed=seed, progress=progress)
+    options |= dict(confidence=bootstrap.confidence)
     table = measure_overlap(model, docs, "substitution", site, **options).table("substitution")
     table = table.rename(columns=LINEAR)[[*SITE, "expert_i", "expert_j", *LINEAR.values()]]
     by_site = routed_tokens(model, docs, batch_size)
@@ -128,7 +124,7 @@ def substitution(
     ]
     delta_CD = _by_document(docs, _changes(model, docs, conditions, batch_size, progress))
     routed_CS = np.stack([routed[layer, stage][:, i] for layer, stage, i, _ in places])
-    found = _ratios(delta_CD, _by_document(docs, routed_CS), confidence, resamples, seed)
+    found = _ratios(delta_CD, _by_document(docs, routed_CS), bootstrap)
     table.loc[rows, ["measured", "low", "high"]] = np.transpose(found)
     return table
 
@@ -203,9 +199,7 @@ def _by_document(docs: Sequences, values_CS: np.ndarray) -> np.ndarray:
 
 
 def _ratios(
-    numerator_CD: np.ndarray, denominator_CD: np.ndarray, confidence, resamples, seed
+    numerator_CD: np.ndarray, denominator_CD: np.ndarray, bootstrap: Bootstrap
 ) -> Intervals:
     with np.errstate(invalid="ignore", divide="ignore"):  # an expert without tokens
-        return intervals(
-            numerator_CD, denominator_CD, confidence=confidence, resamples=resamples, seed=seed
-        )
+        return bootstrap.intervals(numerator_CD, denominator_CD)

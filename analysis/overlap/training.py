@@ -30,7 +30,7 @@ from analysis.overlap.measure import measure_overlap
 from analysis.overlap.metrics import MAX_UNITS, Metric, Sums, UnitSums, estimate, saturation_of
 from analysis.overlap.tables import Overlap
 from analysis.perturb import sites_of
-from analysis.stats import check_resampling
+from analysis.stats import check_confidence
 from cartmoe.checkpoint import run_checkpoints, step_of
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import IGNORE, Sequences
@@ -67,7 +67,7 @@ def saturation(
     """
     folders = _checkpoints(run_folder)
     check_whole("batch_size", batch_size, 1)
-    check_resampling(confidence, 1)
+    check_confidence(confidence)
     last = routed_adapter(load(folders[-1]))
     chosen = sites_of(last, sites)
     check_documents(docs, last)
@@ -131,7 +131,7 @@ def _used(
     counts_T = (batch.targets_SL != IGNORE).flatten()
     return {
         site: DenseRouting(routing).used_TE.cpu()[counts_T]
-        for site, routing in zip(model.sites(), decisions, strict=True)
+        for site, routing in decisions.items()
         if site in sites
     }
 

@@ -17,7 +17,7 @@ from analysis.adapters import check_documents, routed_adapter
 from analysis.overlap.metrics import mutual_information
 from analysis.overlap.probes import routed_tokens
 from analysis.overlap.tables import KEYS, Overlap
-from analysis.stats import APART, CHUNK, check_resampling
+from analysis.stats import APART, Bootstrap
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import Sequences
 from cartmoe.factorial import Factorial
@@ -92,7 +92,7 @@ def truth_scores(
     are defined, or all have one value. Raises `ValueError` for unknown metrics, domains that the
     corpus does not have, and a site without "domain_specialization".
     """
-    check_resampling(0.95, resamples)
+    draws = Bootstrap(resamples=resamples, seed=seed)
     factorial = _corpus(factorial)
     if not isinstance(overlap, Overlap):
         raise ValueError(f"overlap is a {type(overlap).__name__}; give that of measure_overlap")
@@ -109,7 +109,7 @@ def truth_scores(
         value_EE = own.pivot(index="expert_i", columns="expert_j", values="value")
         value_EE = value_EE.reindex(index=truth.index, columns=truth.index).to_numpy()
         value_EE = (value_EE + value_EE.T) * (-0.5 if row["metric"] in DISTANCES else 0.5)
-        rows.append(row | _score(value_EE, truth.to_numpy(), resamples, seed))
+        rows.append(row | _score(value_EE, truth.to_numpy(), draws))
     return pd.DataFrame(rows)
 
 
@@ -124,9 +124,7 @@ def _wanted(overlap: Overlap, metrics: str | Sequence[str] | None) -> list[str]:
     return metrics
 
 
-def _score(
-    value_EE: np.ndarray, truth_EE: np.ndarray, resamples: int, seed: int
-) -> dict[str, float]:
+def _score(value_EE: np.ndarray, truth_EE: np.ndarray, draws: Bootstrap) -> dict[str, float]:
     i_P, j_P = np.triu_indices(len(truth_EE), 1)
     defined_P = np.isfinite(value_EE[i_P, j_P])
     rank_EE = np.zeros_like(truth_EE)
@@ -144,15 +142,14 @@ def _score(
             rank_RP = rankdata(rank_RP, axis=-1)
         return _unit(rank_RP) @ value_P
 
-    rng, own_E = np.random.default_rng(seed), np.arange(len(truth_EE))
+    rng, own_E = np.random.default_rng(draws.seed), np.arange(len(truth_EE))
     score = scores(own_E[None])[0]
-    step = max(1, CHUNK // len(i_P))
-    blocks = [min(step, resamples - start) for start in range(0, resamples, step)]
+    blocks = draws.blocks(len(i_P))
     orders = (rng.permuted(np.tile(own_E, (rows, 1)), axis=1) for rows in blocks)
     null_R = np.concatenate([scores(order_RE) for order_RE in orders])
     low, high = np.quantile(null_R, [0.025, 0.975])
     extreme = (np.abs(null_R) >= abs(score) - 1e-12).sum()
-    p = (1 + extreme) / (1 + resamples)  # the order that was found is one of them
+    p = (1 + extreme) / (1 + draws.resamples)  # the order that was found is one of them
     return row | {"score": score, "null_low": low, "null_high": high, "p": p}
 
 

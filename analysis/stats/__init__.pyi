@@ -1,4 +1,4 @@
-from .bootstrap import CHUNK, Intervals, check_resampling, intervals
+from .bootstrap import Bootstrap, Intervals, check_confidence
 from .cascade import additivity, cascade
 from .contrasts import family_contrasts, format_contrasts
 from .curves import curve_summary

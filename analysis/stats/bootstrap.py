@@ -11,6 +11,7 @@ Shapes: R resamples, C ratios, D documents, M contrasts of ratios.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -28,73 +29,93 @@ class Intervals(NamedTuple):
     high_M: np.ndarray
 
 
-def check_resampling(confidence: float, resamples: int) -> None:
-    """Raise `ValueError` naming the parameter and the value where it cannot serve."""
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are made: their confidence, from how many resamples, drawn with which seed.
+
+    Tests that permute or flip signs draw as many, with the same seed. Raises `ValueError` for a
+    confidence outside of (0, 1) or less than one resample.
+    """
+
+    confidence: float = 0.95
+    resamples: int = 9999
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_confidence(self.confidence)
+        if not (isinstance(self.resamples, Integral) and self.resamples >= 1):
+            raise ValueError(
+                f"resamples is {self.resamples!r}; it must be at least 1, a whole number"
+            )
+
+    @property
+    def tails(self) -> tuple[float, float]:
+        """Shares below the bounds of an interval: 0.025 and 0.975 for a confidence of 0.95."""
+        return (1 - self.confidence) / 2, (1 + self.confidence) / 2
+
+    def blocks(self, size: int) -> Iterator[int]:
+        """Numbers of resamples to be held at once at `size` numbers each, in all `resamples`."""
+        step = max(1, CHUNK // size)
+        for start in range(0, self.resamples, step):
+            yield min(step, self.resamples - start)
+
+    def document_counts(self, documents: int) -> Iterator[np.ndarray]:
+        """Blocks (r, D) of draws with replacement, `resamples` rows in all."""
+        rng = np.random.default_rng(self.seed)
+        for rows in self.blocks(documents):
+            picks = rng.integers(documents, size=(rows, documents))
+            cells = picks + documents * np.arange(rows)[:, None]
+            counts = np.bincount(cells.ravel(), minlength=rows * documents)
+            yield counts.reshape(rows, documents).astype(float)
+
+    def ratios(self, numerator_CD: np.ndarray, denominator_CD: np.ndarray) -> np.ndarray:
+        """sum(numerator) / sum(denominator) in every resample, (R, C)."""
+        blocks = self.document_counts(numerator_CD.shape[1])
+        return np.concatenate([(n @ numerator_CD.T) / (n @ denominator_CD.T) for n in blocks])
+
+    def intervals(
+        self,
+        numerator_CD: np.ndarray,
+        denominator_CD: np.ndarray,
+        contrast_CM: np.ndarray | None = None,
+    ) -> Intervals:
+        """Sum(numerator) / sum(denominator) per row, or contrasts of them, with BCa intervals.
+
+        Fewer than two documents give NaN bounds.
+        """
+
+        def contrasts(ratios_XC: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
+            # Without contrasts a ratio that is not finite must not spoil the others.
+            return ratios_XC if factors is None else ratios_XC @ factors
+
+        total_C, weight_C = numerator_CD.sum(axis=1), denominator_CD.sum(axis=1)
+        value_M = contrasts(total_C / weight_C, contrast_CM)
+        if numerator_CD.shape[1] < 2:
+            return Intervals(value_M, *np.full((2, len(value_M)), np.nan))
+        draws_RM = contrasts(self.ratios(numerator_CD, denominator_CD), contrast_CM)
+        left_out_DC = (total_C - numerator_CD.T) / (weight_C - denominator_CD.T)
+        left_out_DM = contrasts(left_out_DC, contrast_CM)
+        sizes_CM = None if contrast_CM is None else np.abs(contrast_CM)
+        scale_M = contrasts(np.abs(total_C / weight_C), sizes_CM)
+        columns = zip(value_M, draws_RM.T, left_out_DM.T, scale_M, strict=True)
+        bounds_M2 = np.reshape([bca(*column, self.tails) for column in columns], (-1, 2))
+        return Intervals(value_M, *bounds_M2.T)
+
+
+def check_confidence(confidence: float) -> None:
+    """Raise `ValueError` with the value unless it lies strictly between 0 and 1."""
     if not (isinstance(confidence, Real) and 0 < confidence < 1):
         raise ValueError(f"confidence is {confidence!r}; it must lie strictly between 0 and 1")
-    if not (isinstance(resamples, Integral) and resamples >= 1):
-        raise ValueError(f"resamples is {resamples!r}; it must be at least 1, a whole number")
-
-
-def document_counts(documents: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks (r, D) of draws with replacement, `resamples` rows in all."""
-    rng = np.random.default_rng(seed)
-    step = max(1, CHUNK // documents)
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
-        picks = rng.integers(documents, size=(rows, documents))
-        cells = picks + documents * np.arange(rows)[:, None]
-        counts = np.bincount(cells.ravel(), minlength=rows * documents)
-        yield counts.reshape(rows, documents).astype(float)
-
-
-def resampled_ratios(
-    numerator_CD: np.ndarray, denominator_CD: np.ndarray, resamples: int, seed: int
-) -> np.ndarray:
-    """sum(numerator) / sum(denominator) in every resample, (R, C)."""
-    blocks = document_counts(numerator_CD.shape[1], resamples, seed)
-    return np.concatenate([(n @ numerator_CD.T) / (n @ denominator_CD.T) for n in blocks])
-
-
-def intervals(
-    numerator_CD: np.ndarray,
-    denominator_CD: np.ndarray,
-    contrast_CM: np.ndarray | None = None,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
-) -> Intervals:
-    """Sum(numerator) / sum(denominator) per row, or contrasts of them, with BCa intervals.
-
-    Fewer than two documents give NaN bounds. Raises `ValueError` for a confidence outside of
-    (0, 1) or less than one resample.
-    """
-    check_resampling(confidence, resamples)
-
-    def contrasts(ratios_XC: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
-        # Without contrasts a ratio that is not finite must not spoil the others.
-        return ratios_XC if factors is None else ratios_XC @ factors
-
-    total_C, weight_C = numerator_CD.sum(axis=1), denominator_CD.sum(axis=1)
-    value_M = contrasts(total_C / weight_C, contrast_CM)
-    if numerator_CD.shape[1] < 2:
-        return Intervals(value_M, *np.full((2, len(value_M)), np.nan))
-    draws_RC = resampled_ratios(numerator_CD, denominator_CD, resamples, seed)
-    draws_RM = contrasts(draws_RC, contrast_CM)
-    left_out_DC = (total_C - numerator_CD.T) / (weight_C - denominator_CD.T)
-    left_out_DM = contrasts(left_out_DC, contrast_CM)
-    sizes_CM = None if contrast_CM is None else np.abs(contrast_CM)
-    scale_M = contrasts(np.abs(total_C / weight_C), sizes_CM)
-    columns = zip(value_M, draws_RM.T, left_out_DM.T, scale_M, strict=True)
-    bounds_M2 = np.reshape([bca(*column, confidence) for column in columns], (-1, 2))
-    return Intervals(value_M, *bounds_M2.T)
 
 
 def bca(
-    value: float, draws_R: np.ndarray, left_out_D: np.ndarray, scale: float, confidence: float
+    value: float,
+    draws_R: np.ndarray,
+    left_out_D: np.ndarray,
+    scale: float,
+    tails: tuple[float, float],
 ) -> tuple[float, float]:
-    """Bounds of Efron's BCa interval (JASA 82, 1987).
+    """Bounds of Efron's BCa interval (JASA 82, 1987), `tails` as in `Bootstrap`.
 
     When no document moves the value there is nothing to resample: both bounds are the value.
     Where BCa is undefined (all resamples on one side of the value, or an acceleration that
@@ -108,7 +129,6 @@ def bca(
     share_below = np.mean([draws_R < value - rounding, draws_R <= value + rounding])
     influence_D = left_out_D.mean() - left_out_D
     acceleration = (influence_D**3).sum() / (6 * (influence_D**2).sum() ** 1.5)
-    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     if 0 < share_below < 1:
         bias = ndtri(share_below)
         shifted = bias + ndtri(tails)

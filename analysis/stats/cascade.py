@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.doses import doses
 from analysis.stats.pairs import CHECKPOINT, PLAIN, Losses, Pairs, label, pair
 from analysis.stats.parts import choose, combine, stack
@@ -16,9 +17,7 @@ def cascade(
     losses: Losses,
     condition: str | None = None,
     routing: pd.DataFrame | None = None,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Damage of a condition (a label; None: all that can be) with and without the cascade.
 
@@ -44,8 +43,7 @@ def cascade(
         _, replay = needs(p, name)
         parts = {"reroute": {name: 1.0}, "replay": {replay: 1.0}}
         parts["cascade"] = {name: 1.0, replay: -1.0}
-        options = dict(confidence=confidence, resamples=resamples, seed=seed)
-        table = combine(p, name, parts, "reroute", **options)
+        table = combine(p, name, parts, "reroute", bootstrap)
         tables.append(table.assign(label=[name, replay, None]))
     table = stack(tables)
     if routing is not None and len(table):
@@ -59,9 +57,7 @@ def additivity(
     losses: Losses,
     condition: str | None = None,
     routing: pd.DataFrame | None = None,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Damages at each site alone, their sum, and the damage at all sites at once.
 
@@ -103,8 +99,7 @@ def additivity(
         parts["sum"] = {site: 1.0 for part in parts.values() for site in part}
         parts["joint"] = {name: 1.0}
         parts["joint - sum"] = parts["joint"] | dict.fromkeys(parts["sum"], -1.0)
-        options = dict(confidence=confidence, resamples=resamples, seed=seed)
-        tables.append(combine(p, name, parts, "joint", **options))
+        tables.append(combine(p, name, parts, "joint", bootstrap))
     return stack(tables)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from analysis.stats.bootstrap import check_resampling, intervals
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.damage import by_seed, check_documents
 from analysis.stats.pairs import Losses, Pairs, check_choice, pair
 from analysis.stats.seeds import permutation_test, sign_flip_test, two_level
@@ -20,9 +21,7 @@ def family_contrasts(
     reference: str = "cartesian",
     conditions: Sequence[str] = ("DropTop(1)",),
     margin: float | None = None,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Damage in the reference model minus that in each other model, a row a test.
 
@@ -47,9 +46,8 @@ def family_contrasts(
     Models that lack a condition have no row. Raises `ValueError` for an unknown reference or
     condition, other documents, a margin that is not above 0, and where there is nothing to compare.
     """
-    check_resampling(confidence, resamples)
-    if confidence <= 0.5:
-        raise ValueError(f"confidence is {confidence!r}; of a test it must be above 0.5")
+    if bootstrap.confidence <= 0.5:
+        raise ValueError(f"confidence is {bootstrap.confidence!r}; of a test it must be above 0.5")
     if margin is not None and not margin > 0:
         raise ValueError(f"margin is {margin!r}; it must be above 0 nats per token, or None")
     if isinstance(conditions, str):
@@ -57,7 +55,6 @@ def family_contrasts(
     pairs = pair(losses)
     of_reference = by_seed(pairs, "reference", reference)
     models = dict.fromkeys(p.checkpoint["model"] for p in pairs)
-    options = dict(resamples=resamples, seed=seed)
     rows = []
     for condition in conditions:
         have = [p for p in of_reference.values() if condition in set(p.conditions.label)]
@@ -72,13 +69,13 @@ def family_contrasts(
             ]
             for mine, theirs in _matched(have, others):
                 named = {"reference": reference, "model": model, "condition": condition}
-                rows.append(named | _test(mine, theirs, condition, confidence, options))
+                rows.append(named | _test(mine, theirs, condition, bootstrap))
     if not rows:
         raise ValueError(f"there is no model but {reference!r} to compare under these conditions")
     table = pd.DataFrame(rows)
     table["p_holm"] = holm(table.p.to_numpy())
     inner = table.pop("inner")
-    differs = table.p_holm <= 1 - confidence
+    differs = table.p_holm <= 1 - bootstrap.confidence
     table["verdict"] = np.where(differs, "differs", "undecided")
     if margin is not None:
         inside = [-margin < low and high < margin for low, high in inner]
@@ -98,7 +95,7 @@ def _matched(mine: list[Pairs], theirs: list[Pairs]) -> list[tuple[list[Pairs], 
 
 
 def _test(
-    mine: list[Pairs], theirs: list[Pairs], condition: str, confidence: float, options: dict
+    mine: list[Pairs], theirs: list[Pairs], condition: str, bootstrap: Bootstrap
 ) -> dict[str, object]:
     check_documents([*mine, *theirs])
     sides = [
@@ -113,27 +110,26 @@ def _test(
         "seeds": len(theirs),
         "num_documents": len(mine[0].documents_D),
     }
-    levels = confidence, 2 * confidence - 1  # of the interval, and of two one-sided tests
+    one_sided = replace(bootstrap, confidence=2 * bootstrap.confidence - 1)  # two tests at it
+    both = bootstrap, one_sided
     if len(mine) > 1 and len(theirs) > 1:
-        bounds = [two_level(*sides, level, **options) for level in levels]
+        bounds = [two_level(*sides, each) for each in both]
         ratios = [delta.sum(axis=1) / tokens.sum(axis=1) for delta, tokens in sides]
-        p, min_p = permutation_test(*ratios, **options)
+        p, min_p = permutation_test(*ratios, bootstrap)
     else:
         numbers = dict.fromkeys(str(p.checkpoint["train_seed"]) for p in (*mine, *theirs))
         row |= {"speaks_for": CHECKPOINTS, "train_seed": " and ".join(numbers)}
         found = [
-            intervals(
+            each.intervals(
                 np.concatenate([delta_a, delta_b]),
                 np.concatenate([tokens_a, tokens_b]),
                 np.array([[1.0], [-1.0]]),
-                confidence=level,
-                **options,
             )
-            for level in levels
+            for each in both
         ]
         bounds = [tuple(float(b[0]) for b in one) for one in found]
         per_token = delta_a[0] / tokens_a[0].sum() - delta_b[0] / tokens_b[0].sum()
-        p, min_p = sign_flip_test(per_token, **options)
+        p, min_p = sign_flip_test(per_token, bootstrap)
     (value, low, high), (_, *inner) = bounds
     return row | {
         **{"delta_nats": value, "low": low, "high": high},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.stats.bootstrap import Intervals, intervals
+from analysis.stats.bootstrap import Bootstrap, Intervals
 from analysis.stats.doses import doses
 from analysis.stats.pairs import KEY, Losses, Pairs, check_choice, pair
 
@@ -18,9 +18,7 @@ LN2 = np.log(2)
 def damage(
     losses: Losses,
     routing: pd.DataFrame | None = None,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """One row per checkpoint and condition, in the order of their appearance.
 
@@ -45,12 +43,9 @@ def damage(
         if p.conditions.empty:
             continue
         num_conditions, clean = len(p.conditions), p.clean_D.sum() / p.tokens_D.sum()
-        found = intervals(
+        found = bootstrap.intervals(
             np.concatenate([p.delta_CD, p.delta_CD / LN2]),
             np.repeat([p.tokens_D, p.bytes_D], num_conditions, axis=0),
-            confidence=confidence,
-            resamples=resamples,
-            seed=seed,
         )
         nats, bits = (Intervals(*rows) for rows in np.split(np.array(found), 2, axis=1))
         columns = {
@@ -79,9 +74,7 @@ def damage(
     return table if routing is None else table.merge(doses(routing), on=KEY, how="left")
 
 
-def clean_table(
-    losses: Losses, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
-) -> pd.DataFrame:
+def clean_table(losses: Losses, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:
     """The clean runs, one row per checkpoint (those without a router too: the paper's Table 1).
 
     model, family, train_seed, num_documents, num_tokens, nats, low, high (per token),
@@ -91,10 +84,7 @@ def clean_table(
     for p in pair(losses):
         sums = np.array([p.clean_D, p.clean_D / LN2])
         weights = np.array([p.tokens_D, p.bytes_D])
-        nats, bits = zip(
-            *intervals(sums, weights, confidence=confidence, resamples=resamples, seed=seed),
-            strict=True,
-        )
+        nats, bits = zip(*bootstrap.intervals(sums, weights), strict=True)
         rows.append(
             p.checkpoint
             | {"num_documents": len(p.documents_D), "num_tokens": int(p.tokens_D.sum())}
@@ -111,9 +101,7 @@ def difference(
     losses: pd.DataFrame,
     a: str,
     b: str,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Damage of condition a minus damage of condition b in the same checkpoint, by document.
 
@@ -122,10 +110,9 @@ def difference(
     low, high, delta_bits_per_byte, bpb_low, bpb_high. Raises `ValueError` listing a
     checkpoint's labels when one is unknown.
     """
-    options = dict(confidence=confidence, resamples=resamples, seed=seed)
     return pd.DataFrame(
         [
-            p.checkpoint | {"a": a, "b": b} | _contrast(p, a, p, b, **options)
+            p.checkpoint | {"a": a, "b": b} | _contrast(p, a, p, b, bootstrap)
             for p in pair(losses)
             if len(p.conditions)
         ]
@@ -137,9 +124,7 @@ def contrast_models(
     model_a: str,
     model_b: str,
     condition: str,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Damage of one condition (a label) in model_a minus that in model_b, by document.
 
@@ -157,11 +142,10 @@ def contrast_models(
             f"{', '.join(map(str, of_b))}; none is common: compare them with over_seeds"
         )
     check_documents([*of_a.values(), *of_b.values()])
-    options = dict(confidence=confidence, resamples=resamples, seed=seed)
     return pd.DataFrame(
         [
             {"model_a": model_a, "model_b": model_b, "train_seed": s, "condition": condition}
-            | _contrast(of_a[s], condition, of_b[s], condition, **options)
+            | _contrast(of_a[s], condition, of_b[s], condition, bootstrap)
             for s in common
         ]
     )
@@ -181,14 +165,13 @@ def check_documents(pairs: list[Pairs]) -> None:
             raise ValueError(f"{first.name} and {other.name} were measured on other documents")
 
 
-def _contrast(p: Pairs, a: str, q: Pairs, b: str, **options: float) -> dict[str, float]:
+def _contrast(p: Pairs, a: str, q: Pairs, b: str, bootstrap: Bootstrap) -> dict[str, float]:
     delta_a, delta_b = p.delta_D(a), q.delta_D(b)
     nats, bits = zip(
-        *intervals(
+        *bootstrap.intervals(
             np.array([delta_a, delta_b, delta_a / LN2, delta_b / LN2]),
             np.array([p.tokens_D, q.tokens_D, p.bytes_D, q.bytes_D]),
             np.array([[1, 0], [-1, 0], [0, 1], [0, -1]]),
-            **options,
         ),
         strict=True,
     )

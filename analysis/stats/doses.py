@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.stats.bootstrap import intervals
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.pairs import CONDITION, KEY, Losses, Pairs, base_name, check_columns, pair
 from analysis.stats.robustness import router_columns
 
@@ -48,9 +48,7 @@ def per_dose(
     losses: Losses,
     routing: pd.DataFrame,
     sites: pd.DataFrame | None = None,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Damage per flip and per mass moved: the slopes of the damage curves from 0.
 
@@ -65,7 +63,6 @@ def per_dose(
     a flip means something else in every family, also top_k, renormalize, routed_share,
     routed_ratio, and of DropTop experts_off, m / E.
     """
-    options = dict(confidence=confidence, resamples=resamples, seed=seed)
     tables = []
     for p in pair(losses):
         if p.conditions.empty:
@@ -77,7 +74,7 @@ def per_dose(
             dose_CD = dose_by_document(p, routing, dose)
             columns = [name, f"{name}_low", f"{name}_high"]
             with np.errstate(divide="ignore", invalid="ignore"):
-                found = np.array(intervals(p.delta_CD, dose_CD, **options))
+                found = np.array(bootstrap.intervals(p.delta_CD, dose_CD))
             missing = ~(dose_CD.sum(axis=1) > LEAST * p.tokens_D.sum())
             found[1:, ~np.isfinite(found[1:]).all(axis=0)] = np.nan
             table[columns] = np.where(missing, np.nan, found).T

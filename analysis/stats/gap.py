@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.doses import doses
 from analysis.stats.pairs import CHECKPOINT, CONDITION, Losses, Pairs, label, pair
 from analysis.stats.parts import choose, combine, stack
@@ -16,9 +17,7 @@ def gap(
     condition: str | None = None,
     routing: pd.DataFrame | None = None,
     cells: pd.DataFrame | None = None,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Damage of Worst (a label such as "Worst(1)"; None: all there are) against random flips.
 
@@ -37,8 +36,7 @@ def gap(
     for p, name in choose(pair(losses), condition, _needs, how):
         _, random = _needs(p, name)
         parts = {"worst": {name: 1.0}, "random": {random: 1.0}, "gap": {name: 1.0, random: -1.0}}
-        options = dict(confidence=confidence, resamples=resamples, seed=seed)
-        table = combine(p, name, parts, "worst", **options)
+        table = combine(p, name, parts, "worst", bootstrap)
         rows = p.conditions.set_index("label")
         table["budget"] = rows.strength[name]
         table["label"] = [name, random, None]

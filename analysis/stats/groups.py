@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 import pandas as pd
 
-from analysis.stats.bootstrap import intervals
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns, pair
 from analysis.stats.tokens import CleanTokens, Tokens, check_tokens, rises
 
@@ -44,9 +44,7 @@ def damage_by(
     by: str,
     tokens: Tokens | None = None,
     conditions: Collection[str] | None = None,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Damage of groups of tokens: a row per checkpoint, condition (labels; None: all) and group.
 
@@ -61,9 +59,8 @@ def damage_by(
     Raises `ValueError` for another `by`, an unknown label, and if tokens were not kept.
     """
     check_choice("by", by, [*GROUPS, "domain"])
-    options = dict(confidence=confidence, resamples=resamples, seed=seed)
     if by == "domain":
-        return _by_domain(losses, conditions, options)
+        return _by_domain(losses, conditions, bootstrap)
     check_tokens(tokens)
     tables = []
     of_checkpoint = groupby(rises(losses, tokens, conditions), key=lambda item: item[0].name)
@@ -78,13 +75,13 @@ def damage_by(
             summed = np.bincount(cell_N, weights=rise_VN.mean(axis=0), minlength=count_GD.size)
             labels.append(name)
             sums.append(summed.reshape(shape))
-        found = _groups(names, labels, np.array(sums), count_GD, options)
+        found = _groups(names, labels, np.array(sums), count_GD, bootstrap)
         tables.append(found.assign(**p.checkpoint, by=by))
     return _stack(tables)
 
 
 def _by_domain(
-    losses: pd.DataFrame, conditions: Collection[str] | None, options: dict
+    losses: pd.DataFrame, conditions: Collection[str] | None, bootstrap: Bootstrap
 ) -> pd.DataFrame:
     check_columns("losses", losses, ["domain"])
     whole = pair(losses)
@@ -105,7 +102,7 @@ def _by_domain(
                 at = np.searchsorted(p.documents_D, q.documents_D)
                 count_GD[g, at] = q.tokens_D
                 sum_CGD[:, g, at] = [q.delta_D(name) for name in labels]
-        found = _groups(domains, labels, sum_CGD, count_GD, options)
+        found = _groups(domains, labels, sum_CGD, count_GD, bootstrap)
         tables.append(found.assign(**p.checkpoint, by="domain"))
     return _stack(tables)
 
@@ -121,7 +118,7 @@ def _groups(
     labels: Sequence[str],
     sum_CGD: np.ndarray,
     count_GD: np.ndarray,
-    options: dict,
+    bootstrap: Bootstrap,
 ) -> pd.DataFrame:
     total_C = sum_CGD.sum(axis=(1, 2))
     tables = []
@@ -131,7 +128,7 @@ def _groups(
             continue
         sum_CD = sum_CGD[:, g, has_D]
         count_CD = np.broadcast_to(count_GD[g, has_D], sum_CD.shape).astype(float)
-        found = intervals(sum_CD, count_CD, **options)
+        found = bootstrap.intervals(sum_CD, count_CD)
         share_C = np.where(total_C == 0, np.nan, sum_CD.sum(axis=1))
         tables.append(
             pd.DataFrame(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import pandas as pd
 
-from analysis.stats.bootstrap import intervals
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.pairs import CHECKPOINT, Pairs, check_choice
 
 COLUMNS = [
@@ -58,7 +58,11 @@ def choose(
 
 
 def combine(
-    p: Pairs, condition: str, parts: Mapping[str, Mapping[str, float]], whole: str, **options
+    p: Pairs,
+    condition: str,
+    parts: Mapping[str, Mapping[str, float]],
+    whole: str,
+    bootstrap: Bootstrap,
 ) -> pd.DataFrame:
     """Rows of one checkpoint.
 
@@ -69,13 +73,13 @@ def combine(
     delta_CD = np.array([p.delta_D(name) for name in labels])
     factors_CP = np.array([[part.get(name, 0.0) for part in parts.values()] for name in labels])
     tokens_CD = np.broadcast_to(p.tokens_D, delta_CD.shape)
-    nats = intervals(delta_CD, tokens_CD, factors_CP, **options)
+    nats = bootstrap.intervals(delta_CD, tokens_CD, factors_CP)
     at = list(parts).index(whole)
     part_PD = factors_CP.T @ delta_CD
     whole_PD = np.broadcast_to(part_PD[at], part_PD.shape)
     # A whole of 0 has no shares, and in a resample it may be 0.
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = intervals(part_PD, whole_PD, **options)
+        share = bootstrap.intervals(part_PD, whole_PD)
     bounded = nats.low_M[at] > 0 or nats.high_M[at] < 0
     low_P, high_P = (b if bounded else np.full(len(parts), np.nan) for b in share[1:])
     return pd.DataFrame(

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from analysis.stats.bootstrap import check_resampling
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.contrasts import holm
 from analysis.stats.pairs import CHECKPOINT, SITE, check_choice, check_columns
 
@@ -30,10 +30,7 @@ def relation(
     experts: pd.DataFrame,
     metrics: str | Sequence[str],
     damage: str = "per_mass",
-    *,
-    resamples: int = 9999,
-    confidence: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """How the damage done by dropping an expert goes with its overlap, given load, within sites.
 
@@ -74,7 +71,6 @@ def relation(
     `ValueError` for missing columns, an unknown damage, a metric that is damage itself, and a model
     called "all".
     """
-    check_resampling(confidence, resamples)
     check_choice("damage", damage, DAMAGES)
     metrics = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
     halves = [f"{damage}_a", f"{damage}_b"]
@@ -95,7 +91,7 @@ def relation(
         rows = []
         for metric in (*(name for name in metrics if name != LOAD), LOAD):
             known = own[own[metric].notna()]
-            found = _relate(known, metric, damage, halves, resamples, confidence, seed)
+            found = _relate(known, metric, damage, halves, bootstrap)
             rows.append({"metric": metric} | keys | found)
         table = pd.DataFrame(rows)
         defined = table.p.notna()
@@ -105,26 +101,20 @@ def relation(
 
 
 def _relate(
-    rows: pd.DataFrame,
-    metric: str,
-    damage: str,
-    halves: list[str],
-    resamples: int,
-    confidence: float,
-    seed: int,
+    rows: pd.DataFrame, metric: str, damage: str, halves: list[str], bootstrap: Bootstrap
 ) -> dict[str, float]:
     control = None if metric == LOAD else LOAD
     rows = _varied(rows, [damage, metric])
     ranks_NM, cluster_N = _ranks(rows, [damage, metric], control)
     moments_CMM, free_C = _moments(ranks_NM, cluster_N)
     r = _partial(moments_CMM.sum(0), free_C.sum())
-    low, high = _interval(moments_CMM, free_C, r, resamples, confidence, seed)
+    low, high = _interval(moments_CMM, free_C, r, bootstrap)
     p = null_low = null_high = np.nan
-    null_R = np.empty(0) if np.isnan(r) else _null(ranks_NM, cluster_N, resamples, seed)
+    null_R = np.empty(0) if np.isnan(r) else _null(ranks_NM, cluster_N, bootstrap)
     if len(null_R):
         # Equal but for rounding is as extreme; the observed order is one of the permutations.
         p = (1 + (np.abs(null_R) >= abs(r) - ROUNDING).sum()) / (1 + len(null_R))
-        null_low, null_high = np.quantile(null_R, [(1 - confidence) / 2, (1 + confidence) / 2])
+        null_low, null_high = np.quantile(null_R, bootstrap.tails)
     split = _varied(rows.dropna(subset=halves), halves)
     moments_of_halves_CMM, free_C = _moments(*_ranks(split, halves, control))
     half = _partial(moments_of_halves_CMM.sum(0), free_C.sum())
@@ -187,25 +177,21 @@ def _partial(moments_XMM: np.ndarray, free_X: np.ndarray) -> np.ndarray:
 
 
 def _interval(
-    moments_CMM: np.ndarray,
-    free_C: np.ndarray,
-    r: float,
-    resamples: int,
-    confidence: float,
-    seed: int,
+    moments_CMM: np.ndarray, free_C: np.ndarray, r: float, bootstrap: Bootstrap
 ) -> tuple[float, float]:
     clusters = len(moments_CMM)
     if clusters < LEAST or np.isnan(r):
         return np.nan, np.nan
-    rng = np.random.default_rng([seed, 1])
-    counts_RC = rng.multinomial(clusters - 1, np.full(clusters, 1 / clusters), size=resamples)
+    rng = np.random.default_rng([bootstrap.seed, 1])
+    even_C = np.full(clusters, 1 / clusters)
+    counts_RC = rng.multinomial(clusters - 1, even_C, size=bootstrap.resamples)
     # A cluster that is drawn twice says no more.
     r_R = _partial(np.tensordot(counts_RC, moments_CMM, 1), (counts_RC > 0) @ free_C)
     undefined_R = np.isnan(r_R)
     if undefined_R.mean() > UNDEFINED:
         return np.nan, np.nan
     spread = np.std(_fisher(r_R[~undefined_R]))
-    half = spread * stdtrit(clusters - 1, (1 + confidence) / 2)
+    half = spread * stdtrit(clusters - 1, bootstrap.tails[1])
     return float(np.tanh(_fisher(r) - half)), float(np.tanh(_fisher(r) + half))
 
 
@@ -214,7 +200,7 @@ def _fisher(r: np.ndarray) -> np.ndarray:
     return np.arctanh(np.clip(r, -1 + ROUNDING, 1 - ROUNDING))
 
 
-def _null(ranks_NM: np.ndarray, cluster_N: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+def _null(ranks_NM: np.ndarray, cluster_N: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
     """(R,) r when, within clusters, what the control leaves of the damage is permuted; fewer where
     it then takes all."""
     both_N2, control_NP = ranks_NM[:, :2], ranks_NM[:, 2:]
@@ -222,11 +208,12 @@ def _null(ranks_NM: np.ndarray, cluster_N: np.ndarray, resamples: int, seed: int
     left_N2 = both_N2 - control_NP @ (inverse_PP @ (control_NP.T @ both_N2))
     damage_N, overlap_N = left_N2.T
     others_NP1 = np.column_stack([overlap_N, control_NP])
-    rng = np.random.default_rng([seed, 2])
-    dots_RP1 = np.zeros((resamples, others_NP1.shape[1]))
+    rng = np.random.default_rng([bootstrap.seed, 2])
+    dots_RP1 = np.zeros((bootstrap.resamples, others_NP1.shape[1]))
     for cluster in range(cluster_N.max() + 1):
         own = np.flatnonzero(cluster_N == cluster)
-        dots_RP1 += rng.permuted(np.tile(damage_N[own], (resamples, 1)), axis=1) @ others_NP1[own]
+        orders_RN = np.tile(damage_N[own], (bootstrap.resamples, 1))
+        dots_RP1 += rng.permuted(orders_RN, axis=1) @ others_NP1[own]
     taken_R = np.einsum("rp,pq,rq->r", dots_RP1[:, 1:], inverse_PP, dots_RP1[:, 1:])
     left_R = damage_N @ damage_N - taken_R
     defined_R = left_R > ROUNDING * (damage_N @ damage_N)

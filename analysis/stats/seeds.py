@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from analysis.stats.bootstrap import CHUNK, check_resampling, resampled_ratios
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.damage import by_seed, check_documents
 from analysis.stats.pairs import pair
 
@@ -22,9 +22,7 @@ def over_seeds(
     model_a: str,
     model_b: str,
     condition: str,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Mean damage of a condition (a label) over model_a's training seeds minus model_b's.
 
@@ -38,7 +36,6 @@ def over_seeds(
     permutation test over seeds and min_p the smallest that their numbers allow: no effect,
     however large, can give less. Raises `ValueError` like `contrast_models`.
     """
-    check_resampling(confidence, resamples)
     pairs = pair(losses)
     a = list(by_seed(pairs, "model_a", model_a).values())
     b = list(by_seed(pairs, "model_b", model_b).values())
@@ -47,8 +44,8 @@ def over_seeds(
         (np.array([p.delta_D(condition) for p in side]), np.array([p.tokens_D for p in side]))
         for side in (a, b)
     ]
-    delta, low, high = two_level(*sides, confidence, resamples, seed)
-    p, min_p = permutation_test(*map(_ratios, sides), resamples, seed)
+    delta, low, high = two_level(*sides, bootstrap)
+    p, min_p = permutation_test(*map(_ratios, sides), bootstrap)
     row = {
         **{"model_a": model_a, "model_b": model_b, "condition": condition},
         **{"seeds_a": len(a), "seeds_b": len(b), "num_documents": len(a[0].documents_D)},
@@ -62,75 +59,71 @@ def _ratios(side: Runs) -> np.ndarray:
     return delta_SD.sum(axis=1) / tokens_SD.sum(axis=1)
 
 
-def two_level(
-    a: Runs, b: Runs, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of the runs' ratios in a minus that in b, and its bounds; see `over_seeds`.
-
-    Raises `ValueError` for a confidence outside of (0, 1) or less than one resample.
-    """
-    check_resampling(confidence, resamples)
+def two_level(a: Runs, b: Runs, bootstrap: Bootstrap) -> tuple[float, float, float]:
+    """Mean of the runs' ratios in a minus that in b, and its bounds; see `over_seeds`."""
     delta = _ratios(a).mean() - _ratios(b).mean()
     numbers = [len(delta_SD) for delta_SD, _ in (a, b)]
     if min(*numbers, a[0].shape[1] - 1) < 2:
         return delta, np.nan, np.nan
-    rng = np.random.default_rng([seed, 1])
-    mean_a, mean_b = (_resampled_mean(side, resamples, seed, rng) for side in (a, b))
+    rng = np.random.default_rng([bootstrap.seed, 1])
+    mean_a, mean_b = (_resampled_mean(side, bootstrap, rng) for side in (a, b))
     spread = np.std(mean_a - mean_b, ddof=1)
-    half = spread * stdtrit(sum(numbers) - 2, (1 + confidence) / 2)
+    half = spread * stdtrit(sum(numbers) - 2, bootstrap.tails[1])
     return delta, delta - half, delta + half
 
 
-def _resampled_mean(side: Runs, resamples: int, seed: int, rng: np.random.Generator) -> np.ndarray:
-    """Mean ratio over runs drawn by rng on documents drawn by seed, (R,)."""
-    ratios_RS = resampled_ratios(*side, resamples, seed)
+def _resampled_mean(side: Runs, bootstrap: Bootstrap, rng: np.random.Generator) -> np.ndarray:
+    """Mean ratio over runs drawn by rng on documents drawn by the bootstrap, (R,)."""
+    ratios_RS = bootstrap.ratios(*side)
     # n - 1 draws out of n (Rao and Wu, JASA 83, 1988): n draws understate the variance of a mean
     # by the factor (n - 1) / n, a half for two seeds.
     runs = ratios_RS.shape[1]
-    picks = rng.integers(runs, size=(resamples, runs - 1))
+    picks = rng.integers(runs, size=(bootstrap.resamples, runs - 1))
     return np.take_along_axis(ratios_RS, picks, axis=1).mean(axis=1)
 
 
 def sign_flip_test(
-    differences_D: np.ndarray, resamples: int = 9999, seed: int = 0
+    differences_D: np.ndarray, bootstrap: Bootstrap = Bootstrap()
 ) -> tuple[float, float]:
     """Two-sided p of a sum of paired differences, and the smallest p that their number allows.
 
     Under the null hypothesis each difference is as likely to have the other sign. All signs are
-    tried where there are no more than `resamples`, else that many random ones.
+    tried where there are no more than `bootstrap.resamples`, else that many random ones.
     """
     size, total = len(differences_D), np.abs(differences_D).sum()
-    if 2**size <= resamples:
+    if 2**size <= bootstrap.resamples:
         sums = np.array(list(product((1, -1), repeat=size))) @ differences_D
         fewest = 2  # the observed signs and their mirror image
     else:
-        rng = np.random.default_rng(seed)
-        step = max(1, CHUNK // size)
-        blocks = [min(step, resamples - start) for start in range(0, resamples, step)]
+        rng = np.random.default_rng(bootstrap.seed)
         # The observed signs count, too.
         sums = [differences_D.sum()[None]]
-        sums += [(2.0 * rng.integers(2, size=(rows, size)) - 1) @ differences_D for rows in blocks]
+        sums += [
+            (2.0 * rng.integers(2, size=(rows, size)) - 1) @ differences_D
+            for rows in bootstrap.blocks(size)
+        ]
         sums, fewest = np.concatenate(sums), 1
     p = (np.abs(sums) >= abs(differences_D.sum()) - 1e-12 * total).mean()
     return float(p), min(1.0, fewest / len(sums))
 
 
 def permutation_test(
-    a: np.ndarray, b: np.ndarray, resamples: int = 9999, seed: int = 0
+    a: np.ndarray, b: np.ndarray, bootstrap: Bootstrap = Bootstrap()
 ) -> tuple[float, float]:
     """Two-sided p of the difference of means, and the smallest p that the sizes allow.
 
-    All splits are tried where there are no more than `resamples`, else that many random ones.
+    All splits are tried where there are no more than `bootstrap.resamples`, else so many random
+    ones.
     """
     pooled, size = np.concatenate([a, b]), len(a)
     splits = comb(len(pooled), size)
-    if splits <= resamples:
+    if splits <= bootstrap.resamples:
         chosen = np.array(list(combinations(range(len(pooled)), size)))
         sums = pooled[chosen].sum(axis=1)
     else:
-        splits = resamples + 1  # the observed one counts
-        rng = np.random.default_rng(seed)
-        shuffled = rng.permuted(np.tile(pooled, (resamples, 1)), axis=1)
+        splits = bootstrap.resamples + 1  # the observed one counts
+        rng = np.random.default_rng(bootstrap.seed)
+        shuffled = rng.permuted(np.tile(pooled, (bootstrap.resamples, 1)), axis=1)
         sums = np.append(shuffled[:, :size].sum(axis=1), a.sum())
     slack = 1e-12 * np.abs(pooled).sum()  # sums that are equal but for rounding are ties
     tail = min((sums >= a.sum() - slack).sum(), (sums <= a.sum() + slack).sum())

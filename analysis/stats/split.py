@@ -15,6 +15,7 @@ from math import comb
 
 import pandas as pd
 
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.pairs import PLAIN, Losses, Pairs, pair
 from analysis.stats.parts import choose, combine, stack
 
@@ -49,9 +50,7 @@ FACTORS: dict[str, dict[tuple[str, ...], float]] = {
 def split(
     losses: Losses,
     condition: str | None = None,
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> pd.DataFrame:
     """Damage of a condition (a label such as "DropTop(1)"; None: all that can be) divided.
 
@@ -80,6 +79,5 @@ def split(
             part: {label[some]: factor for some, factor in factors.items()}
             for part, factors in FACTORS.items()
         }
-        options = dict(confidence=confidence, resamples=resamples, seed=seed)
-        tables.append(combine(p, name, parts, "full", **options))
+        tables.append(combine(p, name, parts, "full", bootstrap))
     return stack(tables)

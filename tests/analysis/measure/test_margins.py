@@ -14,6 +14,7 @@ from analysis.measure.margins import change_probability, flip_prediction, pair_p
 from analysis.measure.shard import measure
 from analysis.perturb.condition import Condition
 from analysis.perturb.logits import GaussianNoise
+from analysis.stats.bootstrap import Bootstrap
 from cartmoe.data import Sequences
 
 NUMBERS = ["margin", "pair_predicted", "pair_measured", "changed_predicted", "changed_measured"]
@@ -70,7 +71,9 @@ def test_limits():
 @pytest.mark.parametrize("scale", ["token", "absolute"])
 def test_predicted_is_measured(model_of, docs, kind, scale):
     """Up to what chance allows, over 1200 tokens a site."""
-    table = flip_prediction(model_of(kind), docs, [0.2, 1.0], scale=scale, resamples=99, draws=16)
+    table = flip_prediction(
+        model_of(kind), docs, [0.2, 1.0], scale=scale, bootstrap=Bootstrap(resamples=99), draws=16
+    )
     by_margins = kind not in ("top_p", "sigmoid")
     assert set(table.predicted_by) == {"margins" if by_margins else "simulation"}
     assert table.pair_measured.notna().all() == by_margins
@@ -88,7 +91,9 @@ def test_predicted_is_measured(model_of, docs, kind, scale):
 def test_measured_is_what_a_sweep_sees(model_of, docs):
     """The same draws: single sites under downstream "replay" flip the very same tokens."""
     model = model_of("cartesian")
-    table = flip_prediction(model, docs, 0.5, seed=3, resamples=99).set_index("where")
+    table = flip_prediction(model, docs, 0.5, seed=3, bootstrap=Bootstrap(resamples=99)).set_index(
+        "where"
+    )
     condition = Condition(GaussianNoise(0.5), downstream="replay", eval_seed=3)
     cell = measure(model, [condition], docs)[1]
     sums = cell.routing.groupby(["layer", "stage"])[["changed", "num_tokens"]].sum()
@@ -102,7 +107,12 @@ def test_measured_is_what_a_sweep_sees(model_of, docs):
 
 def test_form_of_the_table(model_of, docs):
     table = flip_prediction(
-        model_of("cartesian"), docs, [1.0, 0.5], where="stage 1", scale="site", resamples=99
+        model_of("cartesian"),
+        docs,
+        [1.0, 0.5],
+        where="stage 1",
+        scale="site",
+        bootstrap=Bootstrap(resamples=99),
     )
     assert table["where"].tolist() == 2 * ["all", "layer 0 stage 1", "layer 2 stage 1"]
     assert table.sigma.tolist() == [0.5] * 3 + [1.0] * 3
@@ -121,14 +131,20 @@ def test_site_scale_is_that_of_the_calibration(model_of, docs):
     model = model_of("smoe_share")
     site = model.sites()[0]
     std = calibrate(model, docs[:32]).sites[site].std
-    a = flip_prediction(model, docs, 0.5, where="layer 0", scale="site", resamples=9)
-    b = flip_prediction(model, docs, 0.5 * std, where="layer 0", scale="absolute", resamples=9)
+    a = flip_prediction(
+        model, docs, 0.5, where="layer 0", scale="site", bootstrap=Bootstrap(resamples=9)
+    )
+    b = flip_prediction(
+        model, docs, 0.5 * std, where="layer 0", scale="absolute", bootstrap=Bootstrap(resamples=9)
+    )
     np.testing.assert_allclose(a[NUMBERS], b[NUMBERS], atol=2e-3)
 
 
 def test_batches_do_not_matter(model_of, docs):
     a, b = (
-        flip_prediction(model_of("top_p"), docs, 0.5, batch_size=size, resamples=9)
+        flip_prediction(
+            model_of("top_p"), docs, 0.5, batch_size=size, bootstrap=Bootstrap(resamples=9)
+        )
         for size in (7, 30)
     )
     np.testing.assert_allclose(a[NUMBERS[3:]], b[NUMBERS[3:]], atol=2e-3)
@@ -136,7 +152,7 @@ def test_batches_do_not_matter(model_of, docs):
 
 def test_all_experts_in_use(tiny_model, docs):
     model = as_adapter(tiny_model("smoe_share", num_experts=2, top_k=2))
-    table = flip_prediction(model, docs, 2.0, resamples=9)
+    table = flip_prediction(model, docs, 2.0, bootstrap=Bootstrap(resamples=9))
     assert (table[["margin", "changed_predicted", "changed_measured"]] == 0).all(axis=None)
     assert table[["pair_predicted", "pair_measured"]].isna().all(axis=None)
 
@@ -170,7 +186,12 @@ def test_dense_and_empty(model_of, docs):
 @pytest.fixture(scope="module")
 def frame(model_of, docs):
     kinds = ("cartesian", "top_p")
-    return pd.concat([flip_prediction(model_of(k), docs, [0.2, 1.0], resamples=99) for k in kinds])
+    return pd.concat(
+        [
+            flip_prediction(model_of(k), docs, [0.2, 1.0], bootstrap=Bootstrap(resamples=99))
+            for k in kinds
+        ]
+    )
 
 
 def test_picture_draws_the_sites_of_the_table(frame):

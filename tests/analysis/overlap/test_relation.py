@@ -19,13 +19,14 @@ from analysis.overlap.relation import PREDICTORS, Relation, _with_heirs, relate
 from analysis.overlap.removal import CleanSums, expert_damage, halves, takeover
 from analysis.perturb.condition import Condition
 from analysis.perturb.masks import DropExperts
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.relation import relation as relation_table
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.ffn import RoutedStage
 from cartmoe.hooks import RouterSite, capture_routing, router_sites
 
 QUIET = dict(progress=False)
-FEW = dict(progress=False, resamples=99)
+FEW = dict(progress=False, bootstrap=Bootstrap(resamples=99))
 SITE = ["layer", "stage"]
 KINDS = ["smoe", "hash", "top_p", "cartesian", "sigmoid", "top1", "raw"]
 
@@ -279,8 +280,10 @@ def test_what_it_holds(related, models, docs):
 
 
 def test_its_table(related):
-    table = related.table("damage", resamples=99)
-    expected = relation_table(related.experts, METRIC_NAMES, "damage", resamples=99)
+    table = related.table("damage", bootstrap=Bootstrap(resamples=99))
+    expected = relation_table(
+        related.experts, METRIC_NAMES, "damage", bootstrap=Bootstrap(resamples=99)
+    )
     pd.testing.assert_frame_equal(table, expected)
     assert table.model.unique().tolist() == ["all", "smoe", "hash"]
     row = table[(table.model == "all") & (table.metric == "router_cosine")].squeeze()
@@ -288,7 +291,10 @@ def test_its_table(related):
     hashed = table[(table.model == "hash") & (table.metric == "router_cosine")].squeeze()
     assert np.isnan(hashed.r)
     assert hashed.num_sites == 0
-    assert related.table(metrics="cka", resamples=9).metric.tolist() == ["cka", "load"] * 3
+    assert (
+        related.table(metrics="cka", bootstrap=Bootstrap(resamples=9)).metric.tolist()
+        == ["cka", "load"] * 3
+    )
 
 
 def test_composites_of_many_experts_do_not_fit(tiny_model, docs):
@@ -333,11 +339,12 @@ def test_an_overlap_that_is_not_known_is_not_none():
 
 
 def test_parameters_are_handed_on(model_of, docs):
-    model, how = model_of("smoe"), dict(probe="routed", confidence=0.5)
-    found = relate(model, docs, "cka", refill=False, **how, **FEW)
-    damage = expert_damage(model, docs, refill=False, **FEW).damage
-    np.testing.assert_allclose(found.experts.damage, damage)
-    expected = measure_overlap(model, docs, "cka", batch_size=16, **how, **QUIET)
+    model, wide = model_of("smoe"), dict(bootstrap=Bootstrap(confidence=0.5, resamples=99))
+    found = relate(model, docs, "cka", probe="routed", refill=False, **wide, **QUIET)
+    damage = expert_damage(model, docs, refill=False, **wide, **QUIET)
+    pd.testing.assert_frame_equal(found.experts[damage.columns], damage)
+    how = dict(probe="routed", confidence=0.5, batch_size=16)
+    expected = measure_overlap(model, docs, "cka", **how, **QUIET)
     pd.testing.assert_frame_equal(found.overlap.pairs, expected.pairs)
 
 
@@ -350,8 +357,6 @@ def test_bad_arguments(models, model_of, docs):
         expert_damage(models[0], docs, sites="layer 9")
     with pytest.raises(ValueError, match="batch_size is 0"):
         takeover(models[0], docs, batch_size=0)
-    with pytest.raises(ValueError, match="confidence is 2"):
-        expert_damage(models[0], docs, confidence=2)
     damaging = [name for name, metric in METRICS.items() if metric.kind == "function"]
     assert damaging
     with pytest.raises(ValueError, match=f"'{damaging[0]}', which is damage itself"):

@@ -15,10 +15,11 @@ from analysis.overlap.metrics.first_order import linear_substitution
 from analysis.overlap.removal import expert_damage
 from analysis.overlap.substitution import Substitute, _choose, calibration, substitution
 from analysis.perturb.condition import Condition
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.pairs import SITE
 from cartmoe.data import IGNORE, Sequences
 
-QUIET = dict(progress=False, resamples=99)
+QUIET = dict(progress=False, bootstrap=Bootstrap(resamples=99))
 
 
 def own_copy(model):
@@ -301,7 +302,6 @@ def test_the_perturbation(model_of, docs):
         (dict(lowest=0, random=0), "lowest and random are 0"),
         (dict(downstream="clean"), "downstream is 'clean'; choose one of"),
         (dict(site="layer 9"), "sites is 'layer 9'"),
-        (dict(confidence=1.0), "confidence is 1.0"),
     ],
 )
 def test_wrong_arguments(model_of, docs, options, message):

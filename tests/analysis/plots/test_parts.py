@@ -11,6 +11,7 @@ import pytest
 
 from analysis import plots, stats
 from analysis.plots.style import COLUMN_WIDTH
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.split import COALITIONS
 
 from ..synthetic import arm, losses, routing, set_costs, tokens
@@ -42,7 +43,7 @@ class Tables:
         )
         table["domain"] = np.where(table.document_id < "doc006", "code", "tests")
         self.losses, dose, kept = table, routing(table), tokens(table)
-        few, subject = {"resamples": 99}, ["DropTop(1)"]
+        few, subject = {"bootstrap": Bootstrap(resamples=99)}, ["DropTop(1)"]
         tables = {
             "damage": stats.damage(table, dose, **few),
             "split": stats.split(table, **few),
@@ -251,5 +252,7 @@ def test_symlog_costs(results):
     """The profile of a model whose first layer is all."""
     costs = {f"DropTop(1), {where}": 0.001 for where in MODELS["smoe_share"]}
     one = results.losses[results.losses.model == "smoe_share"]
-    table = stats.additivity(set_costs(one, costs | {"DropTop(1)": 5.0}), resamples=99)
+    table = stats.additivity(
+        set_costs(one, costs | {"DropTop(1)": 5.0}), bootstrap=Bootstrap(resamples=99)
+    )
     assert plots.layer_profile(table).get_yscale() == "symlog"

@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 
 from analysis import plots, stats
 from analysis.plots.style import FAMILY_STYLE, model_styles
+from analysis.stats.bootstrap import Bootstrap
 
 from ..synthetic import FAMILIES, routing, study
 
@@ -20,12 +21,12 @@ ROUTED = FAMILIES[1:]
 @pytest.fixture(scope="module")
 def frame():
     losses = study(documents=8)
-    return stats.damage(losses, routing(losses), resamples=199)
+    return stats.damage(losses, routing(losses), bootstrap=Bootstrap(resamples=199))
 
 
 @pytest.fixture(scope="module")
 def two_seeds():
-    return stats.damage(study((0, 1), documents=5), resamples=99)
+    return stats.damage(study((0, 1), documents=5), bootstrap=Bootstrap(resamples=99))
 
 
 def lines(ax):

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 
 from analysis import stats
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.contrasts import holm
 from analysis.stats.seeds import sign_flip_test
 
@@ -30,8 +31,10 @@ def runs(costs: dict[str, list[float]], documents: int = 20, conditions=("DropTo
 
 def test_several_seeds_are_compared_over_seeds():
     table = runs({"cartesian": [1.0, 1.1, 1.05], "smoe": [0.5, 0.45, 0.4]})
-    row = stats.family_contrasts(table, resamples=999).iloc[0]
-    over = stats.over_seeds(table, "cartesian", "smoe", NAME, resamples=999).iloc[0]
+    row = stats.family_contrasts(table, bootstrap=Bootstrap(resamples=999)).iloc[0]
+    over = stats.over_seeds(
+        table, "cartesian", "smoe", NAME, bootstrap=Bootstrap(resamples=999)
+    ).iloc[0]
     for column in ("delta_nats", "low", "high", "p", "min_p"):
         assert row[column] == pytest.approx(over[column])
     assert row.speaks_for == "training seeds"
@@ -39,14 +42,14 @@ def test_several_seeds_are_compared_over_seeds():
     # However large the difference, three seeds each cannot show it.
     assert row.verdict == "undecided"
     assert "no difference, however large, could be shown" in stats.format_contrasts(
-        stats.family_contrasts(table, resamples=99)
+        stats.family_contrasts(table, bootstrap=Bootstrap(resamples=99))
     )
 
 
 def test_five_seeds_can_show_a_difference():
     costs = 1 + 0.02 * np.arange(5)
     table = runs({"cartesian": list(costs), "smoe": list(costs - 0.5)}, documents=8)
-    found = stats.family_contrasts(table, resamples=999)
+    found = stats.family_contrasts(table, bootstrap=Bootstrap(resamples=999))
     assert found.verdict.tolist() == ["differs"]
     assert found.p_holm[0] == pytest.approx(2 / 252)
     assert "no difference, however large" not in stats.format_contrasts(found)
@@ -54,9 +57,11 @@ def test_five_seeds_can_show_a_difference():
 
 def test_one_seed_speaks_for_checkpoints_only():
     table = runs({"cartesian": [1.0], "smoe": [0.5, 0.6]})
-    found = stats.family_contrasts(table, resamples=999)
+    found = stats.family_contrasts(table, bootstrap=Bootstrap(resamples=999))
     row = found.iloc[0]
-    direct = stats.contrast_models(table, "cartesian", "smoe", NAME, resamples=999).iloc[0]
+    direct = stats.contrast_models(
+        table, "cartesian", "smoe", NAME, bootstrap=Bootstrap(resamples=999)
+    ).iloc[0]
     assert (
         row[["delta_nats", "low", "high"]].tolist()
         == direct[["delta_nats", "low", "high"]].tolist()
@@ -70,23 +75,25 @@ def test_one_seed_speaks_for_checkpoints_only():
 def test_seeds_that_are_not_common_are_named():
     table = pd.concat([losses([arm("DropTop", 1, 1.0)], model="cartesian"),
                        losses([arm("DropTop", 1, 0.5)], model="smoe", train_seed=3)])  # fmt: skip
-    assert stats.family_contrasts(table, resamples=99).train_seed.tolist() == ["0 and 3"]
+    assert stats.family_contrasts(table, bootstrap=Bootstrap(resamples=99)).train_seed.tolist() == [
+        "0 and 3"
+    ]
 
 
 def test_nothing_is_equal_without_a_margin():
     same = [0.5, 0.52, 0.48, 0.51]
     table = runs({"cartesian": same, "smoe": same})
-    without = stats.family_contrasts(table, resamples=999)
+    without = stats.family_contrasts(table, bootstrap=Bootstrap(resamples=999))
     assert without.verdict.tolist() == ["undecided"]
     assert "does not say that there is no difference" in stats.format_contrasts(without)
     row = without.iloc[0]
     half = row.high - row.delta_nats
-    wide = stats.family_contrasts(table, margin=2 * half, resamples=999)
+    wide = stats.family_contrasts(table, margin=2 * half, bootstrap=Bootstrap(resamples=999))
     assert wide.verdict.tolist() == ["equivalent within margin"]
     # Two one-sided tests at 5 %: the 90 % interval decides, which is narrower than that of 95 %.
     narrower = half * scipy.stats.t.ppf(0.95, 6) / scipy.stats.t.ppf(0.975, 6)
     for margin, verdict in ((narrower * 1.01, "equivalent within margin"), (narrower * 0.99, None)):
-        found = stats.family_contrasts(table, margin=margin, resamples=999)
+        found = stats.family_contrasts(table, margin=margin, bootstrap=Bootstrap(resamples=999))
         assert found.verdict[0] == (verdict or "undecided")
     assert "equivalence margin" in stats.format_contrasts(wide, 2 * half)
 
@@ -94,7 +101,7 @@ def test_nothing_is_equal_without_a_margin():
 def test_a_small_difference_that_is_sure_is_equivalent_within_a_wide_margin():
     costs = 1 + 0.02 * np.arange(5)
     table = runs({"cartesian": list(costs), "smoe": list(costs - 0.5)}, documents=8)
-    found = stats.family_contrasts(table, margin=1.0, resamples=999)
+    found = stats.family_contrasts(table, margin=1.0, bootstrap=Bootstrap(resamples=999))
     assert found.verdict.tolist() == ["equivalent within margin"]
     assert found.p_holm[0] < 0.05
 
@@ -105,7 +112,7 @@ def test_holm_counts_every_test_of_the_family():
         documents=8, conditions=("DropTop", "DropChosen"),
     )  # fmt: skip
     conditions = [NAME, "DropChosen(1)"]
-    found = stats.family_contrasts(table, conditions=conditions, resamples=99)
+    found = stats.family_contrasts(table, conditions=conditions, bootstrap=Bootstrap(resamples=99))
     pairs = found[["condition", "model"]].to_numpy().tolist()
     assert pairs == [[c, m] for c in conditions for m in ("a", "b")]
     np.testing.assert_allclose(found.p_holm, holm(found.p.to_numpy()))
@@ -125,22 +132,26 @@ def test_sign_flips_against_scipy():
     )
     assert p == pytest.approx(expected.pvalue)
     assert min_p == 2 / 2**9
-    sampled, least = sign_flip_test(gap, resamples=300, seed=1)
+    sampled, least = sign_flip_test(gap, bootstrap=Bootstrap(resamples=300, seed=1))
     assert sampled == pytest.approx(p, abs=0.1)
     assert least == pytest.approx(1 / 301)
-    assert sign_flip_test(np.zeros(20), resamples=99)[0] == 1
+    assert sign_flip_test(np.zeros(20), bootstrap=Bootstrap(resamples=99))[0] == 1
 
 
 def test_sign_flips_come_in_blocks(monkeypatch):
     gap = np.random.default_rng(0).normal(0.4, 1, 40)
-    whole = sign_flip_test(gap, resamples=200)[0]
-    monkeypatch.setattr("analysis.stats.seeds.CHUNK", 100)
-    assert sign_flip_test(gap, resamples=200)[0] == pytest.approx(whole, abs=0.1)
+    whole = sign_flip_test(gap, bootstrap=Bootstrap(resamples=200))[0]
+    monkeypatch.setattr("analysis.stats.bootstrap.CHUNK", 100)
+    assert sign_flip_test(gap, bootstrap=Bootstrap(resamples=200))[0] == pytest.approx(
+        whole, abs=0.1
+    )
 
 
 def test_models_without_the_condition_are_left_out():
     table = pd.concat([runs({"cartesian": [1.0], "smoe": [0.5]}), losses([], model="dense")])
-    assert stats.family_contrasts(table, resamples=99).model.tolist() == ["smoe"]
+    assert stats.family_contrasts(table, bootstrap=Bootstrap(resamples=99)).model.tolist() == [
+        "smoe"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -149,8 +160,10 @@ def test_models_without_the_condition_are_left_out():
         ({"reference": "olmoe"}, "reference is 'olmoe'; choose one of 'cartesian', 'smoe'"),
         ({"conditions": ["Drop"]}, r"condition of cartesian is 'Drop'; choose one of 'DropTop\(1"),
         ({"margin": 0.0}, "margin is 0.0; it must be above 0 nats per token, or None"),
-        ({"confidence": 0.4}, "confidence is 0.4; of a test it must be above 0.5"),
-        ({"confidence": 95}, "confidence is 95; it must lie strictly between 0 and 1"),
+        (
+            {"bootstrap": Bootstrap(confidence=0.4)},
+            "confidence is 0.4; of a test it must be above 0.5",
+        ),
     ],
 )
 def test_wrong_contrasts_are_refused(options, message):

@@ -1,5 +1,5 @@
 """How often intervals hold the truth: simulated documents whose lengths and damages have heavy
-tails. Prints the coverage of each; `pytest -m slow -s tests/analysis/test_coverage.py`.
+tails. Prints the coverage of each; `pytest -m slow -s tests/analysis/stats/test_coverage.py`.
 
 A document's damage per token has a log-normal part that every condition and run of training
 shares, so that comparisons are paired, and a part of its own.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from analysis.stats.bootstrap import intervals
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.seeds import two_level
 
 TRIALS, RESAMPLES = 1000, 999
@@ -73,7 +73,7 @@ def test_ratio_over_documents(tails, number, least):
     def trial(seed):
         tokens, shared = kind.draw(rng, number)
         delta = 0.5 * tokens * shared * own(rng, number)
-        found = intervals(delta[None], tokens[None], resamples=RESAMPLES, seed=seed)
+        found = Bootstrap(resamples=RESAMPLES, seed=seed).intervals(delta[None], tokens[None])
         return 0.5 * kind.tilt, found.low_M[0], found.high_M[0]
 
     coverage = covered(map(trial, range(TRIALS)))
@@ -95,10 +95,9 @@ def test_contrast_over_documents(tails, number, least):
     def trial(seed):
         tokens, shared = kind.draw(rng, number)
         deltas = [cost * tokens * shared * own(rng, number) for cost in (0.5, 0.4)]
-        found = intervals(
-            np.array(deltas), np.array([tokens] * 2), np.array([[1.0], [-1.0]]),
-            resamples=RESAMPLES, seed=seed,
-        )  # fmt: skip
+        found = Bootstrap(resamples=RESAMPLES, seed=seed).intervals(
+            np.array(deltas), np.array([tokens] * 2), np.array([[1.0], [-1.0]])
+        )
         return 0.1 * kind.tilt, found.low_M[0], found.high_M[0]
 
     coverage = covered(map(trial, range(TRIALS)))
@@ -121,7 +120,7 @@ def test_two_levels_over_runs_and_documents(runs, number, spread):
             levels = cost * (1 + spread * rng.standard_normal(runs))
             delta = np.array([level * tokens * shared * own(rng, number) for level in levels])
             sides.append((delta, np.tile(tokens, (runs, 1))))
-        _, low, high = two_level(*sides, NOMINAL, RESAMPLES, seed)
+        _, low, high = two_level(*sides, Bootstrap(NOMINAL, RESAMPLES, seed))
         return 0.1 * kind.tilt, low, high
 
     coverage = covered(map(trial, range(TRIALS)))

@@ -10,6 +10,7 @@ import pytest
 
 from analysis import stats
 from analysis.perturb import effects
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.doses import dose_by_document
 from analysis.stats.pairs import pair
 from analysis.stats.split import COALITIONS, PARTS
@@ -40,14 +41,14 @@ def test_coalitions_are_those_that_are_measured():
 
 def test_shapley_values_are_the_mean_over_orders():
     table = losses(game())
-    damage = stats.damage(table, resamples=99).set_index("effect").delta_nats
+    damage = stats.damage(table, bootstrap=Bootstrap(resamples=99)).set_index("effect").delta_nats
     value = {frozenset(some): damage[effect] for some, effect in COALITIONS.items()}
     value[frozenset()] = 0.0
     gains = {part: [] for part in PARTS}
     for order in permutations(PARTS):
         for i, part in enumerate(order):
             gains[part].append(value[frozenset(order[: i + 1])] - value[frozenset(order[:i])])
-    found = parts(stats.split(table, "DropTop(1)", resamples=99))
+    found = parts(stats.split(table, "DropTop(1)", bootstrap=Bootstrap(resamples=99)))
     for part in PARTS:
         assert found.delta_nats[part] == pytest.approx(np.mean(gains[part]), rel=1e-12)
         assert found.delta_nats[f"{part} alone"] == pytest.approx(value[frozenset([part])])
@@ -94,7 +95,7 @@ def test_shares_have_no_bounds_where_the_whole_may_be_nothing():
 def test_conditions_are_found_with_their_other_options():
     here = {"where": "stage 0", "point": "scores"}
     table = losses([*game(), *game(**here), arm("DropTop", 2, 0.5), arm("NoRouted")])
-    found = stats.split(table, resamples=99)
+    found = stats.split(table, bootstrap=Bootstrap(resamples=99))
     assert list(found.condition.unique()) == ["DropTop(1)", "DropTop(1), stage 0, scores"]
     with pytest.raises(ValueError, match=r"'DropTop\(2\)' lacks 'DropTop\(2\), part set', .*arms"):
         stats.split(table, "DropTop(2)")
@@ -114,7 +115,9 @@ def cascade_losses() -> pd.DataFrame:
 
 def test_cascade_is_reroute_minus_replay_with_flips_beside():
     table = cascade_losses()
-    found = parts(stats.cascade(table, "DropTop(1)", routing(table), resamples=99))
+    found = parts(
+        stats.cascade(table, "DropTop(1)", routing(table), bootstrap=Bootstrap(resamples=99))
+    )
     assert found.delta_nats.to_dict() == pytest.approx(
         {"reroute": 0.5, "replay": 0.3, "cascade": 0.2}
     )
@@ -123,7 +126,7 @@ def test_cascade_is_reroute_minus_replay_with_flips_beside():
     assert found.flips[:2].tolist() == pytest.approx([0.6 * dose] * 2)
     assert found.flips_total["reroute"] == pytest.approx(0.65 * dose)
     assert np.isnan(found.flips["cascade"])
-    assert "flips" not in stats.cascade(table, resamples=99)
+    assert "flips" not in stats.cascade(table, bootstrap=Bootstrap(resamples=99))
     with pytest.raises(ValueError, match=r"lacks 'DropTop\(1\), replay'; measure .*cascade_arms"):
         stats.cascade(losses([arm("DropTop", 1, 0.5)]), "DropTop(1)")
 
@@ -143,7 +146,9 @@ def site_losses(places=("layer 10 stage 0", "layer 2 stage 0", "layer 2 stage 1"
 def test_single_sites_in_order_their_sum_and_the_joint_one():
     costs = {"DropTop(1), layer 2 stage 0": 0.1, "DropTop(1), layer 2 stage 1": 0.05}
     costs |= {"DropTop(1), layer 10 stage 0": 0.15, "DropTop(1)": 0.5}
-    found = stats.additivity(set_costs(site_losses(), costs), "DropTop(1)", resamples=99)
+    found = stats.additivity(
+        set_costs(site_losses(), costs), "DropTop(1)", bootstrap=Bootstrap(resamples=99)
+    )
     assert found.part.tolist() == [
         "layer 2 stage 0", "layer 2 stage 1", "layer 10 stage 0", "sum", "joint", "joint - sum",
     ]  # fmt: skip
@@ -156,7 +161,10 @@ def test_a_checkpoint_that_lacks_a_site_is_left_out():
     every = routing(table, layers=(2, 10)).assign(stage=0)
     second = every[every.layer == 2].assign(stage=1)
     everywhere = pd.concat([every, second])
-    assert len(stats.additivity(table, "DropTop(1)", everywhere, resamples=99)) == 6
+    assert (
+        len(stats.additivity(table, "DropTop(1)", everywhere, bootstrap=Bootstrap(resamples=99)))
+        == 6
+    )
     more = pd.concat([everywhere, every.assign(layer=12)])
     assert stats.additivity(table, None, more).empty
     with pytest.raises(ValueError, match=r"lacks 'DropTop\(1\), layer 12 stage 0'; measure"):
@@ -184,7 +192,7 @@ def test_gap_pairs_the_worst_with_random_flips_of_the_same_kind():
     cells = table.drop_duplicates("condition").assign(shard=0)
     cells["seconds"] = cells.perturbation.map(seconds).fillna(4.0)
     cells["condition"] = cells.condition.where(cells.perturbation != "clean", "clean")
-    found = stats.gap(table, None, routing(table), cells, resamples=99)
+    found = stats.gap(table, None, routing(table), cells, bootstrap=Bootstrap(resamples=99))
     gaps = found[found.part == "gap"].set_index("condition").delta_nats.to_dict()
     expected = {"Worst(2)": 0.7, "Worst(2, rounds=3)": 1.0, "Worst(2, per=sequence)": 0.2}
     assert gaps == pytest.approx(expected)
@@ -226,7 +234,7 @@ def test_a_dose_that_only_one_document_has_gives_no_bounds():
     dose = routing(table)
     rare = (dose.strength == 1) & (dose.document_id != "doc000")
     dose.loc[rare, ["flips", "mass_moved"]] = 0.0
-    found = stats.per_dose(table, dose, resamples=499).set_index("label")
+    found = stats.per_dose(table, dose, bootstrap=Bootstrap(resamples=499)).set_index("label")
     assert np.isfinite(found.per_flip["DropTop(1)"])
     assert np.isnan(found.loc["DropTop(1)", ["per_flip_low", "per_flip_high"]].astype(float)).all()
     assert found.loc["DropTop(2)", ["per_flip_low", "per_flip_high"]].notna().all()

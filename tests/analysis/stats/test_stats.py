@@ -11,7 +11,7 @@ import scipy.stats
 from pandas.testing import assert_frame_equal
 
 from analysis import stats
-from analysis.stats.bootstrap import document_counts, intervals
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.pairs import KEY
 from analysis.stats.seeds import permutation_test
 
@@ -30,7 +30,7 @@ def whole():
 
 @pytest.fixture(scope="module")
 def whole_damage(whole):
-    return stats.damage(whole, routing(whole), resamples=999)
+    return stats.damage(whole, routing(whole), bootstrap=Bootstrap(resamples=999))
 
 
 def by_hand(table: pd.DataFrame, perturbation: str) -> pd.DataFrame:
@@ -103,7 +103,11 @@ def scipy_bca(x: np.ndarray, t: np.ndarray) -> tuple[float, float]:
 @pytest.mark.parametrize("documents", [12, 20])
 def test_interval_is_scipys_bca(documents):
     table = losses([TOP, CHOSEN], documents=documents)
-    found = stats.damage(table, resamples=2000, seed=4).set_index("label").loc["DropTop(1)"]
+    found = (
+        stats.damage(table, bootstrap=Bootstrap(resamples=2000, seed=4))
+        .set_index("label")
+        .loc["DropTop(1)"]
+    )
     sums = by_hand(table, "DropTop").to_numpy().T
     assert (found.low, found.high) == pytest.approx(scipy_bca(sums[0], sums[1]), rel=1e-9)
     expected = scipy_bca(sums[0] / np.log(2), sums[2])
@@ -113,8 +117,9 @@ def test_interval_is_scipys_bca(documents):
 def test_interval_with_plain_loops():
     rng = np.random.default_rng(3)
     x, t = rng.gamma(1.0, size=12), rng.integers(50, 90, 12).astype(float)
-    found = intervals(x[None], t[None], confidence=0.9, resamples=500, seed=5)
-    (counts,) = document_counts(12, 500, 5)
+    bootstrap = Bootstrap(confidence=0.9, resamples=500, seed=5)
+    found = bootstrap.intervals(x[None], t[None])
+    (counts,) = bootstrap.document_counts(12)
     assert (counts.sum(axis=1) == 12).all()
     draws = np.array([sum(n * x) / sum(n * t) for n in counts])
     value = x.sum() / t.sum()
@@ -131,14 +136,14 @@ def test_interval_with_plain_loops():
 
 def test_draws_come_in_blocks_of_bounded_size(monkeypatch):
     monkeypatch.setattr("analysis.stats.bootstrap.CHUNK", 100)
-    blocks = list(document_counts(30, 10, 0))
+    blocks = list(Bootstrap(resamples=10).document_counts(30))
     assert [len(b) for b in blocks] == [3, 3, 3, 1]
 
 
 def test_draws_equal_to_the_value_count_a_half():
     """Of three documents' draws 2 in 9 are the documents themselves, in units of any size."""
     x, t = np.array([[0.1, 0.7, 0.3]]), np.array([[3.0, 7.0, 11.0]])
-    bounds = [intervals(x * unit, t, seed=1) for unit in (1, 1 / 3, 1 / 7, np.pi)]
+    bounds = [Bootstrap(seed=1).intervals(x * unit, t) for unit in (1, 1 / 3, 1 / 7, np.pi)]
     for unit, found in zip((1, 1 / 3, 1 / 7, np.pi), bounds, strict=True):
         assert found.low_M[0] == pytest.approx(bounds[0].low_M[0] * unit, rel=1e-10)
         assert found.high_M[0] == pytest.approx(bounds[0].high_M[0] * unit, rel=1e-10)
@@ -150,7 +155,7 @@ def test_intervals_cover_the_truth():
     for trial in range(trials):
         tokens = rng.integers(100, 300, 40).astype(float)
         nats = tokens * rng.gamma(2.0, 0.25, 40)  # 0.5 nats per token on average, skewed
-        found = intervals(nats[None], tokens[None], resamples=999, seed=trial)
+        found = Bootstrap(resamples=999, seed=trial).intervals(nats[None], tokens[None])
         hits += found.low_M[0] <= 0.5 <= found.high_M[0]
     assert 0.91 < hits / trials < 0.975
 
@@ -172,7 +177,9 @@ def test_intervals_over_seeds_cover_the_truth():
                 delta = table.num_tokens * per_token[document]
                 base = table.nll_sum.where(clean, np.tile(table.nll_sum[clean], 2))
                 runs.append(table.assign(nll_sum=base.where(clean, base + delta)))
-        found = stats.over_seeds(pd.concat(runs), "a", "b", "DropTop(1)", resamples=299, seed=trial)
+        found = stats.over_seeds(
+            pd.concat(runs), "a", "b", "DropTop(1)", bootstrap=Bootstrap(resamples=299, seed=trial)
+        )
         hits += found.low[0] <= truth <= found.high[0]
     assert 0.9 < hits / trials <= 1.0
 
@@ -181,22 +188,29 @@ def test_a_document_effect_in_both_runs_cancels():
     table = losses([TOP, NOISE], eval_seeds=2)
     shift = table.document_id.astype("category").cat.codes * 0.3 * table.num_tokens
     columns = ["delta_nats", "low", "high", "delta_bits_per_byte", "bpb_low", "bpb_high"]
-    before = stats.damage(table, resamples=499)[columns]
-    after = stats.damage(table.assign(nll_sum=table.nll_sum + shift), resamples=499)[columns]
+    before = stats.damage(table, bootstrap=Bootstrap(resamples=499))[columns]
+    after = stats.damage(
+        table.assign(nll_sum=table.nll_sum + shift), bootstrap=Bootstrap(resamples=499)
+    )[columns]
     assert_frame_equal(before, after, rtol=1e-9)
 
 
 def test_order_of_rows_does_not_matter():
     table = losses([TOP, NOISE, arm("Identity")], eval_seeds=2)
     shuffled = table.sample(frac=1, random_state=0)
-    frames = [stats.damage(t, resamples=499).sort_values("label") for t in (table, shuffled)]
+    frames = [
+        stats.damage(t, bootstrap=Bootstrap(resamples=499)).sort_values("label")
+        for t in (table, shuffled)
+    ]
     assert_frame_equal(*(f.reset_index(drop=True) for f in frames), rtol=1e-13)
 
 
 def test_the_draws_do_not_depend_on_the_other_conditions():
     table = losses([TOP, CHOSEN])
-    alone = stats.damage(table[table.perturbation != "DropChosen"], resamples=499)
-    both = stats.damage(table, resamples=499)
+    alone = stats.damage(
+        table[table.perturbation != "DropChosen"], bootstrap=Bootstrap(resamples=499)
+    )
+    both = stats.damage(table, bootstrap=Bootstrap(resamples=499))
     assert_frame_equal(alone, both[both.label == "DropTop(1)"].reset_index(drop=True), rtol=1e-13)
 
 
@@ -207,7 +221,9 @@ def test_eval_seeds_are_averaged_within_a_document():
     mean = first.assign(nll_sum=(first.nll_sum.to_numpy() + second.nll_sum.to_numpy()) / 2)
     single = pd.concat([table[~noisy], mean])
     columns = ["delta_nats", "low", "high"]
-    found, expected = (stats.damage(t, resamples=499)[columns] for t in (table, single))
+    found, expected = (
+        stats.damage(t, bootstrap=Bootstrap(resamples=499))[columns] for t in (table, single)
+    )
     assert_frame_equal(found, expected, rtol=1e-12)
 
 
@@ -229,13 +245,13 @@ def test_a_constant_change_has_an_interval_of_no_width():
 def test_bca_falls_back_to_percentiles_where_it_is_undefined():
     """Of two resamples, both may lie above the value: then BCa's bias is infinite."""
     x, t = np.array([[0.0, 1.0, 5.0]]), np.ones((1, 3))
-    seed = next(
-        s
-        for s in range(100)
-        if all((counts @ x[0] > 6).all() for counts in document_counts(3, 2, s))
+    bootstrap = next(
+        two
+        for two in (Bootstrap(resamples=2, seed=seed) for seed in range(100))
+        if all((counts @ x[0] > 6).all() for counts in two.document_counts(3))
     )
-    found = intervals(x, t, resamples=2, seed=seed)
-    (counts,) = document_counts(3, 2, seed)
+    found = bootstrap.intervals(x, t)
+    (counts,) = bootstrap.document_counts(3)
     expected = np.quantile(counts @ x[0] / 3, [0.025, 0.975])
     assert (found.low_M[0], found.high_M[0]) == pytest.approx(tuple(expected))
 
@@ -268,7 +284,9 @@ def test_labels_leave_out_what_is_plain():
 
 def test_difference_against_scipy_on_the_paired_deltas():
     table = losses([TOP, CHOSEN])
-    found = stats.difference(table, "DropTop(1)", "DropChosen(1)", resamples=2000, seed=4).iloc[0]
+    found = stats.difference(
+        table, "DropTop(1)", "DropChosen(1)", bootstrap=Bootstrap(resamples=2000, seed=4)
+    ).iloc[0]
     top, chosen = by_hand(table, "DropTop"), by_hand(table, "DropChosen")
     gap = (top.delta - chosen.delta).to_numpy()
     expected = scipy_bca(gap, top.tokens.to_numpy())
@@ -280,11 +298,17 @@ def test_difference_against_scipy_on_the_paired_deltas():
 
 def test_difference_is_antisymmetric_and_zero_with_itself():
     table = losses([TOP, CHOSEN])
-    there = stats.difference(table, "DropTop(1)", "DropChosen(1)", resamples=499).iloc[0]
-    back = stats.difference(table, "DropChosen(1)", "DropTop(1)", resamples=499).iloc[0]
+    there = stats.difference(
+        table, "DropTop(1)", "DropChosen(1)", bootstrap=Bootstrap(resamples=499)
+    ).iloc[0]
+    back = stats.difference(
+        table, "DropChosen(1)", "DropTop(1)", bootstrap=Bootstrap(resamples=499)
+    ).iloc[0]
     assert there.delta_nats == pytest.approx(-back.delta_nats)
     assert there.low == pytest.approx(-back.high)
-    same = stats.difference(table, "DropTop(1)", "DropTop(1)", resamples=499).iloc[0]
+    same = stats.difference(
+        table, "DropTop(1)", "DropTop(1)", bootstrap=Bootstrap(resamples=499)
+    ).iloc[0]
     assert (same.delta_nats, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-14)
 
 
@@ -314,7 +338,9 @@ def test_over_seeds_gives_the_mean_difference_and_the_smallest_p():
         for s in range(3)
     ]
     table = pd.concat(runs)
-    row = stats.over_seeds(table, "a", "b", "DropTop(1)", resamples=999).iloc[0]
+    row = stats.over_seeds(table, "a", "b", "DropTop(1)", bootstrap=Bootstrap(resamples=999)).iloc[
+        0
+    ]
     damage = stats.damage(table).groupby("model").delta_nats.mean()
     assert row.delta_nats == pytest.approx(damage["a"] - damage["b"])
     assert row.low < row.delta_nats < row.high
@@ -329,7 +355,9 @@ def test_over_seeds_is_wider_than_one_checkpoint_where_seeds_differ():
         for m in costs
         for s, c in enumerate(costs[m])
     )
-    over = stats.over_seeds(table, "a", "b", "DropTop(1)", resamples=999).iloc[0]
+    over = stats.over_seeds(table, "a", "b", "DropTop(1)", bootstrap=Bootstrap(resamples=999)).iloc[
+        0
+    ]
     single = stats.contrast_models(table, "a", "b", "DropTop(1)").iloc[0]
     assert over.high - over.low > 2 * (single.high - single.low)
 
@@ -350,7 +378,7 @@ def test_permutation_test_against_all_splits_and_scipy():
     )
     assert p == pytest.approx(expected.pvalue)
     assert min_p == pytest.approx(2 / len(list(combinations(range(9), 4))))
-    sampled, smallest = permutation_test(a, b, resamples=100)
+    sampled, smallest = permutation_test(a, b, bootstrap=Bootstrap(resamples=100))
     assert smallest == pytest.approx(2 / 101)
     assert sampled == pytest.approx(p, abs=0.15)
 
@@ -517,11 +545,8 @@ def test_tables_that_cannot_be_compared_are_refused(spoil, message):
     ],
 )
 def test_wrong_options_are_named(options, message):
-    table = pd.concat([losses([TOP], model=m) for m in "ab"])
     with pytest.raises(ValueError, match=message):
-        stats.damage(table, **options)
-    with pytest.raises(ValueError, match=message):
-        stats.over_seeds(table, "a", "b", "DropTop(1)", **options)
+        Bootstrap(**options)
 
 
 def test_routing_without_a_dose_column_is_refused():

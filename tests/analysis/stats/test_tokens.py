@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from analysis import stats
+from analysis.stats.bootstrap import Bootstrap
 
 from ..synthetic import arm, losses, tokens
 
@@ -56,7 +57,7 @@ def test_tails_are_those_of_all_tokens_of_all_seeds(table, kept):
         assert row.rising == pytest.approx((rise > 0).mean())
         worst = sorted(rise, reverse=True)[: round(0.01 * len(rise))]
         assert row["worst_0.01"] == pytest.approx(sum(worst) / rise.sum())
-    damage = stats.damage(table, resamples=9).set_index("label").delta_nats
+    damage = stats.damage(table, bootstrap=Bootstrap(resamples=9)).set_index("label").delta_nats
     assert found["mean"].to_dict() == pytest.approx(damage.to_dict(), rel=1e-5)
 
 
@@ -110,7 +111,7 @@ def group_of(token: dict, by: str, counts: dict) -> str:
 
 @pytest.mark.parametrize("by", ["position", "frequency", "domain"])
 def test_groups_against_plain_loops(table, kept, by):
-    found = stats.damage_by(table, by, kept, resamples=99)
+    found = stats.damage_by(table, by, kept, bootstrap=Bootstrap(resamples=99))
     for name, perturbation in (("DropTop(1)", "DropTop"), ("GaussianNoise(1)", "GaussianNoise")):
         every = by_hand(table, kept, perturbation)
         counts = {}
@@ -135,8 +136,8 @@ def test_groups_against_plain_loops(table, kept, by):
 
 
 def test_a_group_that_is_everything_has_the_damage_and_its_interval(table):
-    whole = stats.damage(table, resamples=499).set_index("label")
-    found = stats.damage_by(table.assign(domain="x"), "domain", resamples=499)
+    whole = stats.damage(table, bootstrap=Bootstrap(resamples=499)).set_index("label")
+    found = stats.damage_by(table.assign(domain="x"), "domain", bootstrap=Bootstrap(resamples=499))
     for row in found.itertuples():
         expected = whole.loc[row.condition, ["delta_nats", "low", "high"]].tolist()
         assert [row.delta_nats, row.low, row.high] == pytest.approx(expected, rel=1e-12)
@@ -144,7 +145,9 @@ def test_a_group_that_is_everything_has_the_damage_and_its_interval(table):
 
 def test_a_group_within_one_document_has_no_interval(table):
     alone = table.assign(domain=np.where(table.document_id == "doc003", "rare", "b"))
-    row = stats.damage_by(alone, "domain", conditions=["DropTop(1)"], resamples=99)
+    row = stats.damage_by(
+        alone, "domain", conditions=["DropTop(1)"], bootstrap=Bootstrap(resamples=99)
+    )
     rare = row.set_index("group").loc["rare"]
     assert rare.num_documents == 1
     assert np.isnan([rare.low, rare.high]).all()
