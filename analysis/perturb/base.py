@@ -12,14 +12,14 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from analysis.perturb.context import RouterContext
+from cartmoe.fields import declared
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
 
@@ -161,42 +161,6 @@ def _source(cls: type) -> str:
             return ""
 
 
-def set_flag(owner: object, name: str) -> None:
-    """Raise `ValueError` unless a field is True or False (1 has another JSON)."""
-    value = getattr(owner, name)
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; it must be True or False")
-
-
-def set_number(
-    owner: object, name: str, kind: type, least: float = 0, most: float = math.inf
-) -> None:
-    """Make a field of a frozen dataclass a plain int or float, so that equal values have the same
-    JSON (1 and 1.0, and NumPy's). Raises `ValueError` for other things and other numbers."""
-    value = getattr(owner, name)
-    whole = kind is int
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-        raise ValueError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number")
-    if not least <= value <= most or abs(value) == math.inf:
-        span = f"lie in {least}..{most}" if most < math.inf else "be finite"
-        span += f" and at least {least}" if most == math.inf and least > -math.inf else ""
-        raise ValueError(f"{name} is {value!r}; it must {span}")
-    object.__setattr__(owner, name, kind(value))
-
-
-def set_numbers(owner: object, name: str, least: int) -> None:
-    """Make a field a tuple of different whole numbers, sorted. Raises `ValueError`."""
-    value = getattr(owner, name)
-    good = isinstance(value, tuple | list) and all(
-        isinstance(v, Integral) and not isinstance(v, bool) and v >= least for v in value
-    )
-    if not good or len(set(value)) < len(value) or not value:
-        raise ValueError(
-            f"{name} is {value!r}; it must be a list of different whole numbers from {least} on"
-        )
-    object.__setattr__(owner, name, tuple(sorted(int(v) for v in value)))
-
-
 def mask_experts(logits_TE: Tensor, ids_TM: Tensor) -> Tensor:
     """A copy with -inf at ids_TM."""
     return logits_TE.scatter(-1, ids_TM, -torch.inf)
@@ -217,7 +181,7 @@ def finite_std(logits_TE: Tensor) -> Tensor:
     return ((z_TE - mean_T1).square() * finite_TE).sum(-1, keepdim=True).div(count_T1).sqrt()
 
 
-@dataclass(frozen=True)
+@declared
 class Identity(Perturbation):
     """Changes nothing: measures what the hooks themselves do, which must be exactly nothing."""
 

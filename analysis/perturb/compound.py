@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from analysis.perturb.base import (
-    EXPECTS,
     Identity,
     Perturbation,
     flat,
     import_name,
     parts_of,
     plain,
-    set_number,
 )
 from analysis.perturb.context import RouterContext
 from analysis.perturb.masks import DropTop
-from cartmoe.config import check_choice
+from cartmoe.fields import Count, declared
 
 
-@dataclass(frozen=True)
+def _of_routing(value: Any) -> Any:
+    if not isinstance(value, Perturbation) or value.expects == "output":
+        raise ValueError("must be a perturbation of routing")
+    return value
+
+
+OfRouting = Annotated[Perturbation, BeforeValidator(_of_routing)]
+
+
+@declared
 class Compose(Perturbation):
     """Several perturbations, one after the other; each takes the decision so far for the clean
     one, and has draws of its own. Those after which there is another decision altogether (all that
     move logits, TopK, Replay) come before those that change one, which they would undo."""
 
     listed: ClassVar[frozenset[str]] = frozenset({"parts"})
-    parts: tuple[Perturbation, ...] = ()
+    parts: Annotated[tuple[OfRouting, ...], Field(min_length=1)]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.parts, tuple | list) or not self.parts:
-            raise ValueError(f"parts is {self.parts!r}; give a list of perturbations")
-        for part in self.parts:
-            if not isinstance(part, Perturbation) or isinstance(part, ResidualNoise):
-                raise ValueError(f"parts has {part!r}; each must be a perturbation of routing")
-        object.__setattr__(self, "parts", tuple(self.parts))
         decided = None
         for part in parts_of(self):
             if isinstance(part, Compose):
@@ -72,20 +73,14 @@ class Compose(Perturbation):
         return Compose(tuple(part.identity() for part in self.parts))
 
 
-@dataclass(frozen=True)
+@declared
 class ResidualNoise(Perturbation):
     """The control that asks whether it is *wrong experts* that hurt, or any change of that size:
     routing stays, and a random direction is added to the layer's output, with the norm, token by
     token, of the change that the perturbation `of` would make there."""
 
     expects: ClassVar[str] = "output"
-    of: Perturbation = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        of = DropTop(1) if self.of is None else self.of
-        if not isinstance(of, Perturbation) or isinstance(of, ResidualNoise):
-            raise ValueError(f"of is {of!r}; it must be a perturbation of routing")
-        object.__setattr__(self, "of", of)
+    of: OfRouting = DropTop(1)
 
     @property
     def strength(self) -> float:
@@ -112,7 +107,7 @@ class ResidualNoise(Perturbation):
         return ResidualNoise(self.of.identity())
 
 
-@dataclass(frozen=True)
+@declared
 class Custom(Perturbation):
     """A function of yours in a study: (logits_TE, ctx) -> logits_TE, pure.
 
@@ -124,18 +119,16 @@ class Custom(Perturbation):
 
     function: Callable[[Tensor, RouterContext], Tensor] | str = ""
     title: str = ""
-    version: int = 0
-    changes: str = "weights"
+    version: Count = 0
+    changes: Literal["none", "weights", "selection"] = "weights"
 
     def __post_init__(self) -> None:
         if isinstance(self.function, str):
             object.__setattr__(self, "function", import_name(self.function))
         if not callable(self.function):
             raise ValueError(f"function is {self.function!r}; give (logits_TE, ctx) -> logits_TE")
-        if not isinstance(self.title, str) or not self.title or set(self.title) & set("(),"):
+        if not self.title or set(self.title) & set("(),"):
             raise ValueError(f"title is {self.title!r}; it must be a text without '(', ')' or ','")
-        set_number(self, "version", int)
-        check_choice("changes", self.changes, EXPECTS[:3])
 
     @property
     def expects(self) -> str:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Integral
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from analysis.perturb.base import Perturbation, check_experts, chosen_mask, finite_std, set_number
+from analysis.perturb.base import Perturbation, check_experts, chosen_mask, finite_std
 from analysis.perturb.context import RouterContext
-from cartmoe.config import check_choice
+from cartmoe.fields import PLAIN, NonNegative, Positive, Share, declared
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import stable_topk
 
-SCALES = ("token", "site", "absolute")
-WITHIN = ("all", "chosen")
-DRAWS = ("reservoir", "permute")
 FLOATS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+Bits = Annotated[int, Field(strict=True, ge=1, le=24), PLAIN]
 
 
-@dataclass(frozen=True)
+@declared
 class GaussianNoise(Perturbation):
     """z + sigma * s * n, n standard normal.
 
@@ -33,14 +30,9 @@ class GaussianNoise(Perturbation):
     """
 
     strength_field: ClassVar[str] = "sigma"
-    sigma: float = 1.0
-    scale: str = "token"
-    within: str = "all"
-
-    def __post_init__(self) -> None:
-        set_number(self, "sigma", float)
-        check_choice("scale", self.scale, SCALES)
-        check_choice("within", self.within, WITHIN)
+    sigma: NonNegative = 1.0
+    scale: Literal["token", "site", "absolute"] = "token"
+    within: Literal["all", "chosen"] = "all"
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A noisy copy; -inf stays -inf."""
@@ -58,17 +50,14 @@ class GaussianNoise(Perturbation):
         return ctx.need_stats(self).std if self.scale == "site" else 1.0
 
 
-@dataclass(frozen=True)
+@declared
 class GumbelNoise(Perturbation):
     """z + tau * g, g standard Gumbel: the top K are then K draws without replacement in proportion
     to exp(z / tau), as RoE samples routes (arXiv 2509.17238); with a softmax, to p^(1/tau). (A bias
     in the selection, or top-p, then still does what it does.)"""
 
     strength_field: ClassVar[str] = "tau"
-    tau: float = 1.0
-
-    def __post_init__(self) -> None:
-        set_number(self, "tau", float)
+    tau: NonNegative = 1.0
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A noisy copy; -inf stays -inf."""
@@ -77,7 +66,7 @@ class GumbelNoise(Perturbation):
         return logits_TE + self.tau * ctx.noise.gumbel(logits_TE.shape[-1]).to(logits_TE.dtype)
 
 
-@dataclass(frozen=True)
+@declared
 class Temperature(Perturbation):
     """z / 2^log2_t: flatter (log2_t > 0) or sharper weights. With top-k the set stays, as long as
     fp32 can tell the scores apart (up to a log2_t of about 10); with top-p, or a bias in the
@@ -85,28 +74,21 @@ class Temperature(Perturbation):
 
     expects: ClassVar[str] = "weights"
     strength_field: ClassVar[str] = "log2_t"
-    log2_t: float = 1.0
-
-    def __post_init__(self) -> None:
-        set_number(self, "log2_t", float, least=-64, most=64)
+    log2_t: Annotated[float, Field(strict=True, ge=-64, le=64), PLAIN] = 1.0
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A scaled copy."""
         return logits_TE if self.log2_t == 0 else logits_TE * 2.0**-self.log2_t
 
 
-@dataclass(frozen=True)
+@declared
 class SwapRanks(Perturbation):
     """The logits at ranks r and s (1 the highest) change places; changes something if the better
     of the two is in use. Needs no learned router, so hash layers have it too."""
 
     expects: ClassVar[str] = "weights"
-    r: int = 1
-    s: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("r", "s"):
-            set_number(self, name, int, least=1)
+    r: Positive = 1
+    s: Positive = 2
 
     def check(self, sites: Sequence[RouterSite]) -> None:
         """`ValueError` for a rank that a router does not have."""
@@ -124,7 +106,7 @@ class SwapRanks(Perturbation):
         return logits_TE.scatter(-1, pair_T2, torch.where(masked_T1, value_T2, value_T2.flip(-1)))
 
 
-@dataclass(frozen=True)
+@declared
 class RandomRouting(Perturbation):
     """A share of the tokens is routed as if it were another token: the ceiling of damage. Experts
     that a mask has taken away before stay away.
@@ -134,12 +116,8 @@ class RandomRouting(Perturbation):
     """
 
     strength_field: ClassVar[str] = "share"
-    share: float = 1.0
-    draw: str = "reservoir"
-
-    def __post_init__(self) -> None:
-        set_number(self, "share", float, most=1)
-        check_choice("draw", self.draw, DRAWS)
+    share: Share = 1.0
+    draw: Literal["reservoir", "permute"] = "reservoir"
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A copy with other rows for that share of tokens."""
@@ -158,7 +136,7 @@ class RandomRouting(Perturbation):
         return torch.where(ctx.noise.uniform(1, "who") < self.share, other_TE, logits_TE)
 
 
-@dataclass(frozen=True)
+@declared
 class Quantize(Perturbation):
     """z rounded: the numeric floor of routing.
 
@@ -167,17 +145,7 @@ class Quantize(Perturbation):
     """
 
     expects: ClassVar[str] = "weights"
-    to: str | int | None = "bf16"
-
-    def __post_init__(self) -> None:
-        if self.to is None or self.to in tuple(FLOATS):
-            return
-        whole = isinstance(self.to, Integral) and not isinstance(self.to, bool)
-        if not whole or not 1 <= self.to <= 24:
-            raise ValueError(
-                f"to is {self.to!r}; choose 'bf16', 'fp8', or a number of bits in 1..24"
-            )
-        object.__setattr__(self, "to", int(self.to))
+    to: Literal["bf16", "fp8"] | Bits | None = "bf16"
 
     @property
     def strength(self) -> float:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
 from analysis.perturb.base import (
@@ -15,16 +14,15 @@ from analysis.perturb.base import (
     check_experts,
     chosen_mask,
     mask_experts,
-    set_number,
-    set_numbers,
 )
 from analysis.perturb.context import RouterContext
 from cartmoe.config import check_choice
+from cartmoe.fields import Count, Positive, Share, declared
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import stable_topk
 
 
-@dataclass(frozen=True)
+@declared
 class DropTop(Perturbation):
     """The m highest logits of each token to -inf, ties to the lower index.
 
@@ -33,15 +31,12 @@ class DropTop(Perturbation):
     """
 
     strength_field: ClassVar[str] = "m"
-    m: int = 1
-    ratio: float | None = None
+    m: Count = 1
+    ratio: Share | None = None
 
     def __post_init__(self) -> None:
-        set_number(self, "m", int)
-        if self.ratio is not None:
-            set_number(self, "ratio", float, most=1)
-            if self.m != 1:
-                raise ValueError(f"m is {self.m} and ratio is {self.ratio}; give one of them")
+        if self.ratio is not None and self.m != 1:
+            raise ValueError(f"m is {self.m} and ratio is {self.ratio}; give one of them")
 
     @property
     def strength(self) -> float:
@@ -71,16 +66,22 @@ class DropTop(Perturbation):
         return mask_experts(logits_TE, stable_topk(logits_TE, m))
 
 
-@dataclass(frozen=True)
+def _sorted(items: tuple) -> tuple:
+    if len(set(items)) < len(items):
+        raise ValueError("must be a list of different ones")
+    return tuple(sorted(items))
+
+
+DIFFERENT = AfterValidator(_sorted)
+
+
+@declared
 class KeepRanks(Perturbation):
     """Only the experts at these ranks of each token's logits stay, 1 being the highest: fewer
     experts, or others (rank-k routing of SCMoE, arXiv 2405.14507)."""
 
     listed: ClassVar[frozenset[str]] = frozenset({"ranks"})
-    ranks: tuple[int, ...] = (1,)
-
-    def __post_init__(self) -> None:
-        set_numbers(self, "ranks", 1)
+    ranks: Annotated[tuple[Positive, ...], Field(min_length=1), DIFFERENT] = (1,)
 
     def check(self, sites: Sequence[RouterSite]) -> None:
         """`ValueError` for a rank that a router does not have."""
@@ -95,11 +96,15 @@ class KeepRanks(Perturbation):
         return masked_TE.scatter(-1, kept_TM, logits_TE.gather(-1, kept_TM))
 
 
-WHICH = ("random", "most_used", "least_used")
-SiteIds = tuple[tuple[str, tuple[int, ...]], ...]
+Ids = Annotated[tuple[Count, ...], DIFFERENT]
+SiteIds = Annotated[tuple[tuple[str, Ids], ...], Field(min_length=1), DIFFERENT]
 
 
-@dataclass(frozen=True)
+def _pairs(ids: Any) -> Any:
+    return tuple((str(s), own) for s, own in ids.items()) if isinstance(ids, Mapping) else ids
+
+
+@declared
 class DropExperts(Perturbation):
     """A fixed set of experts is dead for every token.
 
@@ -114,29 +119,20 @@ class DropExperts(Perturbation):
 
     strength_field: ClassVar[str] = "fraction"
     listed: ClassVar[frozenset[str]] = frozenset({"ids"})
-    fraction: float = 0.25
-    which: str = "random"
-    ids: tuple[int, ...] | SiteIds | None = None
+    fraction: Share = 0.25
+    which: Literal["random", "most_used", "least_used"] = "random"
+    ids: Annotated[
+        Annotated[Ids, Field(min_length=1)] | SiteIds | None, BeforeValidator(_pairs)
+    ] = None
 
     def __post_init__(self) -> None:
-        set_number(self, "fraction", float, most=1)
-        check_choice("which", self.which, WHICH)
-        if self.ids is None:
-            return
-        if (self.fraction, self.which) != (0.25, "random"):
+        if self.ids is not None and (self.fraction, self.which) != (0.25, "random"):
             raise ValueError("ids name the experts already; leave out fraction and which")
-        if isinstance(self.ids, Mapping):
-            object.__setattr__(self, "ids", tuple(self.ids.items()))
-        if self.by_site:
-            object.__setattr__(self, "ids", tuple(sorted((str(s), _ids(i)) for s, i in self.ids)))
-        else:
-            set_numbers(self, "ids", 0)
 
     @property
     def by_site(self) -> bool:
         """Whether `ids` name routers too."""
-        pairs = self.ids if isinstance(self.ids, tuple | list) else ()
-        return bool(pairs) and all(isinstance(i, tuple | list) and len(i) == 2 for i in pairs)
+        return self.ids is not None and isinstance(self.ids[0], tuple)
 
     @property
     def strength(self) -> float:
@@ -188,27 +184,15 @@ class DropExperts(Perturbation):
         return order_E[:count]
 
 
-def _ids(ids: object) -> tuple[int, ...]:
-    good = isinstance(ids, tuple | list) and all(
-        isinstance(i, Integral) and not isinstance(i, bool) and i >= 0 for i in ids
-    )
-    if not good:
-        raise ValueError(f"ids has {ids!r}; each router's must be a list of whole numbers from 0")
-    return tuple(sorted({int(i) for i in ids}))
-
-
 def _names(site: RouterSite) -> tuple[str, str, str]:
     """What a router may be called."""
     return f"layer {site.layer}", f"layer {site.layer} stage {site.stage}", site.name
 
 
-@dataclass(frozen=True)
+@declared
 class _DropRandom(Perturbation):
     strength_field: ClassVar[str] = "m"
-    m: int = 1
-
-    def __post_init__(self) -> None:
-        set_number(self, "m", int)
+    m: Count = 1
 
     def check(self, sites: Sequence[RouterSite]) -> None:
         """`ValueError` for more experts than a router has."""
@@ -226,7 +210,7 @@ class _DropRandom(Perturbation):
         return logits_TE.scatter(-1, ids_TM, fill)
 
 
-@dataclass(frozen=True)
+@declared
 class DropChosen(_DropRandom):
     """m random experts among those the token uses to -inf (all, if it uses fewer): the control
     that tells "the best one" from "any one in use"."""
@@ -236,7 +220,7 @@ class DropChosen(_DropRandom):
         return self._drop(logits_TE, chosen_mask(ctx.clean), ctx)
 
 
-@dataclass(frozen=True)
+@declared
 class DropUnchosen(_DropRandom):
     """m random experts among those the token does not use to -inf: must change nothing where
     weights are made from the chosen alone; elsewhere it measures the normalisation."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.perturb.base import EXPECTS, set_number
+from analysis.perturb.base import EXPECTS
 from analysis.perturb.catalogue import PERTURBATIONS, perturbation_from_dict
 from analysis.perturb.compound import Compose, Custom, ResidualNoise
 from analysis.perturb.condition import POINTS, Condition
@@ -52,7 +52,7 @@ def test_expects_one_thing(p):
 def test_defaults(cls):
     name = cls.__name__
     if cls in (Compose, Custom):  # of nothing there is none
-        with pytest.raises(ValueError, match=r"^(parts|'') "):
+        with pytest.raises(ValueError, match=r"^(Compose lacks parts|'' )"):
             perturbation_from_dict({"name": name})
     else:
         assert perturbation_from_dict({"name": name}) == cls()
@@ -91,26 +91,27 @@ def test_identity_is_at_strength_zero():
         assert p.identity().strength in (0, pytest.approx(math.nan, nan_ok=True))
 
 
-WHOLE = "it must be a whole number"
+MUST = "must be a whole number"
+WHOLE = f"it {MUST}"
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DropTop(-1), "m is -1; it must be finite and at least 0"),
+        (lambda: DropTop(-1), "m is -1; it must be at least 0"),
         (lambda: DropTop(1.5), f"m is 1.5; {WHOLE}"),
         (lambda: DropTop(True), "m is True"),
         (lambda: DropTop("2"), "m is '2'"),
         (lambda: DropTop([1]), r"m is \[1\]"),
-        (lambda: DropTop(ratio=1.5), "ratio is 1.5; it must lie in 0..1"),
-        (lambda: DropTop(ratio="half"), "ratio is 'half'; it must be a number"),
+        (lambda: DropTop(ratio=1.5), "ratio is 1.5; it must be at most 1"),
+        (lambda: DropTop(ratio="half"), "ratio is 'half'; it must be a finite number"),
         (lambda: DropTop(2, ratio=0.5), "give one of them"),
-        (lambda: KeepRanks(()), r"ranks is \(\); it must be a list of different whole numbers"),
-        (lambda: KeepRanks((0, 1)), "from 1 on"),
-        (lambda: KeepRanks((1, 1)), r"ranks is \(1, 1\)"),
-        (lambda: KeepRanks(2), "ranks is 2"),
+        (lambda: KeepRanks(()), r"ranks is \(\); it must be a list that is not empty"),
+        (lambda: KeepRanks((0, 1)), "ranks has 0; each must be at least 1"),
+        (lambda: KeepRanks((1, 1)), r"ranks is \(1, 1\); it must be a list of different ones"),
+        (lambda: KeepRanks(2), "ranks is 2; it must be a list"),
         (lambda: KeepRanks("12"), "ranks is '12'"),
-        (lambda: TopK(0), "k is 0; it must be finite and at least 1"),
+        (lambda: TopK(0), "k is 0; it must be at least 1"),
         (lambda: TopK(None), "k is None"),
         (lambda: DropExperts(-0.1), "fraction is -0.1"),
         (lambda: DropExperts("all"), "fraction is 'all'"),
@@ -119,35 +120,35 @@ WHOLE = "it must be a whole number"
         (lambda: DropExperts(0.5, ids=[1]), "ids name the experts already"),
         (lambda: DropExperts(ids=[]), r"ids is \[\]"),
         (lambda: DropExperts(ids={}), r"ids is \(\)"),
-        (lambda: DropExperts(ids=[-1]), r"ids is \[-1\]"),
+        (lambda: DropExperts(ids=[-1]), "ids has -1; each must be at least 0"),
         (lambda: DropExperts(ids=3), "ids is 3"),
         (lambda: DropExperts(ids="34"), "ids is '34'"),
-        (lambda: DropExperts(ids={"layer 0": 3}), "ids has 3; each router's must be a list"),
-        (lambda: DropExperts(ids={"layer 0": [0.5]}), r"ids has \[0.5\]"),
-        (lambda: DropSlots(2), "probability is 2; it must lie in 0..1"),
+        (lambda: DropExperts(ids={"layer 0": 3}), "ids has 3; each must be a list"),
+        (lambda: DropExperts(ids={"layer 0": [0.5]}), f"ids has 0.5; each {MUST}"),
+        (lambda: DropSlots(2), "probability is 2; it must be at most 1"),
         (lambda: DropSlots(renormalize=1), "renormalize is 1; it must be True or False"),
         (lambda: DropChosen(-1), "m is -1"),
         (lambda: DropUnchosen(None), "m is None"),
         (lambda: GaussianNoise(-0.1), "sigma is -0.1"),
-        (lambda: GaussianNoise(math.nan), "sigma is nan"),
+        (lambda: GaussianNoise(math.nan), "sigma is nan; it must be a finite number"),
         (lambda: GaussianNoise(math.inf), "sigma is inf"),
         (lambda: GaussianNoise(scale="row"), "scale is 'row'; choose one of 'token', 'site'"),
         (lambda: GaussianNoise(within="some"), "within is 'some'"),
-        (lambda: GumbelNoise(-1), "tau is -1; it must be finite and at least 0"),
-        (lambda: Temperature(65), "log2_t is 65; it must lie in -64..64"),
+        (lambda: GumbelNoise(-1), "tau is -1; it must be at least 0"),
+        (lambda: Temperature(65), "log2_t is 65; it must be at most 64"),
         (lambda: Temperature("hot"), "log2_t is 'hot'"),
         (lambda: SwapRanks(0, 1), "r is 0"),
         (lambda: SwapRanks(1, 1.5), "s is 1.5"),
-        (lambda: RandomRouting(1.1), "share is 1.1; it must lie in 0..1"),
+        (lambda: RandomRouting(1.1), "share is 1.1; it must be at most 1"),
         (lambda: RandomRouting(draw="x"), "draw is 'x'; choose one of 'reservoir', 'permute'"),
-        (lambda: UniformWeights(1.5), "mix is 1.5; it must lie in 0..1"),
-        (lambda: Quantize("fp16"), "to is 'fp16'; choose 'bf16', 'fp8', or a number of bits"),
+        (lambda: UniformWeights(1.5), "mix is 1.5; it must be at most 1"),
+        (lambda: Quantize("fp16"), "to is 'fp16'; choose one of 'bf16', 'fp8' or it must be a wh"),
         (lambda: Quantize(0), "to is 0"),
         (lambda: Quantize(True), "to is True"),
         (lambda: Quantize([8]), r"to is \[8\]"),
         (lambda: Lag(-1), "n is -1"),
         (lambda: Lag(over="layers"), "over is 'layers'; choose one of 'tokens', 'sites'"),
-        (lambda: Compose(()), r"parts is \(\); give a list of perturbations"),
+        (lambda: Compose(()), r"parts is \(\); it must be a list that is not empty"),
         (lambda: Compose(DropTop()), "parts is DropTop"),
         (lambda: Compose(("DropTop",)), "parts has 'DropTop'; each must be a perturbation"),
         (lambda: Compose((ResidualNoise(),)), "parts has ResidualNoise"),
@@ -162,7 +163,7 @@ WHOLE = "it must be a whole number"
         (lambda: Custom(soften, title="x", version="1"), f"version is '1'; {WHOLE}"),
         (lambda: Custom(soften, title="x", changes="output"), "changes is 'output'; choose one"),
         (lambda: Worst(-1), "flips is -1"),
-        (lambda: Worst(rounds=0), "rounds is 0; it must be finite and at least 1"),
+        (lambda: Worst(rounds=0), "rounds is 0; it must be at least 1"),
         (lambda: Worst(per="batch"), "per is 'batch'; choose one of 'token', 'sequence'"),
         (lambda: Worst(choose="best"), "choose is 'best'; choose one of 'worst', 'random'"),
         (lambda: perturbation_from_dict({"name": "DropTpo"}), "choose one of 'Identity', 'DropTop"),
@@ -313,9 +314,22 @@ def test_ones_own_class_must_be_a_frozen_dataclass(own):
         perturbation_from_dict({"name": "own_perturbation:Other"})
 
 
-def test_set_number_makes_plain_numbers():
-    p = DropTop(2)
-    object.__setattr__(p, "m", np.int32(3))
-    set_number(p, "m", int)
+def test_numbers_become_plain_ones():
+    p = DropTop(np.int32(3))
     assert type(p.m) is int
+    assert type(GaussianNoise(np.float32(3)).sigma) is float
+    assert type(GaussianNoise(3).sigma) is float
     assert replace(p, m=4) == DropTop(4)
+    with pytest.raises(ValueError, match="m is -1"):
+        replace(p, m=-1)
+
+
+def test_all_mistakes_at_once():
+    with pytest.raises(ValueError, match="sigma is -1") as error:
+        GaussianNoise(-1, "row", within=3, seed=1)
+    assert str(error.value).splitlines() == [
+        "sigma is -1; it must be at least 0",
+        "scale is 'row'; choose one of 'token', 'site', 'absolute'",
+        "within is 3; choose one of 'all', 'chosen'",
+        "field of GaussianNoise is 'seed'; choose one of 'sigma', 'scale', 'within'",
+    ]

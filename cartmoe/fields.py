@@ -1,0 +1,103 @@
+"""Fields that declare what they take: each wrong value is named, with what it must be.
+
+    @declared
+    class Noise:
+        sigma: NonNegative = 1.0
+        scale: Literal["token", "site"] = "token"
+
+`Noise(-1, "x")` raises one `ValueError` with a line a mistake: "sigma is -1; it must be at least
+0", "scale is 'x'; choose one of 'token', 'site'". Equal values have the same JSON: numbers of NumPy
+become plain ones, 1 as a `Number` is 1.0, and True is no number.
+
+A `__post_init__` sees good values, and raises for what no field can tell alone. A validator of
+one's own raises `ValueError("must be ...")`; the name and the value are put before it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields
+from typing import Annotated, Any, dataclass_transform
+
+import numpy as np
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
+
+PLAIN = BeforeValidator(lambda value: value.item() if isinstance(value, np.generic) else value)
+
+Whole = Annotated[int, Field(strict=True), PLAIN]
+Count = Annotated[int, Field(strict=True, ge=0), PLAIN]
+Positive = Annotated[int, Field(strict=True, ge=1), PLAIN]
+Several = Annotated[int, Field(strict=True, ge=2), PLAIN]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), PLAIN]
+AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), PLAIN]
+Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), PLAIN]
+Flag = Annotated[bool, Field(strict=True), PLAIN]
+Text = Annotated[str, Field(strict=True, min_length=1)]
+
+# Words for pydantic's kinds of mistakes.
+_MUST = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a finite number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be True or False",
+    "string_type": "must be a text",
+    "string_too_short": "must be a text",
+    "tuple_type": "must be a list",
+    "too_short": "must be a list that is not empty",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be more than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "value_error": "{error}",
+}
+
+
+@dataclass_transform(frozen_default=True)
+def declared(cls):
+    """Make the class a frozen dataclass whose fields take only what they declare."""
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    made = dataclass(frozen=True, config=config)(cls)
+    init = made.__init__
+
+    @functools.wraps(init)
+    def checked(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except ValidationError as error:
+            raise ValueError("\n".join(_mistakes(made, error))) from None
+
+    made.__init__ = checked
+    return made
+
+
+def _mistakes(cls: type, error: ValidationError) -> list[str]:
+    found: dict[str, dict[str, None]] = {}  # where a field takes several types, each says its own
+    for details in error.errors():
+        subject, complaint = _mistake(cls, details)
+        found.setdefault(subject, {})[complaint] = None
+    return [subject + " or ".join(complaints) for subject, complaints in found.items()]
+
+
+def _mistake(cls: type, error: ErrorDetails) -> tuple[str, str]:
+    """What is wrong, and what it must be."""
+    names = [f.name for f in fields(cls)]
+    kind, value, said = error["type"], error["input"], error.get("ctx", {})
+    if not error["loc"]:  # of a __post_init__
+        return str(said["error"]), ""
+    name, *within = error["loc"]
+    name = dict(enumerate(names)).get(name, name)
+    if kind == "unexpected_keyword_argument":
+        return (
+            f"field of {cls.__name__} is {name!r}; ",
+            f"choose one of {', '.join(map(repr, names))}",
+        )
+    if kind == "missing":
+        return f"{cls.__name__} lacks {name}", ""
+    if kind == "literal_error":
+        choices = said["expected"].replace(" or ", ", ")
+        return f"{name} is {value!r}; ", f"choose one of {choices}"
+    must = _MUST[kind].format(**said) if kind in _MUST else error["msg"]
+    if any(isinstance(place, int) for place in within):
+        return f"{name} has {value!r}; ", f"each {must}"
+    return f"{name} is {value!r}; ", f"it {must}"
