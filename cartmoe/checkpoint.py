@@ -116,7 +116,7 @@ def newest(directory: str | Path) -> Path:
     if not (directory / CHECKPOINTS).is_dir():
         _raise_damage(directory, damage(directory))
         return directory
-    problems = []
+    problems: list[str] = []
     for folder in reversed(run_checkpoints(directory)):
         problem = damage(folder)
         if problem is None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from cartmoe.fields import PLAIN, Count, Flag, NonNegative, Positive, Whole, declared
 
 
 class Family(NamedTuple):
@@ -38,9 +42,6 @@ PRESETS: dict[str, dict[str, int]] = {
     "large": dict(vocab_size=32000, d_model=1024, ffn_width=4096, num_layers=24, num_heads=16),
 }
 
-COMPOSITIONS = ("sequential", "parallel")
-SCORES = ("softmax", "sigmoid")
-
 
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise `ValueError` naming the parameter, the value and the choices unless value is one."""
@@ -63,9 +64,10 @@ def check_whole(name: str, value: int, least: int) -> None:
     check_least(name, value, least)
 
 
-@dataclass(frozen=True)
+@declared
 class ModelConfig:
-    """One model. What is None is filled in from the family, so a built config has no None.
+    """One model. What is not given is filled in from the family, so a built config has no None but
+    in `top_p` and `renormalize`, where it says something.
 
     family         one of `FAMILIES`
     ffn_width      hidden width of a dense FFN; an expert has ffn_width / (grain * num_stages)
@@ -87,56 +89,42 @@ class ModelConfig:
     """
 
     family: str
-    vocab_size: int
-    d_model: int
-    ffn_width: int
-    num_layers: int
-    num_heads: int
-    num_experts: int | None = None
-    top_k: int | tuple[int, ...] | None = None
-    grain: int | None = None
-    shared_experts: bool | None = None
-    num_stages: int | None = None
-    composition: str = "sequential"
-    moe_interval: int = 2
-    first_moe_layer: int = 0
-    top_p: float | None = None
-    score: str = "softmax"
-    renormalize: bool | None = None
-    bias_rate: float = 0.001
-    router_noise: float = 0.0
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-6
-    init_std: float = 0.01
-    hash_seed: int = 0
+    vocab_size: Positive
+    d_model: Positive
+    ffn_width: Positive
+    num_layers: Positive
+    num_heads: Positive
+    num_experts: Positive | None = None
+    top_k: Whole | tuple[Whole, ...] | None = None
+    grain: Positive | None = None
+    shared_experts: Flag | None = None
+    num_stages: Positive | None = None
+    composition: Literal["sequential", "parallel"] = "sequential"
+    moe_interval: Positive = 2
+    first_moe_layer: Count = 0
+    top_p: Annotated[float, Field(strict=True, gt=0, lt=1), PLAIN] | None = None
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: Flag | None = None
+    bias_rate: NonNegative = 0.001
+    router_noise: NonNegative = 0.0
+    rope_base: NonNegative = 10000.0
+    norm_eps: NonNegative = 1e-6
+    init_std: NonNegative = 0.01
+    hash_seed: Whole = 0
 
     def __post_init__(self) -> None:
         check_choice("family", self.family, FAMILIES)
-        check_choice("composition", self.composition, COMPOSITIONS)
-        check_choice("score", self.score, SCORES)
         family = FAMILIES[self.family]
-        for name in ("vocab_size", "d_model", "ffn_width", "num_layers", "num_heads"):
-            check_whole(name, getattr(self, name), 1)
-        fill = self._fill
-        fill("grain", family.grain)
-        fill("num_stages", family.stages)
-        check_whole("grain", self.grain, 1)
-        check_whole("num_stages", self.num_stages, 1)
-        fill("num_experts", 16 * self.grain)
-        fill("top_k", family.top_k * self.grain)
-        fill("top_p", family.top_p)
-        fill("shared_experts", family.shared)
-        check_whole("num_experts", self.num_experts, 1)
-        check_whole("moe_interval", self.moe_interval, 1)
-        check_whole("first_moe_layer", self.first_moe_layer, 0)
-        for name in ("router_noise", "bias_rate", "norm_eps", "init_std", "rope_base"):
-            check_least(name, getattr(self, name), 0)
+        self._fill("grain", family.grain)
+        self._fill("num_stages", family.stages)
+        self._fill("num_experts", 16 * self.grain)
+        self._fill("top_p", family.top_p)
+        self._fill("shared_experts", family.shared)
+        self._fill("top_k", family.top_k * self.grain)
         if isinstance(self.top_k, int):
             object.__setattr__(self, "top_k", (self.top_k,) * self.num_stages)
-        check_choice("type of top_k", type(self.top_k).__name__, ("int", "tuple", "list"))
-        object.__setattr__(self, "top_k", tuple(self.top_k))
         several = {self.top_p is None and k > 1 for k in self.top_k}
-        fill("renormalize", several.pop() if len(several) == 1 else None)
+        self._fill("renormalize", several.pop() if len(several) == 1 else None)
         self._check_routing(family)
         self._check_widths()
 
@@ -151,11 +139,8 @@ class ModelConfig:
                 f"{self.num_stages} stages"
             )
         for k in self.top_k:
-            check_whole("top_k", k, 0)
             if not 1 <= k <= self.num_experts:
                 raise ValueError(f"top_k is {k}; it must lie in 1..num_experts={self.num_experts}")
-        if self.top_p is not None and not 0 < self.top_p < 1:
-            raise ValueError(f"top_p is {self.top_p!r}; it must lie strictly between 0 and 1")
         if self.num_stages > 1 and family.stages == 1:
             raise ValueError(
                 f"num_stages is {self.num_stages}; only family 'cartesian' has more than one stage"
@@ -209,9 +194,6 @@ class ModelConfig:
         """
         check_choice("preset", name, PRESETS)
         check_choice("family", family, FAMILIES)
-        known = {f.name for f in fields(cls)}
-        for field in changes:
-            check_choice("field of ModelConfig", field, sorted(known))
         shape = dict(PRESETS[name])
         up, down = FAMILIES[family].width_ratio
         shape["ffn_width"] = shape["ffn_width"] * up // down
@@ -224,12 +206,4 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> ModelConfig:
         """Raises `ValueError` for fields that do not exist or are missing."""
-        known = {f.name for f in fields(cls)}
-        for field in d:
-            check_choice("field of ModelConfig", field, sorted(known))
-        missing = {"family", "vocab_size", "d_model", "ffn_width", "num_layers", "num_heads"} - set(
-            d
-        )
-        if missing:
-            raise ValueError(f"model configuration lacks {', '.join(sorted(missing))}")
         return cls(**d)

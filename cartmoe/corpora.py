@@ -52,7 +52,7 @@ def open_source(corpus: str | Path) -> Source:
     without any text.
     """
     if is_built_in(corpus):
-        name, *options = corpus.split(":", 1)
+        name, *options = str(corpus).split(":", 1)
         source = CORPORA[name](*options)
     else:
         source = _user_files(Path(corpus).expanduser())
@@ -163,15 +163,18 @@ def _split_docstrings(source: str) -> tuple[str, str]:
     lines, docstrings = io.StringIO(source).readlines(), []
     for node in _documented(tree):
         text = node.body[0]
-        lines[text.lineno - 1 : text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
-        docstrings.append(ast.get_docstring(node))
+        first, last = text.lineno - 1, text.end_lineno or text.lineno
+        lines[first:last] = [""] * (last - first)
+        docstrings.append(ast.get_docstring(node) or "")
     return "".join(lines), "\n\n".join(docstrings)
 
 
-def _documented(node: ast.AST) -> Iterator[ast.AST]:
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _documented(node: ast.AST) -> Iterator[Documented]:
     """Modules, classes and functions with a docstring, in order of their lines."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    if isinstance(node, kinds) and ast.get_docstring(node, clean=False):
+    if isinstance(node, Documented) and ast.get_docstring(node, clean=False):
         yield node
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):  # no expressions
@@ -227,8 +230,9 @@ def _user_documents(files: dict[str, Path]) -> Iterator[Document]:
             yield Document(id, hashlib.sha256(text.encode()).hexdigest()[:16], domain, text)
 
 
-def _suffix(path: Path) -> str | None:
-    return next((suffix for suffix in READERS if path.name.endswith(suffix)), None)
+def _suffix(path: Path) -> str:
+    """Empty where it is none that can be read."""
+    return next((suffix for suffix in READERS if path.name.endswith(suffix)), "")
 
 
 def _text_file(name: str, path: Path) -> Iterator[tuple[str, str, str]]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -50,7 +51,7 @@ class TrainBatches:
             )
 
     @functools.cached_property
-    def _tokens(self) -> np.memmap:
+    def _tokens(self) -> np.ndarray:
         return self.corpus.tokens[: self.corpus.split("train").end.max()]
 
     @property
@@ -113,20 +114,19 @@ class Sequences:
         return f"Sequences({size} of {documents} documents; domains {domains})"
 
     def __getitem__(self, rows: slice) -> Sequences:
-        return Sequences(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return self._each(lambda v: v[rows])
 
     def take(self, rows: Sequence[int]) -> Sequences:
         """Those of these numbers, in this order."""
-        values = (getattr(self, field.name) for field in fields(self))
         index = torch.tensor(rows, dtype=torch.int64)
-        return Sequences(
-            *(v[index] if isinstance(v, Tensor) else [v[i] for i in rows] for v in values)
-        )
+        return self._each(lambda v: v[index] if isinstance(v, Tensor) else [v[i] for i in rows])
 
     def to(self, device: str | torch.device) -> Sequences:
         """The same with its tensors on a device."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return Sequences(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
+        return self._each(lambda v: v.to(device) if isinstance(v, Tensor) else v)
+
+    def _each(self, change: Callable[[Any], Any]) -> Sequences:
+        return Sequences(*(change(getattr(self, field.name)) for field in fields(self)))
 
     def by_group(self, corpus: Corpus) -> Sequences:
         """The same with a document's group of the corpus in the place of its id.
@@ -188,7 +188,7 @@ def sequences_from(
 
     Raises `ValueError` for no text at all, ids that two documents share, and numbers below 1.
     """
-    by_id = {}
+    by_id: dict[str, Document] = {}
     for document in documents:
         if by_id.setdefault(document.id, document) is not document:
             raise ValueError(f"document id {document.id!r} stands for more than one document")
@@ -229,7 +229,7 @@ def _cut(
     check_least("length", length, 1)
     if max_tokens is not None:
         check_least("max_tokens_per_document", max_tokens, 1)
-    columns = [[] for _ in fields(Sequences)]
+    columns: list[list] = [[] for _ in fields(Sequences)]
     for document_id, domain, ids in documents:
         ids = ids.astype(np.int64)
         if max_tokens is not None:
@@ -249,7 +249,7 @@ def _cut(
             row = (tokens, targets, sequence_id, document_id, domain, num_bytes)
             for column, value in zip(columns, row, strict=True):
                 column.append(value)
-    tokens, targets, sequence_id, document_id, domain, num_bytes = columns
-    tokens_SL, targets_SL = (torch.from_numpy(np.stack(rows)) for rows in (tokens, targets))
-    sequence_id_S, num_bytes_S = (torch.tensor(column) for column in (sequence_id, num_bytes))
-    return Sequences(tokens_SL, targets_SL, sequence_id_S, document_id, domain, num_bytes_S)
+    tokens_SL, targets_SL = (torch.from_numpy(np.stack(rows)) for rows in columns[:2])
+    hashes, names, domains, sizes = columns[2:]
+    sequence_id_S, num_bytes_S = torch.tensor(hashes), torch.tensor(sizes)
+    return Sequences(tokens_SL, targets_SL, sequence_id_S, names, domains, num_bytes_S)

@@ -67,8 +67,8 @@ def dispatch(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, multiple: int
         Block(e, int(starts[e]), int(counts[e]), int(starts[e] + sizes[e]))
         for e in np.flatnonzero(counts).tolist()
     ]
-    slot_R = torch.from_numpy(slot_R)
-    return Dispatch(blocks, slot_R // K, slot_R, torch.from_numpy(row_TK))
+    slots = torch.from_numpy(slot_R)
+    return Dispatch(blocks, slots // K, slots, torch.from_numpy(row_TK))
 
 
 def _sum_rows(rows_RD: Tensor, d: Dispatch) -> Tensor:

@@ -17,6 +17,7 @@ import math
 import string
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,7 @@ class Factorial:
     def parse(cls, options: str) -> Factorial:
         """Of a text like "topic=0.4,pair=0.1"; what it does not name has its default."""
         kinds = {f.name: int if f.type == "int" else float for f in fields(cls)}
-        given: dict[str, float] = {}
+        given: dict[str, Any] = {}
         for item in filter(None, (part.strip() for part in options.split(","))):
             name, equals, value = (part.strip() for part in item.partition("="))
             if not equals:

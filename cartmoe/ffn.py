@@ -55,7 +55,7 @@ class RoutedStage(nn.Module):
         )
         self.experts = RoutedExperts(E, config.d_model, width)
         self.grain = config.grain
-        self.shared = self.mix = None
+        self.shared: DenseFFN | None = None
         if config.shared_experts:
             self.shared = DenseFFN(config.d_model, width * config.grain)
             self.mix = nn.Linear(config.d_model, 2)
@@ -133,4 +133,4 @@ class MoELayer(nn.Module):
 
 
 # By the name that `config.Family.ffn` gives; a family's unrouted layers are always "dense".
-FFNS: dict[str, type[nn.Module]] = {"dense": DenseLayer, "moe": MoELayer}
+FFNS: dict[str, type[DenseLayer | MoELayer]] = {"dense": DenseLayer, "moe": MoELayer}

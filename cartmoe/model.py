@@ -5,8 +5,8 @@ Shapes: B batch, L length, T = B * L tokens, D model, H heads, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +83,8 @@ class Trunk(nn.Module):
         table_gate = None
         if config.gate == "table":
             table_gate = TableGate(config.vocab_size, config.num_experts, config.hash_seed)
-        self.blocks = nn.ModuleList(
-            Block(config, layer, table_gate) for layer in range(config.num_layers)
-        )
+        blocks = [Block(config, layer, table_gate) for layer in range(config.num_layers)]
+        self.blocks: Iterable[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
     def steps(self) -> list[Step]:
@@ -107,7 +106,8 @@ class Trunk(nn.Module):
 
         Raises `FloatingPointError` naming layer and stage if router logits are not finite.
         """
-        x, routings = None, ()
+        x: Any = None
+        routings: tuple[Routing, ...] = ()
         for step in self.steps():
             x, taken = step.run(x, tokens_BL)
             routings += taken

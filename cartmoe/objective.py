@@ -91,7 +91,7 @@ class Gradient:
         self.objective = Objective(model, config.balance, config.z_loss, group)
         if config.compile:
             self.objective.compile()
-        self.wrapped = self.objective
+        self.wrapped: Any = self.objective
         if group.size > 1:
             self.wrapped = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
 

@@ -46,7 +46,7 @@ class TrainConfig:
     length: int = 256
     accumulate: int = 1
     learning_rate: float = 2e-3
-    warmup: int | None = None
+    warmup: int = None  # type: ignore[assignment]
     min_lr_ratio: float = 0.1
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)

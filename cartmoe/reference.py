@@ -48,9 +48,9 @@ def config_from_reference(reference: Mapping[str, Any]) -> ModelConfig:
     shape |= dict(num_experts=ref["num_experts"], shared_experts=ref["use_residual"])
     top_k = ref["moe_top_k"]
     if top_k == HASH:
-        return ModelConfig(family="hash", top_k=2, **shape)
+        return ModelConfig(family="hash", top_k=(2,), **shape)
     if top_k == TOP_P:
-        return ModelConfig(family="top_p", top_k=min(2, ref["num_experts"]), **shape)
+        return ModelConfig(family="top_p", top_k=(min(2, ref["num_experts"]),), **shape)
     if ref["c2_fine_grain"]:
         return ModelConfig(family="cartesian", top_k=top_k, num_stages=2, **shape)
     if ref["fine_grain"]:

@@ -14,7 +14,7 @@ def warn_if_shadowed() -> None:
     if spec is None:
         return
     # A folder without __init__.py has no origin; one is found where ours is not on the path.
-    found = Path(spec.origin or next(iter(spec.submodule_search_locations))).resolve()
+    found = Path(spec.origin or (spec.submodule_search_locations or [])[0]).resolve()
     if found != ours:
         warnings.warn(
             f"'import analysis' finds {found}, which shadows this project's package of that name: "

@@ -135,7 +135,7 @@ def document_ids(document: Document, tokenizer: Tokenizer) -> np.ndarray:
 def _split(documents: list[Document]) -> dict[str, str]:
     """The split of each group: in the order of their hashes, the first tenth of the bytes is for
     validation, but at least one group, and never all."""
-    sizes = Counter()
+    sizes: Counter[str] = Counter()
     for document in documents:
         sizes[document.group] += len(document.text.encode())
     groups = sorted(sizes, key=lambda group: hashlib.sha256(group.encode()).digest())

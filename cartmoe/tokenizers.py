@@ -55,7 +55,7 @@ class ByteTokenizer:
         return bytes(ids[ids != self.bos_id].astype(np.uint8)).decode(errors="replace")
 
     def num_bytes(self, ids: Iterable[int]) -> int:
-        return int(np.count_nonzero(ids))
+        return int(np.count_nonzero(np.asarray(ids)))
 
 
 class JsonTokenizer:
