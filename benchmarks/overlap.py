@@ -21,8 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from analysis.overlap.metrics.base import MAX_UNITS, Probe
-from analysis.overlap.metrics.cka import cka_of, hsic, hsic_sums
-from analysis.overlap.metrics.outputs import swiglu
+from analysis.overlap.metrics.outputs import cka_of, hsic, hsic_sums, swiglu
 from analysis.overlap.metrics.weights import ExpertWeights, matched_cosine
 from benchmarks.memory import resident
 from benchmarks.sweeps import build

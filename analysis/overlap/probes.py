@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, RoutedFlow, State, clean_routing
+from analysis.adapters import Adapter, RoutedFlow, State, Watch, batches, clean_routing
 from analysis.measure import loss_gradient
-from analysis.overlap.metrics import Probe, used_mask
+from analysis.overlap.metrics import Probe, usage
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
@@ -159,17 +159,15 @@ def _run(
     """By site what went through the experts, the residual stream that entered its segment, and,
     with gradients, dloss/d(routed output)."""
     entered: dict[RouterSite, Tensor] = {}
-    state = State(None, batch.tokens_SL)
-    with torch.set_grad_enabled(gradients), model.watch_experts() as flows:
+    state, flows = State(None, batch.tokens_SL), Watch()
+    with torch.set_grad_enabled(gradients), model.hooked(experts=flows):
         for segment in model.segments():
             if gradients and state.hidden_BLD is not None and not state.hidden_BLD.requires_grad:
                 state = state._replace(hidden_BLD=state.hidden_BLD.requires_grad_())
             for site in segment.sites:
                 entered[site] = state.hidden_BLD.detach().flatten(0, 1)
             state = segment.run(state)
-        hidden_TD = state.hidden_BLD.flatten(0, 1)
-        model.check()
-    flows = dict(flows)
+    hidden_TD = state.hidden_BLD.flatten(0, 1)
     if not gradients:
         return flows, entered, {}
     end_TD = loss_gradient(model, hidden_TD.detach(), batch.targets_SL.flatten())
@@ -181,12 +179,10 @@ def _run(
 def routed_tokens(model: Adapter, docs: Sequences, batch_size: int) -> dict[RouterSite, np.ndarray]:
     """By site (S, E): tokens with a target, of each sequence, that use each expert."""
     counts: dict[RouterSite, list[np.ndarray]] = {site: [] for site in model.sites()}
-    for first in range(0, len(docs), batch_size):
-        batch = docs[first : first + batch_size].to(model.device)
+    for batch in batches(model, docs, batch_size):
         has_target_SL1 = (batch.targets_SL != IGNORE)[..., None]
-        decisions = zip(model.sites(), clean_routing(model, batch.tokens_SL), strict=True)
-        for site, routing in decisions:
-            used_TE = used_mask(routing.ids_TK, site.num_experts, routing.weights_TK)
+        for site, routing in clean_routing(model, batch.tokens_SL).items():
+            used_TE = usage.used_mask(routing.ids_TK, site.num_experts, routing.weights_TK)
             used_SLE = used_TE.unflatten(0, has_target_SL1.shape[:2]) & has_target_SL1
             counts[site].append(used_SLE.sum(1).cpu().numpy())
     return {site: np.concatenate(parts) for site, parts in counts.items()}

@@ -27,7 +27,7 @@ from analysis.adapters import (
 )
 from analysis.measure import Asked, sweep
 from analysis.overlap.measure import measure_overlap
-from analysis.overlap.metrics import MAX_UNITS, Metric, Sums, UnitSums, estimate, saturation_of
+from analysis.overlap.metrics import MAX_UNITS, Metric, Sums, UnitSums, estimate, usage
 from analysis.overlap.tables import Overlap
 from analysis.perturb import sites_of
 from analysis.stats import check_confidence
@@ -115,7 +115,7 @@ def _add(
     """Of the tokens that have a target and use experts finally, by unit."""
     counts_SL = batch.targets_SL != IGNORE
     unit_T = unit_S[:, None].expand(counts_SL.shape)[counts_SL]
-    both_T = saturation_of(now_TE, final_TE)
+    both_T = usage.saturation_of(now_TE, final_TE)
     share_TE = final_TE.double() / final_TE.sum(-1, keepdim=True)
     for unit in unit_T.unique().tolist():
         own_T = (unit_T == unit) & final_TE.any(-1)

@@ -14,7 +14,7 @@ import torch
 from scipy.stats import rankdata
 
 from analysis.adapters import check_documents, routed_adapter
-from analysis.overlap.metrics import mutual_information
+from analysis.overlap.metrics import usage
 from analysis.overlap.probes import routed_tokens
 from analysis.overlap.tables import KEYS, Overlap
 from analysis.stats import APART, Bootstrap
@@ -205,7 +205,7 @@ def factor_information(
         for factor, label_D in factors.items():
             one_hot_ZD = np.eye(label_D.max() + 1)[label_D].T
             joint_RZE = np.stack([one_hot_ZD[:, order_D] @ counts_DE for order_D in order_RD])
-            found, *null = mutual_information(torch.from_numpy(joint_RZE)).numpy()
+            found, *null = usage.mutual_information(torch.from_numpy(joint_RZE)).numpy()
             row |= {f"mi_{factor}": found, f"mi_{factor}_null": np.mean(null)}
             row[f"mi_{factor}_high"] = np.quantile(null, 0.95)
             row[f"mi_{factor}_p"] = (1 + sum(null >= found - 1e-12)) / (1 + shuffles)

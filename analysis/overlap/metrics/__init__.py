@@ -1,18 +1,18 @@
 """What the experts of a layer have in common: metrics on tensors, counts and sums.
 
-base.py          what a metric is; units of documents and the jackknife over them
-usage.py         which tokens experts are used for, and with whom: counts.py, information.py,
-                 chance.py on tensors, usage_stream.py over batches
-weights.py       their parameters, up to SwiGLU's symmetries
-outputs.py       what they compute: cka.py, vectors.py on tensors
-first_order.py   what one costs in another's place, to first order: this is damage itself
-composite.py     pairs (a_i, b_j) of a Cartesian layer; composed.py: what those put out
-catalogue.py     the dict that names them
+base.py              what a metric is; units of documents and the jackknife over them
+usage.py             which tokens experts are used for, and with whom, on tensors; usage_stream.py:
+                     over batches; usage_metrics.py, chance.py: metrics, and company by chance
+weights.py           their parameters, up to SwiGLU's symmetries
+outputs.py           what they compute, on tensors; output_stream.py: over batches
+first_order.py       what one costs in another's place, to first order: this is damage itself
+composite.py         pairs (a_i, b_j) of a Cartesian layer; composed.py: what those put out
+catalogue.py         the dict that names all metrics
 
 Nothing here knows a model, only tensors and the protocol of `analysis.adapters`.
 """
 
-from analysis.overlap.metrics import usage, weights, outputs  # isort: skip
+from analysis.overlap.metrics import outputs, usage, weights
 from analysis.overlap.metrics.base import (
     MAX_UNITS,
     PROBES,
@@ -34,9 +34,7 @@ from analysis.overlap.metrics.composite import (
     CompositeStream,
     SecondStage,
 )
-from analysis.overlap.metrics.counts import saturation_of, used_mask
 from analysis.overlap.metrics.first_order import SubstitutionStream
-from analysis.overlap.metrics.information import mutual_information
-from analysis.overlap.metrics.outputs import OutputStream
+from analysis.overlap.metrics.output_stream import OutputStream
 from analysis.overlap.metrics.usage_stream import UsageStream
 from analysis.overlap.metrics.weights import ExpertWeights

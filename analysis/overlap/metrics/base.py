@@ -51,16 +51,16 @@ class Metric(NamedTuple):
 
     kind    what it is computed from, one of `KINDS`
     table   what a row speaks of, one of `TABLES`: values are (U, E), (U,) or (U, E, E)
-    of      sums -> values; for kind "weights": `ExpertWeights` -> values without U
-    null    the same under chance, as `about` says; None: there is none
+    of      sums -> values; for kind "weights": `ExpertWeights` -> values, U = 1
+    null    the same under chance, as `about` says; a number: that everywhere; None: there is none
     about   one line: what it is and what its null is
-    units   False: some of its sums are of all units together, (1, ...), so there is no interval
+    units   False: it is of all units together, (1, ...), so there is no interval
     """
 
     kind: str
     table: str
     of: Callable[..., Tensor]
-    null: Callable[..., Tensor] | None
+    null: Callable[..., Tensor] | float | None
     about: str
     units: bool = True
 
@@ -142,24 +142,22 @@ def without_each(sums: Sums) -> Sums:
     return {name: values.sum(0) - values for name, values in sums.items()}
 
 
-def estimate(metric: Metric, sums: Sums, confidence: float = 0.95) -> Estimate:
+def estimate(metric: Metric, sums: Sums | Any, confidence: float = 0.95) -> Estimate:
     """The value over all units with jackknife bounds, and the null.
 
     value +- t s with s^2 = (U - 1) / U sum_u (v_u - mean v)^2, v_u the value without unit u, and
     t of Student's distribution with U - 1 degrees of freedom (Efron and Tibshirani, An Introduction
     to the Bootstrap, 1993, ch. 11). A single unit gives NaN bounds, and so does a metric that is
-    not by units; the first of the sums is.
+    not by units; the first of the sums is. Of kind "weights" the sums are `ExpertWeights`.
     """
-    whole = total(sums)
-    value = metric.of(whole)[0].numpy()
-    null = np.full(value.shape, np.nan)
-    if metric.null is not None:
-        null = np.broadcast_to(metric.null(whole)[0].numpy(), value.shape)
-    units = len(next(iter(sums.values())))
-    if units < 2 or not metric.units:
-        nothing = np.full(value.shape, np.nan)
-        return Estimate(value, nothing, nothing, null)
-    left_out = metric.of(without_each(sums)).numpy()
-    spread = np.sqrt((units - 1) / units * ((left_out - left_out.mean(0)) ** 2).sum(0))
-    half = spread * stdtrit(units - 1, (1 + confidence) / 2)
+    whole = total(sums) if metric.units else sums
+    value = metric.of(whole)[0].double().cpu().numpy()
+    null = metric.null(whole).double().cpu().numpy() if callable(metric.null) else metric.null
+    null = np.broadcast_to(np.asarray(null, float), (1, *value.shape))[0]  # NaN for None
+    half = np.full(value.shape, np.nan)
+    units = len(next(iter(sums.values()))) if metric.units else 1
+    if units > 1:
+        left_out = metric.of(without_each(sums)).numpy()
+        spread = np.sqrt((units - 1) / units * ((left_out - left_out.mean(0)) ** 2).sum(0))
+        half = spread * stdtrit(units - 1, (1 + confidence) / 2)
     return Estimate(value, value - half, value + half, null)

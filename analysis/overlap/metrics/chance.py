@@ -13,44 +13,27 @@ import torch
 from torch import Tensor
 
 from analysis.overlap.metrics.base import Sums
-from analysis.overlap.metrics.counts import loads_of
+from analysis.overlap.metrics.usage import loads_of
 
 ROUNDS = 200  # of the fit; slowest, within 1 % then, is one expert that is in all company
 
 
 def share_of_tokens(sums: Sums) -> Tensor:
     """(U, E) f: the share of tokens that use the expert."""
-    return loads_of(sums["pairs"]) / sums["tokens"][:, None]
+    return loads_of(sums["both"]) / sums["tokens"][:, None]
 
 
-def chance_co_activation(sums: Sums) -> Tensor:
-    """(U, E, E) of the tokens that use i, the share that would use j too."""
-    return _both(sums) / share_of_tokens(sums)[..., None]
-
-
-def chance_lift(sums: Sums) -> Tensor:
-    """(U, E, E) P_ij / (f_i f_j)."""
+def by_chance(sums: Sums) -> tuple[Tensor, Tensor]:
+    """(U, E, E) P_ij, at most the smaller of both shares, which the fit may just pass; (U, E) f."""
     f_UE = share_of_tokens(sums)
-    return _both(sums) / (f_UE[..., None] * f_UE[..., None, :])
-
-
-def chance_jaccard(sums: Sums) -> Tensor:
-    """(U, E, E) of the tokens that would use i or j, the share that would use both."""
-    f_UE, both_UEE = share_of_tokens(sums), _both(sums)
-    return both_UEE / (f_UE[..., None] + f_UE[..., None, :] - both_UEE)
-
-
-def _both(sums: Sums) -> Tensor:
-    """(U, E, E) P_ij; at most the smaller of both shares, which the fit may just pass."""
-    f_UE = share_of_tokens(sums)
-    met_UEE = sums["pairs"] / sums["tokens"][:, None, None]
+    met_UEE = sums["both"] / sums["tokens"][:, None, None]
     company_UE = met_UEE.sum(-1) - f_UE  # c: the diagonal is f
     a_UE = company_UE / _positive(company_UE.sum(-1, keepdim=True)).sqrt()
     for _ in range(ROUNDS):  # to a (sum(a) - a) = c
         others_UE = a_UE.sum(-1, keepdim=True) - a_UE
         a_UE = (a_UE * company_UE / _positive(others_UE)).sqrt()
     both_UEE = a_UE[..., None] * a_UE[..., None, :]
-    return both_UEE.minimum(torch.minimum(f_UE[..., None], f_UE[..., None, :]))
+    return both_UEE.minimum(torch.minimum(f_UE[..., None], f_UE[..., None, :])), f_UE
 
 
 def _positive(x: Tensor) -> Tensor:

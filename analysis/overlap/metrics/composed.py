@@ -18,16 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.adapters import Adapter
+from analysis.adapters import Adapter, branches
 from cartmoe.hooks import RouterSite
-
-
-@torch.no_grad()
-def composed_outputs(model: Adapter, first: RouterSite, second: RouterSite, u_TD: Tensor) -> Tensor:
-    """(A, B, T, D) that each composed expert adds to the stream u."""
-    layer = Layer(model, first, second)
-    block = layer.block(u_TD, layer.first_outputs(u_TD))
-    return torch.stack([block.rows_ATD + block.routed(j) for j in range(second.num_experts)], 1)
 
 
 class Layer:
@@ -84,18 +76,6 @@ class Block(NamedTuple):
         torch.mm(x_RD, up_FD.T, out=up_RF)
         torch.mm(F.silu(gate_RF, inplace=True).mul_(up_RF), down_DF.T, out=y_RD)
         return y_RD.view_as(self.x_NTD).mul_(self.share_NTD)
-
-
-def branches(model: Adapter, site: RouterSite, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """(share, rest), (T, D) each: `combine` is the map routed -> share * routed + rest.
-
-    So rest is its value at 0 and share its derivative; a shared expert runs once.
-    """
-    routed_TD = torch.zeros_like(x_TD).requires_grad_()
-    with torch.enable_grad():
-        rest_TD = model.combine(site, x_TD, routed_TD)
-        (share_TD,) = torch.autograd.grad(rest_TD.sum(), routed_TD)
-    return share_TD, rest_TD.detach()
 
 
 def wide(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """How far composed experts of a Cartesian layer are from additive, and how much alike they are.
 
-How far o_ij (`analysis.overlap.composed`) is from additive is the interaction of a two-way analysis
+How far o_ij (composed.py) is from additive is the interaction of a two-way analysis
 of variance over (i, j); of B fed the mean of v over i it is 0, and what A and B then are is their
 null.
 
@@ -10,7 +10,8 @@ sets of tokens that enter B, R relations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +19,24 @@ from torch import Tensor
 
 from analysis.adapters import Adapter
 from analysis.overlap.metrics.base import Metric, Probe, Sums, UnitSums
-from analysis.overlap.metrics.cka import hsic_sums
 from analysis.overlap.metrics.composed import Block, Layer, wide
 from analysis.overlap.metrics.cores import on_cores
+from analysis.overlap.metrics.outputs import cosines, hsic_sums
+from analysis.overlap.metrics.usage import share
 from cartmoe.hooks import RouterSite
 
 TOKENS = 1024  # of a batch that are used, drawn at random: P outputs of each are dear
 BLOCK_ROWS = 1024  # that an expert of B runs at once, so that temporaries stay in cache
 PAIR_TOKENS = 64  # of a batch (to whole blocks) that pairs are compared and the null is taken on
 PAIR_EXPERTS = 16  # the first of each stage, that are compared: P x P numbers are kept a unit
-PARTS = ("a", "b", "interaction")
+PARTS = {"a": "A's main effect", "b": "B's main effect", "interaction": "what is not additive"}
 SHARES = tuple(f"composite_{part}" for part in PARTS)
-RELATIONS = ("row", "column", "unrelated")
+RELATIONS = {
+    "row": "have the same a_i",
+    "column": "have the same b_j",
+    "unrelated": "share neither",
+}
+UNRELATED = list(RELATIONS).index("unrelated")
 
 
 def two_way(outputs_ABTD: Tensor) -> Tensor:
@@ -96,14 +103,9 @@ class CompositeStream:
 
         for sums in on_cores(measure, range(0, T, step)):
             self._sums.add(probe.unit, **sums)
-        self._compare(probe.unit, pairs_ABTD)
-
-    def _compare(self, unit: int, outputs_ABTD: Tensor) -> None:
-        """Pairs of composed experts."""
-        cosine_RT = mean_cosines(outputs_ABTD).double()
-        hsic_PP = hsic_sums(outputs_ABTD.flatten(0, 1))["ij"]
-        tokens = torch.tensor(cosine_RT.shape[1])
-        self._sums.add(unit, cosine=cosine_RT.sum(1), tokens=tokens, hsic=hsic_PP)
+        cosine_R = mean_cosines(pairs_ABTD).double().sum(1)
+        hsic_PP = hsic_sums(pairs_ABTD.flatten(0, 1))["ij"]
+        self._sums.add(probe.unit, cosine=cosine_R, tokens=torch.tensor(few), hsic=hsic_PP)
 
     def sums(self) -> Sums:
         """squares (U, 3) and null (U, 3) of `PARTS`; cosine (U, R), tokens (U,); hsic (U, P, P),
@@ -171,72 +173,63 @@ def related(num_experts: int) -> Tensor:
     return torch.stack([row_PP & ~column_PP, column_PP & ~row_PP, ~row_PP & ~column_PP])
 
 
-def _share(part: int, of: str = "squares") -> Callable[[Sums], Tensor]:
-    return lambda sums: sums[of][:, part] / sums[of].sum(-1)
-
-
-def _cosine(relation: int) -> Callable[[Sums], Tensor]:
-    return lambda sums: sums["cosine"][:, relation] / sums["tokens"]
-
-
-def _pairs_cka(sums: Sums) -> Tensor:
-    """(U, P, P)"""
-    hsic_UPP = sums["hsic"]
-    norm_UP = hsic_UPP.diagonal(dim1=1, dim2=2).sqrt()
-    return hsic_UPP / (norm_UP[:, :, None] * norm_UP[:, None])
-
-
 def _by_expert(pairs_UPP: Tensor) -> Tensor:
     """(U, i, j, i', j'); both stages have as many experts."""
     experts = round(pairs_UPP.shape[-1] ** 0.5)
     return pairs_UPP.view(-1, *[experts] * 4)
 
 
-def _cka(relation: int) -> Callable[[Sums], Tensor]:
-    def of(sums: Sums) -> Tensor:
-        cka_UPP = _pairs_cka(sums)
-        return cka_UPP[:, related(round(cka_UPP.shape[-1] ** 0.5))[relation]].mean(-1)
+def _cosine(sums: Sums, relation: int) -> Tensor:
+    return sums["cosine"][:, relation] / sums["tokens"]
 
-    return of
+
+def _cka(sums: Sums, relation: int) -> Tensor:
+    cka_UPP = cosines(sums["hsic"])
+    return cka_UPP[:, related(round(cka_UPP.shape[-1] ** 0.5))[relation]].mean(-1)
 
 
 def _experts_cka(sums: Sums) -> Tensor:
     """(U, i, i') means over j = j'."""
-    return _by_expert(_pairs_cka(sums)).diagonal(dim1=2, dim2=4).mean(-1)
+    return _by_expert(cosines(sums["hsic"])).diagonal(dim1=2, dim2=4).mean(-1)
 
 
-def _metrics() -> Iterator[tuple[str, Metric]]:
-    what = {"a": "A's main effect", "b": "B's main effect", "interaction": "what is not additive"}
-    for part, name in enumerate(PARTS):
-        about = (
-            f"share of {what[name]} in the squares of composed outputs about their mean; null: the "
-            "same of B fed the mean over A's experts"
-        )
-        of, null = _share(part), _share(part, "null")
-        yield f"composite_{name}", Metric("composite", "sites", of, null, about)
-    pairs = dict(
-        zip(RELATIONS, ("have the same a_i", "have the same b_j", "share neither"), strict=True)
-    )
-    few = f"those of the first {PAIR_EXPERTS} experts of each stage"
-    for name, make, measure in (
-        ("cka", _cka, "mean debiased CKA"),
-        ("cosine", _cosine, "mean cosine, about the token's mean of these,"),
-    ):
-        unrelated = make(RELATIONS.index("unrelated"))
-        for relation, which in enumerate(RELATIONS):
-            about = f"{measure} of composed experts that {pairs[which]}, {few}"
-            null = None if which == "unrelated" else unrelated
-            if null:
-                about += "; null: of those that share neither"
-            metric = Metric("composite", "sites", make(relation), null, about)
-            yield f"composite_{name}_{which}", metric
+def _share_metric(part: int, what: str) -> Metric:
     about = (
+        f"share of {what} in the squares of composed outputs about their mean; null: the same of B "
+        "fed the mean over A's experts"
+    )
+    of, null = (lambda sums, of=of: share(sums[of])[:, part] for of in ("squares", "null"))
+    return Metric("composite", "sites", of, null, about)
+
+
+def _relation_metrics(
+    name: str, of: Callable[[Sums, int], Tensor], measure: str
+) -> dict[str, Metric]:
+    few = f"those of the first {PAIR_EXPERTS} experts of each stage"
+    metrics = {}
+    for number, (relation, which) in enumerate(RELATIONS.items()):
+        about = f"{measure} of composed experts that {which}, {few}"
+        null = None if number == UNRELATED else partial(of, relation=UNRELATED)
+        about += "; null: of those that share neither" if null else ""
+        metrics[f"{name}_{relation}"] = Metric(
+            "composite", "sites", partial(of, relation=number), null, about
+        )
+    return metrics
+
+
+METRICS = {
+    **{f"composite_{name}": _share_metric(part, PARTS[name]) for part, name in enumerate(PARTS)},
+    **_relation_metrics("composite_cka", _cka, "mean debiased CKA"),
+    **_relation_metrics(
+        "composite_cosine", _cosine, "mean cosine, about the token's mean of these,"
+    ),
+    "composite_cka": Metric(
+        "composite",
+        "pairs",
+        _experts_cka,
+        partial(_cka, relation=UNRELATED),
         "mean debiased CKA of composed experts that differ in these two of one stage alone, over "
         f"the other's experts; of stages of at most {PAIR_EXPERTS} experts, the first of which is "
-        "among the sites; null: of those that share neither"
-    )
-    null = _cka(RELATIONS.index("unrelated"))
-    yield "composite_cka", Metric("composite", "pairs", _experts_cka, null, about)
-
-
-METRICS: dict[str, Metric] = dict(_metrics())
+        "among the sites; null: of those that share neither",
+    ),
+}

@@ -27,8 +27,7 @@ def linear_substitution(slopes_TE: Tensor, weights_TE: Tensor) -> Tensor:
 
     fp64, 0 on the diagonal; a row of NaN for an expert that no token is routed to.
     """
-    sums = {name: value[None] for name, value in _sums(slopes_TE, weights_TE).items()}
-    return _substitution(sums)[0]
+    return _substitution(_sums(slopes_TE, weights_TE))
 
 
 class SubstitutionStream:
@@ -66,7 +65,7 @@ def _removal(sums: Sums) -> Tensor:
     return -sums["slopes"].diagonal(dim1=-2, dim2=-1) / sums["routed"]
 
 
-METRICS: dict[str, Metric] = {
+METRICS = {
     "substitution": Metric(
         "function",
         "pairs",

@@ -1,52 +1,42 @@
-"""What experts have in common in what they compute on the same tokens.
+"""What experts have in common in what they compute on the same tokens: on tensors.
 
-Shapes: U units, E experts, the shared one last where there is one, N of them, T tokens, D model,
-F neurons, K slots.
+Debiased CKA is of all pairs at once. HSIC_1 (Song et al., JMLR 13, 2012, eq. 5) is the unbiased
+estimate of HSIC. With K~ the Gram matrix of one expert's outputs on T tokens, and L~ that of
+another's, both with diagonal 0,
+
+    T (T - 3) HSIC_1(K, L) = tr K~ L~ + (1' K~ 1) (1' L~ 1) / ((T - 1) (T - 2))
+                             - 2 / (T - 2) 1' K~ L~ 1.
+
+tr K~ L~ is an inner product of matrices, so that one product of all experts' matrices, a row each,
+gives all pairs. HSIC_1 does not change when outputs are shifted; centred over the tokens, the rows
+of K sum to 0, those of K~ to minus its diagonal, and nothing has to be summed.
+
+Sums over tokens add over batches; a value is made of sums, of those with a first dimension U too.
+
+Shapes: U units, E experts, T tokens, D model, C = T * T.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from itertools import combinations
+import warnings
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as nn
 from torch import Tensor
 
-from analysis.adapters import Adapter, DenseRouting
-from analysis.overlap.metrics.base import Metric, Probe, Sums, UnitSums
-from analysis.overlap.metrics.cka import biased_cka, cka_of, hsic, hsic_sums, linear_cka
-from analysis.overlap.metrics.vectors import (
-    cosine,
-    cosine_of,
-    expert_sums,
-    max_output,
-    output_norm,
-    output_norm_of,
-    reap,
-    reap_of,
-    relative_distance,
-    relative_distance_of,
-    vector_sums,
-)
+from analysis.adapters import DenseRouting
+from analysis.overlap.metrics.base import Sums, tensor_of
 from analysis.overlap.metrics.weights import ExpertWeights
-from cartmoe.hooks import RouterSite
+from cartmoe.routing import Routing
 
-__all__ = [
-    "METRICS",
-    "OutputStream",
-    "biased_cka",
-    "cosine",
-    "hsic",
-    "linear_cka",
-    "max_output",
-    "output_norm",
-    "reap",
-    "relative_distance",
-    "swiglu",
-]
+MIN_TOKENS = 4  # of one HSIC_1, which divides by T - 3
+CONSTANT = 1e-12  # of the mean's square; variance below that is rounding in fp32
+FEW = 8  # experts centred at a time: the copy of their outputs stays in the cache
+
+
+def _outputs(values: Any) -> Tensor:
+    return tensor_of("outputs_ETD", values, "experts, tokens, dimensions")
 
 
 def swiglu(w: ExpertWeights, x_TD: Tensor, ids: list[int] | None = None) -> Tensor:
@@ -58,190 +48,159 @@ def swiglu(w: ExpertWeights, x_TD: Tensor, ids: list[int] | None = None) -> Tens
     return torch.stack(outputs)
 
 
-class OutputStream:
-    """Sums over one site's tokens of how its experts' outputs compare.
+@torch.no_grad()
+def hsic(outputs_ETD: Tensor) -> Tensor:
+    """(E, E) fp64 HSIC_1 of each pair with linear kernels, unbiased at any T from 4 on. May be
+    negative. Raises `ValueError` for fewer tokens, and other shapes than (E, T, D)."""
+    outputs_ETD = _outputs(outputs_ETD)
+    T = outputs_ETD.shape[1]
+    if T < MIN_TOKENS:
+        raise ValueError(f"outputs_ETD has {T} tokens; HSIC_1 needs at least {MIN_TOKENS}")
+    grams_ETT = _grams(outputs_ETD)
+    diagonal_ET = grams_ETT.diagonal(dim1=1, dim2=2).to(torch.float64, copy=True)
+    grams_ETT.diagonal(dim1=1, dim2=2).zero_()
+    flat_EC = grams_ETT.flatten(1)
+    inner_EE = (flat_EC @ flat_EC.T).double()
+    trace_E = diagonal_ET.sum(1)
+    inner_EE += torch.outer(trace_E, trace_E) / ((T - 1) * (T - 2))
+    inner_EE -= diagonal_ET @ diagonal_ET.T * (2 / (T - 2))
+    return inner_EE / (T * (T - 3))
 
-    probe      on which tokens: "all"; those "routed" to i, for the pair (i, j); those routed to
-               "either" of them. The shared expert, which is the last, has all tokens routed to it,
-               at weight 1
-    minibatch  tokens of which one HSIC is made; what is left of a batch makes a smaller one, unless
-               it is less than 4
-    seed       of the null experts, which are as large as the experts, and of the permutations
 
-    Nulls are made from the first minibatch of each batch and set of tokens. The null experts take
-    as much memory as the site's experts, once more. Sums take U x E x E fp64 numbers for each of 17
-    names, on the CPU: of 32 units and 64 experts 18 MB a site.
+def linear_cka(outputs_ETD: Tensor) -> Tensor:
+    """(E, E) debiased linear CKA: HSIC_1(i, j) / sqrt(HSIC_1(i, i) HSIC_1(j, j)).
+
+    1 for outputs that are equal up to rotation, scale and shift; 0 on average for independent ones,
+    so also negative; NaN for an expert whose output is constant. Raises `ValueError` for fewer than
+    4 tokens. For many tokens take the ratio of sums of `hsic` over minibatches (arXiv 2010.15327).
     """
-
-    def __init__(
-        self,
-        model: Adapter,
-        site: RouterSite,
-        units: int,
-        *,
-        probe: str = "all",
-        minibatch: int = 256,
-        seed: int = 0,
-    ):
-        self.model, self.site, self.probe, self.minibatch = model, site, probe, minibatch
-        key = (seed, site.layer, site.stage)
-        self._null = ExpertWeights(*_detached(model.expert_weights(site))).reinitialized(*key, 0)
-        self._shared = self._null_shared = None
-        shared = model.shared_weights(site)
-        if shared is not None:
-            self._shared = ExpertWeights(*(matrix[None] for matrix in _detached(shared)))
-            self._null_shared = self._shared.reinitialized(*key, 1)
-        self._permutations = np.random.default_rng((*key, 2))
-        self.num_experts = site.num_experts + (shared is not None)
-        self._sums = UnitSums(units)
-        self._max_E = torch.zeros(self.num_experts, dtype=torch.float64)
-
-    @torch.no_grad()
-    def add(self, probe: Probe) -> None:
-        """Add a batch, whose tokens are in a random order."""
-        weights_TE = DenseRouting(probe.routing).weights_TE
-        if self._shared is not None:
-            weights_TE = nn.pad(weights_TE, (0, 1), value=1.0)
-        for tokens, ids, counts_NN in self._sets(weights_TE != 0):
-            for number, some in enumerate(tokens.split(self.minibatch)):
-                x_TD = probe.x_TD[some]
-                outputs_NTD = self._outputs(x_TD, ids)
-                sums = _pair_sums("own", outputs_NTD)
-                sums |= expert_sums(outputs_NTD, weights_TE[some][:, ids])
-                sums["max"] = max_output(outputs_NTD)
-                if number == 0:
-                    sums |= _pair_sums("null", self._null_outputs(x_TD, ids))
-                    sums |= _named("permuted", hsic_sums(self._permuted(outputs_NTD)))
-                self._add(probe.unit, ids, counts_NN, sums)
-
-    def sums(self) -> Sums:
-        """By name (U, ...), and "max" (1, E) over all units: a maximum is no sum."""
-        return {**self._sums.sums(), "max": self._max_E[None]}
-
-    def _sets(self, used_TE: Tensor) -> Iterator[tuple[Tensor, list[int], Tensor]]:
-        """(Numbers of tokens, experts to compare on them, the pairs of these that count); an expert
-        by itself counts where the pair (i, i) does. Sets without tokens are left out."""
-        E = self.num_experts
-        all_ids = list(range(E))
-        one_EE = torch.eye(E, dtype=torch.bool)
-        if self.probe == "all":
-            sets = [(torch.ones_like(used_TE[:, 0]), all_ids, torch.ones_like(one_EE))]
-        elif self.probe == "routed":
-            sets = [(used_TE[:, i], all_ids, one_EE[:, i, None].expand(E, E)) for i in all_ids]
-        else:
-            sets = [(used_TE[:, i], [i], one_EE[:1, :1]) for i in all_ids]
-            for i, j in combinations(all_ids, 2):
-                sets.append((used_TE[:, i] | used_TE[:, j], [i, j], ~one_EE[:2, :2]))
-        for used_T, ids, counts_NN in sets:
-            tokens = used_T.nonzero()[:, 0]
-            if len(tokens):
-                yield tokens, ids, counts_NN
-
-    def _outputs(self, x_TD: Tensor, ids: list[int]) -> Tensor:
-        experts = partial(self.model.expert_outputs, self.site)
-        return _together(experts, self._shared, self.site.num_experts, x_TD, ids)
-
-    def _null_outputs(self, x_TD: Tensor, ids: list[int]) -> Tensor:
-        experts = partial(swiglu, self._null)
-        return _together(experts, self._null_shared, self.site.num_experts, x_TD, ids)
-
-    def _permuted(self, outputs_NTD: Tensor) -> Tensor:
-        """Each expert's rows in an order of its own."""
-        N, T, _ = outputs_NTD.shape
-        order_NT = self._permutations.permuted(np.tile(np.arange(T), (N, 1)), axis=1)
-        return outputs_NTD[torch.arange(N)[:, None], torch.from_numpy(order_NT)]
-
-    def _add(self, unit: int, ids: list[int], counts_NN: Tensor, sums: dict[str, Tensor]) -> None:
-        """Put what counts at its place among all experts."""
-        E = self.num_experts
-        placed = {}
-        for name, value in sums.items():
-            counts = counts_NN if value.ndim == 2 else counts_NN.diagonal()
-            placed[name] = torch.zeros([E] * value.ndim, dtype=torch.float64)
-            placed[name][np.ix_(*[ids] * value.ndim)] = value.cpu().double().where(counts, 0)
-        self._max_E = self._max_E.maximum(placed.pop("max"))
-        self._sums.add(unit, **placed)
+    return cosines(hsic(outputs_ETD))
 
 
-def _together(
-    experts: Callable[[Tensor, list[int]], Tensor],
-    shared: ExpertWeights | None,
-    num_experts: int,
-    x_TD: Tensor,
-    ids: list[int],
-) -> Tensor:
-    """(N, T, D) outputs of those ids; the shared expert has the one behind the others."""
-    routed = [e for e in ids if e < num_experts]
-    outputs = [experts(x_TD, routed)] if routed else []
-    if shared is not None and num_experts in ids:
-        outputs.append(swiglu(shared, x_TD))
-    return torch.cat(outputs)
-
-
-def _detached(matrices: Iterable[Tensor]) -> list[Tensor]:
-    return [matrix.detach() for matrix in matrices]
-
-
-def _pair_sums(of: str, outputs_NTD: Tensor) -> dict[str, Tensor]:
-    return _named(of, hsic_sums(outputs_NTD) | vector_sums(outputs_NTD))
-
-
-def _named(of: str, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{of}.{name}": value for name, value in sums.items()}
-
-
-def _max_output(sums: Sums) -> Tensor:
-    return sums["max"]
-
-
-def _zero(sums: Sums) -> Tensor:
-    return torch.zeros(1)
-
-
-def _pairs(function: Callable[[Sums], Tensor], of: str) -> Callable[[Sums], Tensor]:
-    """The function of those sums whose names begin with `of`."""
-    start = f"{of}."
-    return lambda sums: function(
-        {name.removeprefix(start): s for name, s in sums.items() if name.startswith(start)}
+@torch.no_grad()
+def biased_cka(outputs_ETD: Tensor) -> Tensor:
+    """(E, E) plain linear CKA (arXiv 1905.00414). Warns each time: unless there are many
+    times more tokens than dimensions, independent outputs are far above 0."""
+    outputs_ETD = _outputs(outputs_ETD)
+    T, D = outputs_ETD.shape[1:]
+    warnings.warn(
+        f"biased CKA is far above 0 for unrelated outputs unless T >> D; here T is {T} and D {D}. "
+        "linear_cka is not biased",
+        UserWarning,
+        stacklevel=3,  # of the caller of the function that no_grad wraps
     )
+    flat_EC = _grams(outputs_ETD).flatten(1)
+    return cosines((flat_EC @ flat_EC.T).double())
 
 
-def _pair_metric(function: Callable[[Sums], Tensor], about: str) -> Metric:
-    about += "; null: experts with random weights of the same spread on the same tokens"
-    return Metric("outputs", "pairs", _pairs(function, "own"), _pairs(function, "null"), about)
+def _grams(outputs_ETD: Tensor) -> Tensor:
+    """(E, T, T) Gram matrices of outputs with mean 0 over the tokens, at least fp32; all 0 of
+    outputs that do not change but for rounding."""
+    E, T, _ = outputs_ETD.shape
+    dtype = torch.promote_types(outputs_ETD.dtype, torch.float32)
+    grams_ETT = outputs_ETD.new_empty(E, T, T, dtype=dtype)
+    for some_ETD, out_ETT in zip(outputs_ETD.split(FEW), grams_ETT.split(FEW), strict=True):
+        some_ETD = some_ETD.to(dtype)
+        mean_E1D = some_ETD.mean(1, keepdim=True)
+        centred_ETD = some_ETD - mean_E1D
+        torch.bmm(centred_ETD, centred_ETD.mT, out=out_ETT)
+        about_mean_E = out_ETT.diagonal(dim1=1, dim2=2).mean(1)
+        out_ETT[about_mean_E < CONSTANT * mean_E1D.square().sum((1, 2))] = 0
+    return grams_ETT
 
 
-METRICS = {
-    "cka": _pair_metric(cka_of, "debiased linear CKA of outputs"),
-    "cka_permuted": Metric(
-        "outputs",
-        "pairs",
-        _pairs(cka_of, "permuted"),
-        _zero,
-        "control: debiased CKA of outputs of different tokens, each expert's in a random order; "
-        "null 0",
-    ),
-    "output_cosine": _pair_metric(cosine_of, "cosine of outputs, mean over tokens"),
-    "relative_distance": _pair_metric(
-        relative_distance_of,
-        "root of the mean squared distance of outputs over that of their norms",
-    ),
-    "output_norm": Metric(
-        "outputs", "experts", output_norm_of, None, "norm of the output, mean over tokens; no null"
-    ),
-    "reap": Metric(
-        "outputs",
-        "experts",
-        reap_of,
-        None,
-        "weight times norm of the output, mean over the tokens routed to it; no null",
-    ),
-    "max_output": Metric(
-        "outputs",
-        "experts",
-        _max_output,
-        None,
-        "largest |output| of any token and dimension; no null and no interval",
-        units=False,
-    ),
-}
+def cosines(inner_EE: Tensor) -> Tensor:
+    """Of inner products (..., E, E)."""
+    norm_E = inner_EE.diagonal(dim1=-2, dim2=-1).sqrt()
+    return inner_EE / (norm_E[..., None] * norm_E[..., None, :])
+
+
+def hsic_sums(outputs_ETD: Tensor) -> dict[str, Tensor]:
+    """(E, E) HSIC_1 of i with j, i with i and j with j, times the tokens that it is made of: it has
+    the less noise the more there are. 0 of too few."""
+    E, T, _ = outputs_ETD.shape
+    hsic_EE = T * hsic(outputs_ETD) if T >= MIN_TOKENS else outputs_ETD.new_zeros(E, E)
+    own_E = hsic_EE.diagonal()
+    return {"ij": hsic_EE, "ii": own_E[:, None].expand(E, E), "jj": own_E.expand(E, E)}
+
+
+def cosine(outputs_ETD: Tensor) -> Tensor:
+    """(E, E) cosine of two experts' outputs, its mean over tokens; 0 where an output is zero."""
+    return cosine_of(vector_sums(outputs_ETD))
+
+
+def relative_distance(outputs_ETD: Tensor) -> Tensor:
+    """(E, E) sqrt(sum_t ||f_i - f_j||^2 / sum_t (||f_i||^2 + ||f_j||^2) / 2): 0 for the same
+    outputs, sqrt 2 for orthogonal and 2 for opposite ones."""
+    return relative_distance_of(vector_sums(outputs_ETD))
+
+
+def output_norm(outputs_ETD: Tensor) -> Tensor:
+    """(E,) mean over tokens of ||f_i||."""
+    return _outputs(outputs_ETD).double().norm(dim=-1).mean(1)
+
+
+def max_output(outputs_ETD: Tensor) -> Tensor:
+    """(E,) the largest |output| over tokens and dimensions: it stands out for "super experts"
+    (arXiv 2507.23279)."""
+    return _outputs(outputs_ETD).abs().amax((1, 2))
+
+
+def reap(outputs_ETD: Tensor, routing: Routing) -> Tensor:
+    """(E,) mean of g_i ||f_i|| over the tokens that are routed to i, g_i its weight in them (REAP,
+    arXiv 2510.13999); NaN for an expert that has none."""
+    return reap_of(expert_sums(outputs_ETD, DenseRouting(routing).weights_TE))
+
+
+@torch.no_grad()
+def vector_sums(outputs_ETD: Tensor) -> dict[str, Tensor]:
+    """(E, E) sums over tokens of cosines, inner products and mean squared norms of two outputs, and
+    the number of tokens. fp64: for the distance of two that are nearly the same."""
+    outputs_TED = _outputs(outputs_ETD).double().transpose(0, 1)
+    inner_TEE = outputs_TED @ outputs_TED.mT
+    square_TE = inner_TEE.diagonal(dim1=1, dim2=2)
+    scale_TE = square_TE.clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
+    square_E, inner_EE = square_TE.sum(0), inner_TEE.sum(0)
+    return {
+        "cosine": torch.einsum("tij,ti,tj->ij", inner_TEE, scale_TE, scale_TE),
+        "inner": inner_EE,
+        "energy": (square_E + square_E[:, None]) / 2,
+        "tokens": torch.full_like(inner_EE, len(inner_TEE)),
+    }
+
+
+def pair_sums(outputs_ETD: Tensor) -> dict[str, Tensor]:
+    """Both `hsic_sums` and `vector_sums`."""
+    return hsic_sums(outputs_ETD) | vector_sums(outputs_ETD)
+
+
+@torch.no_grad()
+def expert_sums(outputs_ETD: Tensor, weights_TE: Tensor) -> dict[str, Tensor]:
+    """(E,) sums over tokens for the experts by themselves."""
+    norm_TE = _outputs(outputs_ETD).double().norm(dim=-1).T
+    return {
+        "norm": norm_TE.sum(0),
+        "probed": torch.full_like(norm_TE[0], len(norm_TE)),
+        "weighted": (weights_TE * norm_TE).sum(0),
+        "routed": (weights_TE != 0).sum(0),
+    }
+
+
+def cka_of(sums: Sums) -> Tensor:
+    """(E, E), or with U: a ratio of `hsic_sums`, added over minibatches (arXiv 2010.15327)."""
+    return sums["ij"] / (sums["ii"] * sums["jj"]).sqrt()
+
+
+def cosine_of(sums: Sums) -> Tensor:
+    """From `vector_sums`."""
+    return sums["cosine"] / sums["tokens"]
+
+
+def relative_distance_of(sums: Sums) -> Tensor:
+    """From `vector_sums`."""
+    return (2 - 2 * sums["inner"] / sums["energy"]).clamp(min=0).sqrt()
+
+
+def reap_of(sums: Sums) -> Tensor:
+    """From `expert_sums`."""
+    return sums["weighted"] / sums["routed"]

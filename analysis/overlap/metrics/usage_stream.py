@@ -12,8 +12,7 @@ from torch.special import entr
 
 from analysis.adapters import DenseRouting
 from analysis.overlap.metrics.base import Probe, Sums, UnitSums
-from analysis.overlap.metrics.counts import pair_counts
-from analysis.overlap.metrics.information import conditional_mutual_information
+from analysis.overlap.metrics.usage import both_counts, conditional_mutual_information
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import EPS, Routing
 
@@ -49,16 +48,13 @@ class UsageStream:
         dense = DenseRouting(probe.routing)
         ids_KT = _distinct(probe.routing, dense).T.contiguous()
         self._add_to_unit(probe, dense, ids_KT)
-        if self.classes:
-            self._count_classes(probe, ids_KT)
-        else:
-            self._count_other_domains(probe, ids_KT)
+        self._count_labels(probe, ids_KT)
 
     def sums(self) -> Sums:
         """By name, those of units (U, ...):
 
         tokens            how many there are; domain_tokens (Z,) by domain
-        pairs (E, E)      tokens that use both; on the diagonal those that use one
+        both (E, E)       tokens that use both; on the diagonal those that use one
         domains (E, Z)    tokens of the domain that use the expert
         weight (E,)       that the expert's uses have
         entropy           of scores as a distribution, nats
@@ -75,25 +71,25 @@ class UsageStream:
         other_classes (R, E, V), other_class_tokens (R, V)   under shuffled labels
         mi_domain_given_token, other_mi_domain_given_token (R,)   which are no sums
         """
-        E = self.site.num_experts
+        E, counts = self.site.num_experts, self._counts
         if self.classes:
-            together = self._by_class(E)
+            joint_EVZ, other_REVZ = counts["joint"][:E], counts["other_joint"][:, :E]
+            given, *others = (
+                conditional_mutual_information(joint_EVZ.double().mT)
+                for joint_EVZ in (joint_EVZ, *other_REVZ)
+            )
+            together = {
+                "classes": joint_EVZ.sum(-1),
+                "class_tokens": counts["class_tokens"],
+                "other_classes": counts["other_classes"][:, :E],
+                "other_class_tokens": counts["other_class_tokens"],
+                "other_domains": other_REVZ.sum(-2),
+                "mi_domain_given_token": given,
+                "other_mi_domain_given_token": torch.tensor(others, dtype=torch.float64),
+            }
         else:
-            together = {"other_domains": self._counts["other_domains"][:, :E]}
+            together = {"other_domains": counts["other_domains"][:, :E]}
         return {**self._sums.sums(), **{n: t[None].double() for n, t in together.items()}}
-
-    def _by_class(self, E: int) -> dict[str, Tensor]:
-        joint_EVZ, other_REVZ = self._counts["joint"][:E], self._counts["other_joint"][:, :E]
-        given = [_domain_given_class(joint_EVZ) for joint_EVZ in (joint_EVZ, *other_REVZ)]
-        return {
-            "classes": joint_EVZ.sum(-1),
-            "class_tokens": self._counts["class_tokens"],
-            "other_classes": self._counts["other_classes"][:, :E],
-            "other_class_tokens": self._counts["other_class_tokens"],
-            "other_domains": other_REVZ.sum(-2),
-            "mi_domain_given_token": given[0],
-            "other_mi_domain_given_token": torch.tensor(given[1:], dtype=torch.float64),
-        }
 
     def _add_to_unit(self, probe: Probe, dense: DenseRouting, ids_KT: Tensor) -> None:
         E, Z = self.site.num_experts, self.num_domains
@@ -104,44 +100,42 @@ class UsageStream:
             probe.unit,
             tokens=torch.tensor(len(p_TE)),
             domain_tokens=torch.bincount(probe.domain_T, minlength=Z),
-            pairs=pair_counts(dense.used_TE, dense.used_TE),
+            both=both_counts(dense.used_TE, dense.used_TE),
             domains=domains.view(E + 1, Z)[:E],
             weight=dense.weights_TE.double().sum(0),
             entropy=entr(p_TE).sum(-1).double().sum(),
         )
         if probe.before is not None:
             before_TF = DenseRouting(probe.before).used_TE
-            pairs_FE = pair_counts(before_TF, dense.used_TE)
-            self._sums.add(probe.unit, transition=pairs_FE, before=before_TF.sum(0))
+            both_FE = both_counts(before_TF, dense.used_TE)
+            self._sums.add(probe.unit, transition=both_FE, before=before_TF.sum(0))
 
-    def _count_other_domains(self, probe: Probe, ids_KT: Tensor) -> None:
-        E, Z = self.site.num_experts + 1, self.num_domains
-        R = len(probe.other_domain_RT)
-        shuffle_R1 = torch.arange(R)[:, None]
-        other_R1T = (shuffle_R1 * (E * Z) + probe.other_domain_RT)[:, None]
-        self._count("other_domains", (R, E, Z), ids_KT * Z + other_R1T)
-
-    def _count_classes(self, probe: Probe, ids_KT: Tensor) -> None:
+    def _count_labels(self, probe: Probe, ids_KT: Tensor) -> None:
+        """Each axis is its size and the tokens' places on it, (K, T) or (R, K, T)."""
         E, V, Z = self.site.num_experts + 1, self.num_classes, self.num_domains  # E: with nobody
-        R = len(probe.other_tokens_RT)
-        shuffle_R1 = torch.arange(R)[:, None]
-        own_KT = ids_KT * V + probe.tokens_T
-        other_domain_R1T = (shuffle_R1 * (E * V * Z) + probe.other_domain_RT)[:, None]
-        other_tokens_R1T = (shuffle_R1 * (E * V) + probe.other_tokens_RT)[:, None]
-        self._count("joint", (E, V, Z), own_KT * Z + probe.domain_T)
-        self._count("other_joint", (R, E, V, Z), own_KT * Z + other_domain_R1T)
-        self._count("other_classes", (R, E, V), ids_KT * V + other_tokens_R1T)
-        self._count("class_tokens", (V,), probe.tokens_T)
-        self._count("other_class_tokens", (R, V), shuffle_R1 * V + probe.other_tokens_RT)
+        expert, token, domain = (E, ids_KT), (V, probe.tokens_T), (Z, probe.domain_T)
+        R = len(probe.other_domain_RT)
+        shuffle = R, torch.arange(R)[:, None, None]
+        other_token = V, probe.other_tokens_RT[:, None]
+        other_domain = Z, probe.other_domain_RT[:, None]
+        if not self.classes:
+            self._count("other_domains", shuffle, expert, other_domain)
+            return
+        self._count("joint", expert, token, domain)
+        self._count("other_joint", shuffle, expert, token, other_domain)
+        self._count("other_classes", shuffle, expert, other_token)
+        self._count("class_tokens", token)
+        self._count("other_class_tokens", shuffle, other_token)
 
-    def _count(self, name: str, shape: tuple[int, ...], cells: Tensor) -> None:
+    def _count(self, name: str, *axes: tuple[int, Tensor]) -> None:
         """In place: a batch touches few of the cells."""
+        sizes = [size for size, _ in axes]
         if name not in self._counts:
-            self._counts[name] = torch.zeros(shape, dtype=torch.int32)
-        cells = cells.flatten()
-        self._counts[name].view(-1).scatter_add_(
-            0, cells, torch.ones_like(cells, dtype=torch.int32)
-        )
+            self._counts[name] = torch.zeros(sizes, dtype=torch.int32)
+        strides = self._counts[name].stride()
+        cells = sum(at * stride for (_, at), stride in zip(axes, strides, strict=True)).flatten()
+        ones = torch.ones_like(cells, dtype=torch.int32)
+        self._counts[name].view(-1).scatter_add_(0, cells, ones)
 
 
 def _distinct(routing: Routing, dense: DenseRouting) -> Tensor:
@@ -152,7 +146,3 @@ def _distinct(routing: Routing, dense: DenseRouting) -> Tensor:
     if (ids_TK < E).sum() > used_TE.sum():  # one stands twice
         ids_TK = torch.arange(E).where(used_TE, E)
     return ids_TK[:, (ids_TK < E).any(0)]  # top-p has a slot for each expert
-
-
-def _domain_given_class(joint_EVZ: Tensor) -> Tensor:
-    return conditional_mutual_information(joint_EVZ.double().mT)

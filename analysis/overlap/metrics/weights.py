@@ -9,7 +9,7 @@ Shapes: E experts, F neurons, D model.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -47,9 +47,10 @@ class ExpertWeights(NamedTuple):
         if shared is not None and shared[0].shape == matrices[0].shape[1:]:
             pairs = zip(matrices, shared, strict=True)
             matrices = [torch.cat([own, other.detach()[None]]) for own, other in pairs]
-        router_ED = model.router_rows(site)
+        router_ED = model.router(site).rows
         return cls(*matrices, None if router_ED is None else router_ED.detach())
 
+    @torch.no_grad()
     def reinitialized(self, *seed: int) -> ExpertWeights:
         """Experts of independent normal entries, each matrix with the standard deviation that it
         has here; no router. The same seed gives the same ones on every device."""
@@ -188,40 +189,42 @@ def _matched_null(w: ExpertWeights) -> Tensor:
     return matched_EE[~torch.eye(len(matched_EE), dtype=torch.bool)].mean()
 
 
-def _rank(w: ExpertWeights, name: str) -> Tensor:
-    return effective_rank(getattr(w, name))
+def _rank_null(matrix_EXY: Tensor) -> Tensor:
+    """Of the first one's shape; the rank does not depend on the spread."""
+    return effective_rank(_normal(np.random.default_rng(0), matrix_EXY[:1], torch.ones(())))
 
 
-def _rank_null(w: ExpertWeights, name: str) -> Tensor:
-    one_1XY = getattr(w, name)[:1]  # for its shape; the rank does not depend on the spread
-    return effective_rank(_normal(np.random.default_rng(0), one_1XY, torch.ones(())))
+def _metric(
+    table: str,
+    of: Callable[[ExpertWeights], Tensor],
+    null: Callable[[ExpertWeights], Tensor] | float,
+    about: str,
+) -> Metric:
+    """Of parameters alone: there is nothing to resample."""
+    return Metric("weights", table, lambda w: of(w)[None], null, about, units=False)
 
 
-def _zero(w: ExpertWeights) -> Tensor:
-    return torch.zeros(())
+def _rank_metric(at: int, name: str) -> Metric:
+    return _metric(
+        "experts",
+        lambda w: effective_rank(w[at]),
+        lambda w: _rank_null(w[at]),
+        f"effective rank of the {name} projection; null: of random entries",
+    )
 
 
 METRICS = {
-    "flat_cosine": Metric(
-        "weights", "pairs", flat_cosine, _zero, "cosine of all weights as one vector; null 0"
+    "flat_cosine": _metric(
+        "pairs", flat_cosine, 0.0, "cosine of all weights as one vector; null 0"
     ),
-    "matched_cosine": Metric(
-        "weights",
+    "matched_cosine": _metric(
         "pairs",
         matched_cosine,
         _matched_null,
         "cosine of the best matched neurons; null: experts of random weights of the same spread",
     ),
-    "router_cosine": Metric(
-        "weights", "pairs", router_cosine, _zero, "cosine of the router's rows; null 0"
-    ),
-} | {
-    f"effective_rank_{name.split('_')[0]}": Metric(
-        "weights",
-        "experts",
-        partial(_rank, name=name),
-        partial(_rank_null, name=name),
-        f"effective rank of the {name.split('_')[0]} projection; null: of random entries",
-    )
-    for name in ("gate_EFD", "up_EFD", "down_EDF")
+    "router_cosine": _metric("pairs", router_cosine, 0.0, "cosine of the router's rows; null 0"),
+    "effective_rank_gate": _rank_metric(0, "gate"),
+    "effective_rank_up": _rank_metric(1, "up"),
+    "effective_rank_down": _rank_metric(2, "down"),
 }

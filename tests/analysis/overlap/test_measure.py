@@ -17,7 +17,7 @@ from analysis.overlap import probes
 from analysis.overlap.metrics.base import KINDS as METRIC_KINDS
 from analysis.overlap.metrics.base import TABLES, Metric, estimate
 from analysis.overlap.metrics.catalogue import METRICS
-from analysis.overlap.metrics.information import js_divergence, mutual_information
+from analysis.overlap.metrics.usage import js_divergence, mutual_information
 from analysis.overlap.metrics.usage_stream import UsageStream
 from analysis.overlap.probes import Labels, packs_of
 from analysis.overlap.tables import KEYS, VALUES, Overlap
@@ -374,7 +374,7 @@ def test_no_hook_is_left(model_of, shard, monkeypatch):
         with pytest.raises(RuntimeError, match="in the middle"):
             measure_overlap(model, shard, names, **QUIET)
     assert_no_hook(model)
-    model.router_rows(model.sites()[2]).data[:] = torch.nan
+    model.router(model.sites()[2]).rows.data[:] = torch.nan
     with pytest.raises(FloatingPointError):  # within the model's forward
         measure_overlap(model, shard, names, **QUIET)
     assert_no_hook(model)

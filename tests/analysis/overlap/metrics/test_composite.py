@@ -12,8 +12,7 @@ from analysis.adapters.base import State, as_adapter
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.metrics import composite
 from analysis.overlap.metrics.base import Probe, estimate
-from analysis.overlap.metrics.cka import hsic, linear_cka
-from analysis.overlap.metrics.composed import composed_outputs
+from analysis.overlap.metrics.composed import Layer
 from analysis.overlap.metrics.composite import (
     METRICS,
     CompositeStream,
@@ -22,6 +21,7 @@ from analysis.overlap.metrics.composite import (
     related,
     two_way,
 )
+from analysis.overlap.metrics.outputs import hsic, linear_cka
 
 E = 6
 SITES = [name for name, metric in METRICS.items() if metric.table == "sites"]
@@ -48,6 +48,14 @@ def own(tiny_model, **options):
 
 def stream(tokens=200):
     return torch.randn(tokens, 16, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def composed_outputs(model, first, second, u_TD):
+    """(A, B, T, D) that each composed expert adds to the stream u."""
+    layer = Layer(model, first, second)
+    block = layer.block(u_TD, layer.first_outputs(u_TD))
+    return torch.stack([block.rows_ATD + block.routed(j) for j in range(second.num_experts)], 1)
 
 
 def probe(u_TD, unit=0):
@@ -86,7 +94,7 @@ def test_outputs_are_those_of_the_layer(model):
             return routing._replace(ids_TK=ids_TK, weights_TK=torch.ones(len(ids_TK), 1))
 
         after = state
-        with torch.no_grad(), model.edit(force, lambda site: site.layer == 2):
+        with torch.no_grad(), model.hooked(router=force, where=lambda site: site.layer == 2):
             for segment in layer:
                 after = segment.run(after)
         change_TD = (after.hidden_BLD - state.hidden_BLD).flatten(0, 1)

@@ -10,14 +10,18 @@ from torch import Tensor
 
 from analysis.adapters.base import as_adapter
 from analysis.overlap.metrics.base import Probe, UnitSums, estimate, total
-from analysis.overlap.metrics.cka import biased_cka, hsic, hsic_sums, linear_cka
-from analysis.overlap.metrics.outputs import METRICS, OutputStream, swiglu
-from analysis.overlap.metrics.vectors import (
+from analysis.overlap.metrics.output_stream import METRICS, OutputStream
+from analysis.overlap.metrics.outputs import (
+    biased_cka,
     cosine,
+    hsic,
+    hsic_sums,
+    linear_cka,
     max_output,
     output_norm,
     reap,
     relative_distance,
+    swiglu,
 )
 from analysis.overlap.metrics.weights import ExpertWeights
 from cartmoe.routing import Routing
@@ -237,7 +241,7 @@ def test_swiglu():
 def probe_of(model, site, T: int, unit: int = 0, seed: int = 0) -> Probe:
     """Random tokens, routed as the model would route them."""
     generator = torch.Generator().manual_seed(seed)
-    x_TD = torch.randn(T, model.width, generator=generator)
+    x_TD = torch.randn(T, model.model.config.d_model, generator=generator)
     tokens_T = torch.zeros(T, dtype=torch.int64)
     with torch.no_grad():
         routing = model.router(site)(x_TD, torch.arange(T) % 13)

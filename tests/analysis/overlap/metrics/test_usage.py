@@ -10,27 +10,25 @@ import pytest
 import torch
 
 from analysis.overlap.metrics.base import Probe, estimate, total, without_each
-from analysis.overlap.metrics.counts import (
+from analysis.overlap.metrics.usage import (
+    class_jaccard,
     co_activation,
     committee,
+    conditional_mutual_information,
+    entropy,
     gini,
     jaccard,
+    js_divergence,
     lift,
     load_entropy,
     max_vio,
+    mutual_information,
     saturation,
     transition,
     used_mask,
-)
-from analysis.overlap.metrics.information import (
-    class_jaccard,
-    conditional_mutual_information,
-    entropy,
-    js_divergence,
-    mutual_information,
     vocabulary_specialization,
 )
-from analysis.overlap.metrics.usage import METRICS
+from analysis.overlap.metrics.usage_metrics import METRICS
 from analysis.overlap.metrics.usage_stream import UsageStream
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Router, Routing
@@ -618,7 +616,7 @@ def test_company_without_a_taste_is_at_its_null_under_uneven_loads():
     sums = company_of(ids_TK, 16)
     for name in ("co_activation", "lift", "jaccard"):
         value, _, _, null = estimate(METRICS[name], sums)
-        seen = (sums["pairs"][0].numpy() > 300) & ~np.eye(16, dtype=bool)
+        seen = (sums["both"][0].numpy() > 300) & ~np.eye(16, dtype=bool)
         close(np.median(value[seen] / null[seen]), 1, rtol=0.01)
         close(value[seen], null[seen], rtol=0.25)
 
@@ -640,7 +638,7 @@ def company_of(ids_TK: torch.Tensor, num_experts: int) -> dict[str, torch.Tensor
     """What the stream would have summed up of these decisions."""
     used_TE = torch.eye(num_experts, dtype=torch.float64)[ids_TK].sum(1)
     tokens = torch.tensor([len(ids_TK)], dtype=torch.float64)
-    return {"pairs": (used_TE.T @ used_TE)[None], "tokens": tokens}
+    return {"both": (used_TE.T @ used_TE)[None], "tokens": tokens}
 
 
 def test_an_expert_for_each_domain():

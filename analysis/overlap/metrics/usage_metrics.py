@@ -1,0 +1,166 @@
+"""Metrics of which tokens experts are used for, and with whom, from the sums of `UsageStream`.
+
+Shapes: U units, E experts, V classes of tokens, R shuffles of labels over documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from analysis.overlap.metrics import usage
+from analysis.overlap.metrics.base import Metric, Sums
+from analysis.overlap.metrics.chance import by_chance, share_of_tokens
+
+PAIRS, EXPERTS, SITES = (partial(Metric, "usage", table) for table in ("pairs", "experts", "sites"))
+NOTHING = torch.tensor([math.nan], dtype=torch.float64)
+NO_TASTE = "null: experts without a taste in company (quasi-independence, Goodman 1968)"
+OTHER_TOKENS = "null: token labels of other documents, NaN where there is one document"
+OTHER_DOMAINS = "null: domains of other documents, NaN where there is one domain"
+TOTALS = "no interval, as classes are not kept by unit"
+
+
+def _loads(sums: Sums) -> Tensor:
+    return usage.loads_of(sums["both"])
+
+
+def _used_experts(sums: Sums) -> Tensor:
+    """(U,) mean number of experts that a token uses."""
+    return share_of_tokens(sums).sum(-1)
+
+
+def _experts(sums: Sums) -> int:
+    return sums["both"].shape[-1]
+
+
+def _even(sums: Sums) -> Tensor:
+    """(1,) the share of each expert if all have the same."""
+    return torch.tensor([1 / _experts(sums)], dtype=torch.float64)
+
+
+def _company(function: Callable[..., Tensor], about: str) -> Metric:
+    """A function of how many tokens use both, one, and there are."""
+
+    def of(sums: Sums) -> Tensor:
+        return function(sums["both"], _loads(sums), sums["tokens"][:, None, None])
+
+    return PAIRS(of, lambda sums: function(*by_chance(sums), 1), about)
+
+
+def _of_classes(
+    table: Callable[..., Metric], function: Callable[[Tensor, Tensor], Tensor], about: str
+) -> Metric:
+    """A function of (classes (E, V), class_tokens (V,)); its null is the mean over shuffles, NaN
+    where there are none."""
+
+    def of(sums: Sums) -> Tensor:
+        return function(sums["classes"][0], sums["class_tokens"][0])[None]
+
+    def null(sums: Sums) -> Tensor:
+        others = zip(sums["other_classes"][0], sums["other_class_tokens"][0], strict=True)
+        found = [function(*other) for other in others]
+        return torch.stack(found).mean(0, keepdim=True) if found else NOTHING
+
+    return table(of, null, f"{about}; {OTHER_TOKENS}; {TOTALS}", units=False)
+
+
+def _of_other_domains(found_UR: Tensor, sums: Sums) -> Tensor:
+    """The mean over shuffles; NaN where there is no second domain, so that they change nothing."""
+    return found_UR.mean(-1) if sums["domain_tokens"].shape[-1] > 1 else NOTHING
+
+
+METRICS = {
+    "co_activation": _company(
+        usage.co_activation_of,
+        "of the tokens that use i, the share that uses j too (OLMoE, arXiv 2409.02060, eq. 6); "
+        f"{NO_TASTE}",
+    ),
+    "lift": _company(usage.lift_of, f"P_ij / (P_i P_j) of using i and j; {NO_TASTE}, below 1"),
+    "jaccard": _company(
+        usage.jaccard_of, f"of the tokens that use i or j, the share that uses both; {NO_TASTE}"
+    ),
+    "transition": PAIRS(
+        lambda sums: sums["transition"] / sums["before"][..., None],
+        share_of_tokens,
+        "of the tokens that use i at the site before, the share that uses j at this one; null: j's "
+        "share of all tokens",
+    ),
+    "token_jaccard": _of_classes(
+        PAIRS,
+        lambda classes_EV, _: usage.class_jaccard(classes_EV),
+        "of the token ids that i or j is ever used for, the share that both are",
+    ),
+    "token_js": _of_classes(
+        PAIRS,
+        lambda classes_EV, _: usage.js_divergence(classes_EV),
+        "Jensen-Shannon divergence of the distributions of token ids that i and j are used for, "
+        "nats",
+    ),
+    "load": EXPERTS(
+        lambda sums: usage.share(_loads(sums)), _even, "share of the used slots; null 1 / E"
+    ),
+    "routed_weight": EXPERTS(
+        lambda sums: usage.share(sums["weight"]),
+        _even,
+        "share of the weight of all slots; null 1 / E",
+    ),
+    "domain_specialization": EXPERTS(
+        lambda sums: sums["domains"] / sums["domain_tokens"][:, None],
+        lambda sums: share_of_tokens(sums)[..., None],
+        "of a domain's tokens, the share that uses the expert (OLMoE, arXiv 2409.02060, eq. 7); "
+        "null: the share over all domains",
+    ),
+    "vocabulary_specialization": _of_classes(
+        EXPERTS,
+        usage.vocabulary_specialization,
+        "of the tokens of one id, the share that uses the expert (OLMoE, arXiv 2409.02060, eq. 8), "
+        "mean over the tokens that use it",
+    ),
+    "load_entropy": SITES(
+        lambda sums: usage.load_entropy(_loads(sums)),
+        1.0,
+        "entropy of the loads / log E; null 1, even loads",
+    ),
+    "max_vio": SITES(
+        lambda sums: usage.max_vio(_loads(sums)),
+        0.0,
+        "largest load over the mean, less 1 (MaxVio, arXiv 2408.15664); null 0, even loads",
+    ),
+    "gini": SITES(
+        lambda sums: usage.gini(_loads(sums)),
+        0.0,
+        "Gini coefficient of the loads; null 0, even loads",
+    ),
+    "router_entropy": SITES(
+        lambda sums: sums["entropy"] / sums["tokens"] / math.log(_experts(sums)),
+        None,
+        "entropy of a token's scores as a distribution / log E, mean over tokens; no null",
+    ),
+    "committee": SITES(
+        lambda sums: usage.committee(sums["weight"], _used_experts(sums)),
+        lambda sums: _used_experts(sums) / _experts(sums),
+        "share of all weight that the k most weighted experts have, k being the mean number that a "
+        "token uses (standing committee, arXiv 2601.03425); null k / E, even weights",
+    ),
+    "mi_domain": SITES(
+        lambda sums: usage.mutual_information(sums["domains"]),
+        lambda sums: _of_other_domains(usage.mutual_information(sums["other_domains"]), sums),
+        f"I(expert; domain) of a use, nats, Miller-Madow; {OTHER_DOMAINS}",
+    ),
+    "mi_token": SITES(
+        lambda sums: usage.mutual_information(sums["classes"]),
+        lambda sums: usage.mutual_information(sums["other_classes"]).mean(-1),
+        f"I(expert; token id) of a use, nats, Miller-Madow; {OTHER_TOKENS}; {TOTALS}",
+        units=False,
+    ),
+    "mi_domain_given_token": SITES(
+        lambda sums: sums["mi_domain_given_token"],
+        lambda sums: _of_other_domains(sums["other_mi_domain_given_token"], sums),
+        f"I(expert; domain | token id) of a use, nats, Miller-Madow; {OTHER_DOMAINS}; {TOTALS}",
+        units=False,
+    ),
+}
