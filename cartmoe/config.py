@@ -6,9 +6,9 @@ import math
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, WrapValidator
 
-from cartmoe.fields import PLAIN, Count, Flag, NonNegative, Positive, Whole, declared
+from cartmoe.fields import FILLED, PLAIN, Count, Flag, NonNegative, Positive, Whole, declared
 
 
 class Family(NamedTuple):
@@ -64,6 +64,10 @@ def check_whole(name: str, value: int, least: int) -> None:
     check_least(name, value, least)
 
 
+# A number stands for as many of them as there are stages.
+TOP_K = WrapValidator(lambda k, check: k if k is None or type(k) is int else check(k))
+
+
 @declared
 class ModelConfig:
     """One model. What is not given is filled in from the family, so a built config has no None but
@@ -94,11 +98,11 @@ class ModelConfig:
     ffn_width: Positive
     num_layers: Positive
     num_heads: Positive
-    num_experts: Positive | None = None
-    top_k: Whole | tuple[Whole, ...] | None = None
-    grain: Positive | None = None
-    shared_experts: Flag | None = None
-    num_stages: Positive | None = None
+    num_experts: Annotated[Positive, FILLED] = None  # type: ignore[assignment]
+    top_k: Annotated[tuple[Whole, ...], TOP_K] = None  # type: ignore[assignment]
+    grain: Annotated[Positive, FILLED] = None  # type: ignore[assignment]
+    shared_experts: Annotated[Flag, FILLED] = None  # type: ignore[assignment]
+    num_stages: Annotated[Positive, FILLED] = None  # type: ignore[assignment]
     composition: Literal["sequential", "parallel"] = "sequential"
     moe_interval: Positive = 2
     first_moe_layer: Count = 0

@@ -20,7 +20,7 @@ from dataclasses import fields
 from typing import Annotated, Any, dataclass_transform
 
 import numpy as np
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
@@ -36,6 +36,9 @@ Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), PL
 Flag = Annotated[bool, Field(strict=True), PLAIN]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 
+# Of a field that is None until `__post_init__` fills it in, so that a type checker sees no None.
+FILLED = WrapValidator(lambda value, check: None if value is None else check(value))
+
 # Words for pydantic's kinds of mistakes.
 _MUST = {
     "int_type": "must be a whole number",
@@ -49,6 +52,7 @@ _MUST = {
     "greater_than_equal": "must be at least {ge:g}",
     "greater_than": "must be more than {gt:g}",
     "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
     "value_error": "{error}",
 }
 
@@ -85,8 +89,8 @@ def _mistake(cls: type, error: ErrorDetails) -> tuple[str, str]:
     kind, value, said = error["type"], error["input"], error.get("ctx", {})
     if not error["loc"]:  # of a __post_init__
         return str(said["error"]), ""
-    name, *within = error["loc"]
-    name = dict(enumerate(names)).get(name, name)
+    place, *within = error["loc"]
+    name = names[place] if isinstance(place, int) and place < len(names) else place
     if kind == "unexpected_keyword_argument":
         return (
             f"field of {cls.__name__} is {name!r}; ",

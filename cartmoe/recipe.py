@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from cartmoe.config import PRESETS, check_choice, check_least, check_whole
-from cartmoe.precision import DTYPES
+from cartmoe.config import PRESETS, check_choice
+from cartmoe.fields import FILLED, AboveZero, Count, Flag, NonNegative, Positive, declared
 
 # Where a preset's recipe differs from the defaults. That of "base" and "large" is paper.md's.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -20,7 +19,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 MAY_CHANGE = ("checkpoint_every", "keep", "corpus", "tokenizer")
 
 
-@dataclass(frozen=True)
+@declared
 class TrainConfig:
     """How to train. All but `MAY_CHANGE` decides the weights, and is fixed when a run is resumed.
 
@@ -38,45 +37,34 @@ class TrainConfig:
     compile       whether torch.compile is used
     """
 
-    steps: int = 1000
-    seed: int = 0
+    steps: Positive = 1000
+    seed: Count = 0
     corpus: str = "stdlib"
     tokenizer: str = "bytes"
-    batch_size: int = 32
-    length: int = 256
-    accumulate: int = 1
-    learning_rate: float = 2e-3
-    warmup: int = None  # type: ignore[assignment]
-    min_lr_ratio: float = 0.1
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    balance: float = 0.01
-    z_loss: float = 0.0
-    precision: str = "auto"
-    checkpoint_every: int = 100
-    keep: int = 2
-    compile: bool = False
+    batch_size: Positive = 32
+    length: Positive = 256
+    accumulate: Positive = 1
+    learning_rate: AboveZero = 2e-3
+    warmup: Annotated[Count, FILLED] = None  # type: ignore[assignment]
+    min_lr_ratio: NonNegative = 0.1
+    weight_decay: NonNegative = 0.1
+    betas: tuple[NonNegative, NonNegative] = (0.9, 0.95)
+    clip: AboveZero = 1.0
+    balance: NonNegative = 0.01
+    z_loss: NonNegative = 0.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpoint_every: Positive = 100
+    keep: Positive = 2
+    compile: Flag = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "length", "accumulate", "checkpoint_every", "keep"):
-            check_whole(name, getattr(self, name), 1)
-        check_whole("seed", self.seed, 0)
-        for name in ("learning_rate", "clip", "min_lr_ratio", "weight_decay", "balance", "z_loss"):
-            check_least(name, getattr(self, name), 0)
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be positive")
-        check_choice("precision", self.precision, ("auto", *DTYPES))
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size is {self.batch_size}; it must be a multiple of accumulate = "
                 f"{self.accumulate}"
             )
-        object.__setattr__(self, "betas", tuple(self.betas))
         if self.warmup is None:
             object.__setattr__(self, "warmup", min(2000, self.steps // 10))
-        check_whole("warmup", self.warmup, 0)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TrainConfig:
@@ -84,7 +72,4 @@ class TrainConfig:
         check_choice("preset", name, RECIPES)
         vocab_size = PRESETS[name]["vocab_size"]
         tokenizer = "bytes" if vocab_size == 256 else f"bpe:{vocab_size}"
-        known = {f.name for f in fields(cls)}
-        for field in changes:
-            check_choice("field of TrainConfig", field, sorted(known))
         return cls(**({"tokenizer": tokenizer} | RECIPES[name] | changes))

@@ -331,7 +331,7 @@ def test_a_gradient_that_is_not_finite(tiny_run, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         (dict(steps=0), "steps is 0; it must be at least 1"),
-        (dict(learning_rate=0.0), "learning_rate is 0.0; it must be positive"),
+        (dict(learning_rate=0.0), "learning_rate is 0.0; it must be more than 0"),
         (dict(precision="fp16"), "precision is 'fp16'; choose one of 'auto', 'fp32', 'bf16'"),
         (dict(batch_size=3, accumulate=2), "batch_size is 3; it must be a multiple of accumulate"),
         (dict(warmup=-1), "warmup is -1; it must be at least 0"),
