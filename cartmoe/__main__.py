@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -76,13 +76,6 @@ def _settings(assignments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
-def _build(preset: Callable[..., Any], *names: str, **changes: Any) -> Any:
-    try:
-        return preset(*names, **changes)
-    except TypeError as error:
-        raise ValueError(f"a setting has a value of the wrong kind: {error}") from error
-
-
 @app.command("train")
 def train_command(
     out: Annotated[Path, typer.Option(help="Directory of the run; the same command resumes it.")],
@@ -127,8 +120,8 @@ def train_command(
         twice = given.keys() & train_changes.keys()
         if twice:
             raise ValueError(f"{', '.join(sorted(twice))} is given as an option and with --set")
-        model_config = _build(ModelConfig.preset, preset, family, **model_changes)
-        train_config = _build(TrainConfig.preset, preset, **given, **train_changes)
+        model_config = ModelConfig.preset(preset, family, **model_changes)
+        train_config = TrainConfig.preset(preset, **given, **train_changes)
         train(model_config, train_config, out, device=device, progress=progress)
 
 
@@ -145,7 +138,7 @@ def info(
         if model in PRESETS:
             if unused:
                 raise ValueError(f"--set {next(iter(unused))}: info has no use for it")
-            config = _build(ModelConfig.preset, model, family, **changes)
+            config = ModelConfig.preset(model, family, **changes)
             typer.echo(describe(config, length or TrainConfig.preset(model).length))
             return
         if not Path(model).exists():

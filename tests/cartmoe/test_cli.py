@@ -103,7 +103,7 @@ def test_ctrl_c_and_the_same_command_again(train_args, tmp_path):
         (["--set", "top_k"], "--set is 'top_k'; write field=value"),
         (["--set", "learning_rate=fast"], "learning_rate is 'fast'; it must be a finite number"),
         (["--set", "steps=1.5"], "steps is 1.5; it must be a whole number"),
-        (["--set", "betas=3"], "a setting has a value of the wrong kind"),
+        (["--set", "betas=3"], "betas is 3; it must be a list"),
         (["--steps", "2", "--set", "steps=3"], "steps is given as an option and with --set"),
     ],
 )
