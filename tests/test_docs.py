@@ -90,13 +90,13 @@ def test_make_targets():
 
 def test_the_tree_exists():
     (tree,) = [block for _, block in BLOCKS if "cartmoe/ " in block]
-    parent, paths = ROOT, []
+    folders, paths = [ROOT], []  # the last one of each depth
     for line in tree.splitlines():
         names = re.findall(r"(?<![\w/.])[\w-]+(?:\.py|/)(?=[\s,]|$)", line)
-        parent = parent if line.startswith(" ") else ROOT
-        paths += [parent / name for name in names]
-        parent = parent if line.startswith(" ") else ROOT / names[0]
-    assert len(paths) > 30
+        depth = (len(line) - len(line.lstrip())) // 2
+        paths += [folders[depth] / name for name in names]
+        folders[depth + 1 :] = [folders[depth] / names[0]]
+    assert len(paths) > 90
     assert [path for path in paths if not path.exists()] == []
 
 
