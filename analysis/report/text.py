@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from analysis import stats
@@ -125,9 +124,10 @@ def _positive_control(results: Results) -> str:
     failed = stats.positive_control(damage)
     if failed.empty:
         return "Positive control: random routing hurts every model (interval above 0): passed"
+    texts = stats.interval_texts(failed, "delta_nats", "low", "high", digits=4)
     names = ", ".join(
-        f"{r.model} (seed {r.train_seed}): {r.delta_nats:+.4f} [{r.low:.4f}, {r.high:.4f}]"
-        for r in failed.itertuples()
+        f"{r.model} (seed {r.train_seed}): {text}"
+        for r, text in zip(failed.itertuples(), texts, strict=True)
     )
     return f"Positive control FAILED: random routing is not shown to hurt {names}"
 
@@ -176,8 +176,8 @@ def _taken_apart(made: Mapping[str, pd.DataFrame], whole: list[str]) -> list[str
                 **{c: top[c] for c in ("routed_share", "routed_ratio")},
                 "m / E": top.experts_off,
                 "nats per token": top.delta_nats,
-                "per flip": _interval(top, "per_flip"),
-                "per mass moved": _interval(top, "per_mass"),
+                "per flip": stats.interval_texts(top, "per_flip"),
+                "per mass moved": stats.interval_texts(top, "per_mass"),
             }
         )
         out += ["Damage per dose: the slopes from 0 [95 % interval over documents]", _text(shown)]
@@ -194,19 +194,11 @@ def _parts(table: pd.DataFrame) -> str:
     known = ("family", "delta_nats", "low", "high", "share", "share_low", "share_high")
     own = [c for c in table if c not in (*known, "model", "train_seed", "condition", "part")]
     shown = table[["model", "train_seed", "condition", "part"]].assign(
-        damage=_interval(table, "delta_nats", "low", "high"),
-        share=_interval(table, "share", "share_low", "share_high"),
+        damage=stats.interval_texts(table, "delta_nats", "low", "high"),
+        share=stats.interval_texts(table, "share"),
         **{name: table[name] for name in own},
     )
     return _text(shown)
-
-
-def _interval(table: pd.DataFrame, value: str, *bounds: str) -> list[str]:
-    names = bounds or (f"{value}_low", f"{value}_high")
-    return [
-        "-" if np.isnan(v) else f"{v:+.3f} " + ("[-]" if np.isnan(a) else f"[{a:.3f}, {b:.3f}]")
-        for v, a, b in table[[value, *names]].astype(float).to_numpy()
-    ]
 
 
 def _text(table: pd.DataFrame) -> str:

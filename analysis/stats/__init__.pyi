@@ -1,5 +1,5 @@
-from .bootstrap import Bootstrap, Intervals, check_confidence
-from .cascade import additivity, cascade
+from .bootstrap import Bootstrap, Intervals, check_confidence, interval_texts
+from .cascade import additivity, cascade, sites_in
 from .contrasts import family_contrasts, format_contrasts
 from .curves import curve_summary
 from .damage import clean_table, contrast_models, damage, difference

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.doses import doses
-from analysis.stats.pairs import CHECKPOINT, PLAIN, Losses, Pairs, label, pair
-from analysis.stats.parts import choose, combine, stack
-
-SITE = r"layer (\d+) stage (\d+)"
+from analysis.stats.pairs import PLAIN, Losses, Pairs, of_checkpoint, pair
+from analysis.stats.parts import Parts, choose, combine, stack, with_doses
 
 
 def cascade(
@@ -32,25 +28,19 @@ def cascade(
     Raises `ValueError` naming what a condition lacks.
     """
 
-    def needs(p: Pairs, name: str) -> list[str]:
-        rerouted = p.variant(name, downstream=PLAIN["downstream"]) == name
-        return [name, p.variant(name, downstream="replay")] if rerouted else []
-
-    tables = []
-    for p, name in choose(
-        pair(losses), condition, needs, "the conditions of analysis.cascade_arms(perturbation)"
-    ):
-        _, replay = needs(p, name)
+    def parts_of(p: Pairs, name: str) -> Parts:
+        if p.variant(name, downstream=PLAIN["downstream"]) != name:
+            return {}
+        replay = p.variant(name, downstream="replay")
         parts = {"reroute": {name: 1.0}, "replay": {replay: 1.0}}
-        parts["cascade"] = {name: 1.0, replay: -1.0}
+        return parts | {"cascade": {name: 1.0, replay: -1.0}}
+
+    how = "the conditions of analysis.cascade_arms(perturbation)"
+    tables = []
+    for p, name, parts in choose(losses, condition, parts_of, how):
         table = combine(p, name, parts, "reroute", bootstrap)
-        tables.append(table.assign(label=[name, replay, None]))
-    table = stack(tables)
-    if routing is not None and len(table):
-        dose = doses(routing)
-        dose = dose.assign(label=label(dose))[[*CHECKPOINT, "label", "flips", "flips_total"]]
-        table = table.merge(dose, on=[*CHECKPOINT, "label"], how="left")
-    return table.drop(columns="label", errors="ignore")
+        tables.append(table.assign(label=[name, *parts["replay"], None]))
+    return with_doses(stack(tables), routing, "flips", "flips_total")
 
 
 def additivity(
@@ -75,40 +65,39 @@ def additivity(
     """
 
     pairs = pair(losses)
-    there = {} if routing is None else {p.name: _sites_of(routing, p) for p in pairs}
+    places = {
+        p.name: _in_order(
+            sites_in(p.conditions["where"])
+            if routing is None
+            else of_checkpoint(routing, p.checkpoint)
+        )
+        for p in pairs
+    }
 
-    def sites(p: Pairs, name: str) -> list[str]:
-        """The sites where the condition was measured alone, or of `routing` all."""
+    def parts_of(p: Pairs, name: str) -> Parts:
         if p.variant(name, where=PLAIN["where"]) != name:
-            return []
-        if routing is not None:
-            return there[p.name]
-        own = p.conditions[p.conditions["where"].str.fullmatch(SITE)]
-        places = [w for w in own["where"].unique() if p.variant(name, where=w) in set(own.label)]
-        return sorted(places, key=_place)
+            return {}
+        alone = {where: p.variant(name, where=where) for where in places[p.name]}
+        if routing is None:  # those where it was measured
+            alone = {where: label for where, label in alone.items() if label in p.by_label}
+        if not alone:
+            return {}
+        total = dict.fromkeys(alone.values(), 1.0)
+        difference = {name: 1.0} | dict.fromkeys(total, -1.0)
+        parts = {where: {label: 1.0} for where, label in alone.items()}
+        return parts | {"sum": total, "joint": {name: 1.0}, "joint - sum": difference}
 
-    def needs(p: Pairs, name: str) -> list[str]:
-        alone = [p.variant(name, where=where) for where in sites(p, name)]
-        return [name, *alone] if alone else []
-
-    tables = []
-    for p, name in choose(
-        pairs, condition, needs, "the conditions of analysis.site_arms(model, perturbation)"
-    ):
-        parts = {where: {p.variant(name, where=where): 1.0} for where in sites(p, name)}
-        parts["sum"] = {site: 1.0 for part in parts.values() for site in part}
-        parts["joint"] = {name: 1.0}
-        parts["joint - sum"] = parts["joint"] | dict.fromkeys(parts["sum"], -1.0)
-        tables.append(combine(p, name, parts, "joint", bootstrap))
-    return stack(tables)
+    how = "the conditions of analysis.site_arms(model, perturbation)"
+    chosen = choose(pairs, condition, parts_of, how)
+    return stack(combine(*one, "joint", bootstrap) for one in chosen)
 
 
-def _place(where: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in where.split() if word.isdigit())
+def sites_in(where: pd.Series) -> pd.DataFrame:
+    """layer and stage of those that are one site, "layer 2 stage 1"."""
+    return where.str.extract(r"^layer (?P<layer>\d+) stage (?P<stage>\d+)$").dropna().astype(int)
 
 
-def _sites_of(routing: pd.DataFrame, p: Pairs) -> list[str]:
-    same = [routing[name] == value for name, value in p.checkpoint.items()]
-    places = routing[np.logical_and.reduce(same)][["layer", "stage"]].drop_duplicates()
-    ordered = places.sort_values(["layer", "stage"]).itertuples(index=False)
-    return [f"layer {layer} stage {stage}" for layer, stage in ordered]
+def _in_order(sites: pd.DataFrame) -> list[str]:
+    """As `where` names them."""
+    ordered = sites[["layer", "stage"]].drop_duplicates().sort_values(["layer", "stage"])
+    return [f"layer {layer} stage {stage}" for layer, stage in ordered.itertuples(index=False)]

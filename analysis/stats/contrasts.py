@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.damage import by_seed, check_documents
+from analysis.stats.bootstrap import Bootstrap, interval_texts
+from analysis.stats.damage import DIFFERENCE, by_seed, check_documents
 from analysis.stats.pairs import Losses, Pairs, check_choice, pair
-from analysis.stats.seeds import permutation_test, sign_flip_test, two_level
+from analysis.stats.seeds import permutation_test, ratios, runs_of, sign_flip_test, two_level
 
 SEEDS, CHECKPOINTS = "training seeds", "these checkpoints"
 
@@ -57,15 +57,15 @@ def family_contrasts(
     models = dict.fromkeys(p.checkpoint["model"] for p in pairs)
     rows = []
     for condition in conditions:
-        have = [p for p in of_reference.values() if condition in set(p.conditions.label)]
+        have = [p for p in of_reference.values() if condition in p.by_label]
         if not have:
-            known = dict.fromkeys(c for p in of_reference.values() for c in p.conditions.label)
+            known = dict.fromkeys(c for p in of_reference.values() for c in p.by_label)
             check_choice(f"condition of {reference}", condition, known)
         for model in models:
             others = [
                 p
                 for p in by_seed(pairs, "model", model).values()
-                if model != reference and condition in set(p.conditions.label)
+                if model != reference and condition in p.by_label
             ]
             for mine, theirs in _matched(have, others):
                 named = {"reference": reference, "model": model, "condition": condition}
@@ -98,40 +98,25 @@ def _test(
     mine: list[Pairs], theirs: list[Pairs], condition: str, bootstrap: Bootstrap
 ) -> dict[str, object]:
     check_documents([*mine, *theirs])
-    sides = [
-        (np.array([p.delta_D(condition) for p in side]), np.array([p.tokens_D for p in side]))
-        for side in (mine, theirs)
-    ]
-    (delta_a, tokens_a), (delta_b, tokens_b) = sides
-    row = {
-        "speaks_for": SEEDS,
-        "train_seed": None,
-        "seeds_reference": len(mine),
-        "seeds": len(theirs),
-        "num_documents": len(mine[0].documents_D),
-    }
+    sides = [runs_of(side, condition) for side in (mine, theirs)]
     one_sided = replace(bootstrap, confidence=2 * bootstrap.confidence - 1)  # two tests at it
-    both = bootstrap, one_sided
     if len(mine) > 1 and len(theirs) > 1:
-        bounds = [two_level(*sides, each) for each in both]
-        ratios = [delta.sum(axis=1) / tokens.sum(axis=1) for delta, tokens in sides]
-        p, min_p = permutation_test(*ratios, bootstrap)
+        named = {"speaks_for": SEEDS, "train_seed": None}
+        (value, low, high), (_, *inner) = (two_level(*sides, b) for b in (bootstrap, one_sided))
+        p, min_p = permutation_test(*map(ratios, sides), bootstrap)
     else:
         numbers = dict.fromkeys(str(p.checkpoint["train_seed"]) for p in (*mine, *theirs))
-        row |= {"speaks_for": CHECKPOINTS, "train_seed": " and ".join(numbers)}
-        found = [
-            each.intervals(
-                np.concatenate([delta_a, delta_b]),
-                np.concatenate([tokens_a, tokens_b]),
-                np.array([[1.0], [-1.0]]),
-            )
-            for each in both
-        ]
-        bounds = [tuple(float(b[0]) for b in one) for one in found]
-        per_token = delta_a[0] / tokens_a[0].sum() - delta_b[0] / tokens_b[0].sum()
-        p, min_p = sign_flip_test(per_token, bootstrap)
-    (value, low, high), (_, *inner) = bounds
-    return row | {
+        named = {"speaks_for": CHECKPOINTS, "train_seed": " and ".join(numbers)}
+        delta_CD, tokens_CD = (np.concatenate(arrays) for arrays in zip(*sides, strict=True))
+        (value, low, high), (_, *inner) = (
+            (float(array[0]) for array in b.intervals(delta_CD, tokens_CD, DIFFERENCE))
+            for b in (bootstrap, one_sided)
+        )
+        per_token = [d / t.sum() for d, t in zip(delta_CD, tokens_CD, strict=True)]
+        p, min_p = sign_flip_test(per_token[0] - per_token[1], bootstrap)
+    return named | {
+        **{"seeds_reference": len(mine), "seeds": len(theirs)},
+        **{"num_documents": len(mine[0].documents_D)},
         **{"delta_nats": value, "low": low, "high": high},
         **{"p": p, "min_p": min_p, "inner": inner},
     }
@@ -156,10 +141,7 @@ def format_contrasts(
         {
             "condition": table.condition,
             "model": table.model,
-            "difference": [
-                f"{value:+.3f} [{low:.3f}, {high:.3f}]"
-                for value, low, high in table[["delta_nats", "low", "high"]].to_numpy()
-            ],
+            "difference": interval_texts(table, "delta_nats", "low", "high"),
             **{name: [f"{v:.2g}" for v in table[name]] for name in ("p", "min_p", "p_holm")},
             "verdict": table.verdict,
             "speaks for": [

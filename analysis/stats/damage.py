@@ -10,9 +10,10 @@ import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap, Intervals
 from analysis.stats.doses import doses
-from analysis.stats.pairs import KEY, Losses, Pairs, check_choice, pair
+from analysis.stats.pairs import KEY, Losses, Pairs, check_choice, pair, pair_conditions
 
 LN2 = np.log(2)
+DIFFERENCE = np.array([[1.0], [-1.0]])  # contrast of two ratios
 
 
 def damage(
@@ -39,37 +40,23 @@ def damage(
     missing columns and conditions that are not paired (see `pairs.pair`).
     """
     tables = []
-    for p in pair(losses):
-        if p.conditions.empty:
-            continue
-        num_conditions, clean = len(p.conditions), p.clean_D.sum() / p.tokens_D.sum()
-        found = bootstrap.intervals(
-            np.concatenate([p.delta_CD, p.delta_CD / LN2]),
-            np.repeat([p.tokens_D, p.bytes_D], num_conditions, axis=0),
+    for p in pair_conditions(losses):
+        nats, bits = _in_both_units(p.delta_CD, p.tokens_D, p.bytes_D, bootstrap)
+        clean = p.clean_D.sum() / p.tokens_D.sum()
+        ratio = Intervals(*np.exp(nats))
+        table = p.table(
+            num_documents=len(p.documents_D),
+            num_tokens=int(p.tokens_D.sum()),
+            clean_nats=clean,
+            nats=clean + nats.value_M,
+            **nats.columns("delta_nats", "low", "high"),
+            **bits.columns("delta_bits_per_byte", "bpb_low", "bpb_high"),
+            clean_perplexity=np.exp(clean),
+            perplexity=np.exp(clean + nats.value_M),
+            **ratio.columns("perplexity_ratio", "ratio_low", "ratio_high"),
+            **p.measured,
         )
-        nats, bits = (Intervals(*rows) for rows in np.split(np.array(found), 2, axis=1))
-        columns = {
-            "num_documents": len(p.documents_D),
-            "num_tokens": int(p.tokens_D.sum()),
-            "clean_nats": clean,
-            "nats": clean + nats.value_M,
-            **dict(zip(("delta_nats", "low", "high"), nats, strict=True)),
-            **dict(zip(("delta_bits_per_byte", "bpb_low", "bpb_high"), bits, strict=True)),
-            "clean_perplexity": np.exp(clean),
-            "perplexity": np.exp(clean + nats.value_M),
-            "perplexity_ratio": np.exp(nats.value_M),
-            "ratio_low": np.exp(nats.low_M),
-            "ratio_high": np.exp(nats.high_M),
-            "kl": p.kl_C,
-            "agreement": p.agreement_C,
-            "delta_max": p.delta_max_C,
-        }
-        table = p.conditions.drop(columns="ids").assign(**columns)
-        for i, (name, value) in enumerate(p.checkpoint.items()):
-            table.insert(i, name, value)
         tables.append(table)
-    if not tables:
-        raise ValueError("losses have clean rows only: there is no condition to compare with them")
     table = pd.concat(tables, ignore_index=True)
     return table if routing is None else table.merge(doses(routing), on=KEY, how="left")
 
@@ -80,21 +67,17 @@ def clean_table(losses: Losses, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFr
     model, family, train_seed, num_documents, num_tokens, nats, low, high (per token),
     perplexity, perplexity_low, perplexity_high, bits_per_byte, bpb_low, bpb_high.
     """
-    rows = []
+    tables = []
     for p in pair(losses):
-        sums = np.array([p.clean_D, p.clean_D / LN2])
-        weights = np.array([p.tokens_D, p.bytes_D])
-        nats, bits = zip(*bootstrap.intervals(sums, weights), strict=True)
-        rows.append(
-            p.checkpoint
-            | {"num_documents": len(p.documents_D), "num_tokens": int(p.tokens_D.sum())}
-            | dict(zip(("nats", "low", "high"), nats, strict=True))
-            | dict(
-                zip(("perplexity", "perplexity_low", "perplexity_high"), np.exp(nats), strict=True)
-            )
-            | dict(zip(("bits_per_byte", "bpb_low", "bpb_high"), bits, strict=True))
+        nats, bits = _in_both_units(p.clean_D[None], p.tokens_D, p.bytes_D, bootstrap)
+        columns = (
+            {"num_documents": len(p.documents_D), "num_tokens": int(p.tokens_D.sum())}
+            | nats.columns("nats", "low", "high")
+            | Intervals(*np.exp(nats)).columns("perplexity")
+            | bits.columns("bits_per_byte", "bpb_low", "bpb_high")
         )
-    return pd.DataFrame(rows)
+        tables.append(pd.DataFrame(p.checkpoint | columns))
+    return pd.concat(tables, ignore_index=True)
 
 
 def difference(
@@ -108,15 +91,13 @@ def difference(
     a and b are labels, for example "DropTop(1)" and "DropChosen(1)". One row per checkpoint
     that has other than clean rows: model, family, train_seed, a, b, num_documents, delta_nats,
     low, high, delta_bits_per_byte, bpb_low, bpb_high. Raises `ValueError` listing a
-    checkpoint's labels when one is unknown.
+    checkpoint's labels when one is unknown, and where there are clean rows alone.
     """
-    return pd.DataFrame(
-        [
-            p.checkpoint | {"a": a, "b": b} | _contrast(p, a, p, b, bootstrap)
-            for p in pair(losses)
-            if len(p.conditions)
-        ]
-    )
+    tables = [
+        pd.DataFrame(p.checkpoint | {"a": a, "b": b} | _contrast(p, a, p, b, bootstrap))
+        for p in pair_conditions(losses)
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def contrast_models(
@@ -142,13 +123,12 @@ def contrast_models(
             f"{', '.join(map(str, of_b))}; none is common: compare them with over_seeds"
         )
     check_documents([*of_a.values(), *of_b.values()])
-    return pd.DataFrame(
-        [
-            {"model_a": model_a, "model_b": model_b, "train_seed": s, "condition": condition}
-            | _contrast(of_a[s], condition, of_b[s], condition, bootstrap)
-            for s in common
-        ]
-    )
+    tables = []
+    for s in common:
+        named = {"model_a": model_a, "model_b": model_b, "train_seed": s, "condition": condition}
+        contrast = _contrast(of_a[s], condition, of_b[s], condition, bootstrap)
+        tables.append(pd.DataFrame(named | contrast))
+    return pd.concat(tables, ignore_index=True)
 
 
 def by_seed(pairs: list[Pairs], name: str, model: str) -> dict[int, Pairs]:
@@ -165,18 +145,30 @@ def check_documents(pairs: list[Pairs]) -> None:
             raise ValueError(f"{first.name} and {other.name} were measured on other documents")
 
 
-def _contrast(p: Pairs, a: str, q: Pairs, b: str, bootstrap: Bootstrap) -> dict[str, float]:
-    delta_a, delta_b = p.delta_D(a), q.delta_D(b)
-    nats, bits = zip(
-        *bootstrap.intervals(
-            np.array([delta_a, delta_b, delta_a / LN2, delta_b / LN2]),
-            np.array([p.tokens_D, q.tokens_D, p.bytes_D, q.bytes_D]),
-            np.array([[1, 0], [-1, 0], [0, 1], [0, -1]]),
-        ),
-        strict=True,
-    )
+def _contrast(p: Pairs, a: str, q: Pairs, b: str, bootstrap: Bootstrap) -> dict[str, object]:
+    """Columns of the one row."""
+    deltas_CD = np.array([p.delta_D(a), q.delta_D(b)])
+    tokens_CD, bytes_CD = np.array([p.tokens_D, q.tokens_D]), np.array([p.bytes_D, q.bytes_D])
+    nats, bits = _in_both_units(deltas_CD, tokens_CD, bytes_CD, bootstrap, DIFFERENCE)
     return (
         {"num_documents": len(p.documents_D)}
-        | dict(zip(("delta_nats", "low", "high"), nats, strict=True))
-        | dict(zip(("delta_bits_per_byte", "bpb_low", "bpb_high"), bits, strict=True))
+        | nats.columns("delta_nats", "low", "high")
+        | bits.columns("delta_bits_per_byte", "bpb_low", "bpb_high")
     )
+
+
+def _in_both_units(
+    nats_CD: np.ndarray,
+    tokens_CD: np.ndarray,
+    bytes_CD: np.ndarray,
+    bootstrap: Bootstrap,
+    contrast_CM: np.ndarray | None = None,
+) -> list[Intervals]:
+    """Nats per token and bits per byte, from the same draws; tokens and bytes may be (D,)."""
+    weights_CD = [np.broadcast_to(some, nats_CD.shape) for some in (tokens_CD, bytes_CD)]
+    found = bootstrap.intervals(
+        np.concatenate([nats_CD, nats_CD / LN2]),
+        np.concatenate(weights_CD),
+        None if contrast_CM is None else np.kron(np.eye(2), contrast_CM),
+    )
+    return [Intervals(*half) for half in np.split(np.array(found), 2, axis=1)]

@@ -5,8 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.pairs import CONDITION, KEY, Losses, Pairs, base_name, check_columns, pair
+from analysis.stats.bootstrap import Bootstrap, Intervals
+from analysis.stats.pairs import (
+    CONDITION,
+    KEY,
+    Losses,
+    Pairs,
+    base_name,
+    check_columns,
+    of_checkpoint,
+    pair_conditions,
+)
 from analysis.stats.robustness import router_columns
 
 # Of one token at one perturbed site, as defined in analysis/doses.py; output_change is the norm
@@ -26,11 +35,8 @@ def dose_by_document(p: Pairs, routing: pd.DataFrame, dose: str) -> np.ndarray:
     """(C, D): a dose of the conditions and documents of p, summed over tokens, averaged over sites
     and eval_seeds; NaN where it was not recorded."""
     check_columns("routing", routing, [*KEY, "eval_seed", "document_id", "num_tokens", dose])
-    mine = routing[
-        (routing.model == p.checkpoint["model"])
-        & (routing.train_seed == p.checkpoint["train_seed"])
-        & (routing.perturbation != "clean")
-    ]
+    mine = of_checkpoint(routing, p.checkpoint)
+    mine = mine[mine.perturbation != "clean"]
     # A token of a document counts once for each site and eval_seed.
     sums = mine.groupby([*CONDITION, "document_id"], dropna=False)[[dose, "num_tokens"]].sum()
     means = (sums[dose] / sums.num_tokens).unstack("document_id").reindex(columns=p.documents_D)
@@ -64,38 +70,26 @@ def per_dose(
     routed_ratio, and of DropTop experts_off, m / E.
     """
     tables = []
-    for p in pair(losses):
-        if p.conditions.empty:
-            continue
-        table = p.conditions.drop(columns="ids").assign(
-            delta_nats=p.delta_CD.sum(axis=1) / p.tokens_D.sum()
-        )
+    for p in pair_conditions(losses):
+        table = p.table(delta_nats=p.delta_CD.sum(axis=1) / p.tokens_D.sum())
         for name, dose in PER.items():
             dose_CD = dose_by_document(p, routing, dose)
-            columns = [name, f"{name}_low", f"{name}_high"]
             with np.errstate(divide="ignore", invalid="ignore"):
                 found = np.array(bootstrap.intervals(p.delta_CD, dose_CD))
             missing = ~(dose_CD.sum(axis=1) > LEAST * p.tokens_D.sum())
             found[1:, ~np.isfinite(found[1:]).all(axis=0)] = np.nan
-            table[columns] = np.where(missing, np.nan, found).T
+            found = Intervals(*np.where(missing, np.nan, found))
+            table = table.assign(**found.columns(name))
         if sites is not None:
             table = table.assign(**router_columns(sites, p.checkpoint))
-            table["experts_off"] = _experts_off(table, sites, p.checkpoint)
-        for i, (name, value) in enumerate(p.checkpoint.items()):
-            table.insert(i, name, value)
+            table["experts_off"] = _experts_off(table, of_checkpoint(sites, p.checkpoint))
         tables.append(table)
-    if not tables:
-        raise ValueError("losses have clean rows only: there is no condition to compare with them")
     return pd.concat(tables, ignore_index=True)
 
 
-def _experts_off(table: pd.DataFrame, sites: pd.DataFrame, checkpoint: dict) -> pd.Series:
-    """m / E of DropTop; where m is a share already, it itself."""
-    mine = sites[
-        (sites.model == checkpoint["model"]) & (sites.train_seed == checkpoint["train_seed"])
-    ]
-    experts = mine[mine.metric == "num_experts"].value.astype(float).mean()
-    of_all = table.strength.where(
-        table.perturbation.str.contains("ratio"), table.strength / experts
-    )
+def _experts_off(table: pd.DataFrame, sites: pd.DataFrame) -> pd.Series:
+    """m / E of DropTop in one checkpoint; where m is a share already, it itself."""
+    experts = sites[sites.metric == "num_experts"].value.astype(float).mean()
+    is_share = table.perturbation.str.contains("ratio")
+    of_all = table.strength.where(is_share, table.strength / experts)
     return of_all.where(base_name(table.perturbation) == "DropTop")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.doses import doses
-from analysis.stats.pairs import CHECKPOINT, CONDITION, Losses, Pairs, label, pair
-from analysis.stats.parts import choose, combine, stack
+from analysis.stats.pairs import Losses, Pairs, of_checkpoint
+from analysis.stats.parts import Parts, choose, combine, stack, with_doses
 
 RANDOM = "choose=random"
 
@@ -33,40 +32,32 @@ def gap(
     """
     tables = []
     how = 'Worst(n, choose="random") beside Worst(n)'
-    for p, name in choose(pair(losses), condition, _needs, how):
-        _, random = _needs(p, name)
-        parts = {"worst": {name: 1.0}, "random": {random: 1.0}, "gap": {name: 1.0, random: -1.0}}
+    for p, name, parts in choose(losses, condition, _parts, how):
+        (random,) = parts["random"]
         table = combine(p, name, parts, "worst", bootstrap)
-        rows = p.conditions.set_index("label")
-        table["budget"] = rows.strength[name]
+        table["budget"] = p.by_label[name]["strength"]
         table["label"] = [name, random, None]
         if cells is not None:
-            table["price"] = [
-                *(_price(cells, p, rows.ids[label]) for label in (name, random)),
-                None,
-            ]
+            seconds = of_checkpoint(cells, p.checkpoint).groupby("condition").seconds.mean()
+            ids = p.conditions.set_index("label").ids
+            table["price"] = [*(_price(seconds, ids[label]) for label in (name, random)), None]
         tables.append(table)
-    table = stack(tables)
-    if routing is not None and len(table):
-        dose = doses(routing)
-        dose = dose.assign(label=label(dose))[[*CHECKPOINT, "label", "flips"]]
-        table = table.merge(dose, on=[*CHECKPOINT, "label"], how="left")
-    return table.drop(columns="label", errors="ignore")
+    return with_doses(stack(tables), routing, "flips")
 
 
-def _needs(p: Pairs, name: str) -> list[str]:
-    """The label itself and that of its random flips; empty for what is no Worst."""
+def _parts(p: Pairs, name: str) -> Parts:
+    """Empty for what is no Worst."""
     row = p.by_label[name]
     if row["perturbation"].partition("(")[0] != "Worst" or RANDOM in row["perturbation"]:
-        return []
-
-    def partner(other: dict[str, object]) -> bool:
-        same = [column for column in CONDITION if column != "perturbation"]
-        kind = _kind(row["perturbation"]) | {RANDOM}
-        return _kind(other["perturbation"]) == kind and all(row[c] == other[c] for c in same)
-
-    found = [label for label, other in p.by_label.items() if partner(other)]
-    return [name, *(found[:1] or [f"{name}, {RANDOM}"])]
+        return {}
+    kind, same = _kind(row["perturbation"]) | {RANDOM}, {**row, "perturbation": None}
+    found = [
+        label
+        for label, other in p.by_label.items()
+        if _kind(other["perturbation"]) == kind and other | {"perturbation": None} == same
+    ]
+    random = found[0] if found else f"{name}, {RANDOM}"
+    return {"worst": {name: 1.0}, "random": {random: 1.0}, "gap": {name: 1.0, random: -1.0}}
 
 
 def _kind(perturbation: str) -> frozenset[str]:
@@ -75,10 +66,6 @@ def _kind(perturbation: str) -> frozenset[str]:
     return frozenset(word for word in words if not word.startswith("rounds="))
 
 
-def _price(cells: pd.DataFrame, p: Pairs, ids: tuple[str, ...]) -> float:
+def _price(seconds: pd.Series, ids: tuple[str, ...]) -> float:
     """Seconds a shard of these conditions' cells, over those of the clean run's."""
-    mine = cells[
-        (cells.model == p.checkpoint["model"]) & (cells.train_seed == p.checkpoint["train_seed"])
-    ]
-    seconds = mine.groupby("condition").seconds.mean()
     return seconds.reindex(list(ids)).mean() / seconds.get("clean", float("nan"))

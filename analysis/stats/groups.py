@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns, pair
+from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns, check_conditions, pair
+from analysis.stats.parts import stack
 from analysis.stats.tokens import CleanTokens, Tokens, check_tokens, rises
 
 COLUMNS = [
@@ -33,10 +35,8 @@ def by_frequency(clean: CleanTokens) -> tuple[np.ndarray, list[str]]:
 
 
 # (the tokens) -> each one's group, and the groups' names in order.
-GROUPS: dict[str, Callable[[CleanTokens], tuple[np.ndarray, list[str]]]] = {
-    "position": by_position,
-    "frequency": by_frequency,
-}
+Group = Callable[[CleanTokens], tuple[np.ndarray, list[str]]]
+GROUPS: dict[str, Group] = {"position": by_position, "frequency": by_frequency}
 
 
 def damage_by(
@@ -60,84 +60,76 @@ def damage_by(
     """
     check_choice("by", by, [*GROUPS, "domain"])
     if by == "domain":
-        return _by_domain(losses, conditions, bootstrap)
+        sums = _by_domain(losses, conditions)
+    else:
+        sums = _by_tokens(losses, tokens, conditions, GROUPS[by])
+    tables = [_groups(one, bootstrap).assign(**one.checkpoint, by=by) for one in sums]
+    return stack(tables, COLUMNS)[COLUMNS]
+
+
+class Sums(NamedTuple):
+    """Of one checkpoint's C conditions over the tokens of G groups in D documents."""
+
+    checkpoint: dict[str, object]
+    labels: list[str]
+    names: list[str]  # of the groups
+    delta_CGD: np.ndarray  # nats
+    count_GD: np.ndarray  # tokens
+
+
+def _by_tokens(
+    losses: pd.DataFrame, tokens: Tokens | None, conditions: Collection[str] | None, group: Group
+) -> Iterator[Sums]:
     check_tokens(tokens)
-    tables = []
     of_checkpoint = groupby(rises(losses, tokens, conditions), key=lambda item: item[0].name)
     for _, items in of_checkpoint:
         labels, sums, cell_N = [], [], None
         for p, clean, name, rise_VN in items:  # one condition's tokens are held at once
             if cell_N is None:
-                bin_N, names = GROUPS[by](clean)
+                bin_N, names = group(clean)
                 shape = len(names), len(p.documents_D)
                 cell_N = bin_N * shape[1] + clean.document_N
                 count_GD = np.bincount(cell_N, minlength=shape[0] * shape[1]).reshape(shape)
             summed = np.bincount(cell_N, weights=rise_VN.mean(axis=0), minlength=count_GD.size)
             labels.append(name)
             sums.append(summed.reshape(shape))
-        found = _groups(names, labels, np.array(sums), count_GD, bootstrap)
-        tables.append(found.assign(**p.checkpoint, by=by))
-    return _stack(tables)
+        yield Sums(p.checkpoint, labels, names, np.array(sums), count_GD)
 
 
-def _by_domain(
-    losses: pd.DataFrame, conditions: Collection[str] | None, bootstrap: Bootstrap
-) -> pd.DataFrame:
+def _by_domain(losses: pd.DataFrame, conditions: Collection[str] | None) -> Iterator[Sums]:
     check_columns("losses", losses, ["domain"])
-    whole = pair(losses)
-    known = dict.fromkeys(name for p in whole for name in p.conditions.label)
-    for name in conditions or ():
-        check_choice("condition", name, known)
-    domains = sorted(losses.domain.unique())
-    parts = [{q.name: q for q in pair(losses[losses.domain == domain])} for domain in domains]
-    tables = []
-    for p in whole:
+    pairs = pair(losses)
+    check_conditions(pairs, conditions or ())
+    domain_of = losses.drop_duplicates("document_id").set_index("document_id").domain
+    names = sorted(domain_of.unique())
+    for p in pairs:
         labels = [n for n in p.conditions.label if conditions is None or n in conditions]
-        if not labels:
-            continue
-        sum_CGD = np.zeros((len(labels), len(domains), len(p.documents_D)))
-        count_GD = np.zeros(sum_CGD.shape[1:])
-        for g, part in enumerate(parts):
-            if q := part.get(p.name):
-                at = np.searchsorted(p.documents_D, q.documents_D)
-                count_GD[g, at] = q.tokens_D
-                sum_CGD[:, g, at] = [q.delta_D(name) for name in labels]
-        found = _groups(domains, labels, sum_CGD, count_GD, bootstrap)
-        tables.append(found.assign(**p.checkpoint, by="domain"))
-    return _stack(tables)
+        if labels:
+            is_of_GD = np.array(names)[:, None] == domain_of[p.documents_D].to_numpy()
+            delta_CD = np.array([p.delta_D(name) for name in labels])
+            yield Sums(
+                p.checkpoint, labels, names, delta_CD[:, None] * is_of_GD, p.tokens_D * is_of_GD
+            )
 
 
-def _stack(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    if not tables:
-        return pd.DataFrame(columns=COLUMNS)
-    return pd.concat(tables, ignore_index=True)[COLUMNS]
-
-
-def _groups(
-    names: Sequence[str],
-    labels: Sequence[str],
-    sum_CGD: np.ndarray,
-    count_GD: np.ndarray,
-    bootstrap: Bootstrap,
-) -> pd.DataFrame:
-    total_C = sum_CGD.sum(axis=(1, 2))
+def _groups(sums: Sums, bootstrap: Bootstrap) -> pd.DataFrame:
+    total_C = sums.delta_CGD.sum(axis=(1, 2))
     tables = []
-    for g, name in enumerate(names):
-        has_D = count_GD[g] > 0
+    for g, name in enumerate(sums.names):
+        count_D = sums.count_GD[g]
+        has_D = count_D > 0
         if not has_D.any():
             continue
-        sum_CD = sum_CGD[:, g, has_D]
-        count_CD = np.broadcast_to(count_GD[g, has_D], sum_CD.shape).astype(float)
-        found = bootstrap.intervals(sum_CD, count_CD)
-        share_C = np.where(total_C == 0, np.nan, sum_CD.sum(axis=1))
+        delta_CD = sums.delta_CGD[:, g, has_D]
+        count_CD = np.broadcast_to(count_D[has_D], delta_CD.shape).astype(float)
+        share_C = np.where(total_C == 0, np.nan, delta_CD.sum(axis=1))
         tables.append(
             pd.DataFrame(
-                {"condition": labels, "group": name, "order": g}
-                | {"num_documents": has_D.sum(), "num_tokens": int(count_GD[g].sum())}
-                | dict(zip(("delta_nats", "low", "high"), found, strict=True))
+                {"condition": sums.labels, "group": name, "order": g}
+                | {"num_documents": has_D.sum(), "num_tokens": int(count_D.sum())}
+                | bootstrap.intervals(delta_CD, count_CD).columns("delta_nats", "low", "high")
                 | {"share": share_C / np.where(total_C == 0, 1, total_C)}
             )
         )
-    rank = {label: i for i, label in enumerate(labels)}
-    by_condition = dict(by="condition", key=lambda column: column.map(rank), kind="stable")
-    return pd.concat(tables).sort_values(**by_condition)
+    # By condition in their order, which is that of the rows of each table.
+    return pd.concat(tables).sort_index(kind="stable")

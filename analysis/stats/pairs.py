@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ SITE = [*CHECKPOINT, "layer", "stage"]
 UNIT = ["document_id", "sequence_id"]
 SUMS = ["num_tokens", "num_bytes", "nll_sum", "kl_sum", "num_agree"]
 OTHER = ["condition", "expects", "eval_seed", "delta_max"]
+MEASURED = ["kl", "agreement", "delta_max"]
 
 # What a condition has unless it says otherwise, and what a label therefore leaves out.
 PLAIN = {"where": "all", "point": "logits", "effect": "full", "downstream": "reroute"}
@@ -36,6 +37,12 @@ def check_columns(name: str, frame: pd.DataFrame, columns: Iterable[str]) -> Non
     missing = [column for column in columns if column not in frame.columns]
     if missing:
         raise ValueError(f"table {name} lacks the columns {', '.join(missing)}")
+
+
+def of_checkpoint(frame: pd.DataFrame, checkpoint: Mapping[str, object]) -> pd.DataFrame:
+    """Its rows of a table that names checkpoints by model and train_seed."""
+    same = [frame[name] == checkpoint[name] for name in ("model", "train_seed")]
+    return frame[same[0] & same[1]]
 
 
 def label(conditions: pd.DataFrame) -> pd.Series:
@@ -87,18 +94,22 @@ class Pairs:
     clean_D: np.ndarray  # nats
     conditions: pd.DataFrame  # CONDITION, expects, label and ids (a tuple), a row each
     delta_CD: np.ndarray  # nats above the clean run
-    kl_C: np.ndarray  # nats per token
-    agreement_C: np.ndarray  # share of tokens
-    delta_max_C: np.ndarray  # nats, the largest rise of one token
+    measured: pd.DataFrame  # kl (nats per token), agreement (share), delta_max (nats, of a token)
 
     @property
     def name(self) -> str:
-        return f"{self.checkpoint['model']} (train_seed {self.checkpoint['train_seed']})"
+        return _name(self.checkpoint)
 
     def delta_D(self, condition: str) -> np.ndarray:
         """The documents' damage under the condition with this label."""
-        check_choice(f"condition of {self.name}", condition, self.conditions.label)
+        check_choice(f"condition of {self.name}", condition, self.by_label)
         return self.delta_CD[self.conditions.label.tolist().index(condition)]
+
+    def table(self, **columns: object) -> pd.DataFrame:
+        """A row a condition: the checkpoint, what names the condition, and these columns."""
+        named = self.conditions.drop(columns="ids")
+        table = named.assign(**self.checkpoint, **columns)
+        return table[[*self.checkpoint, *named, *columns]]
 
     @functools.cached_property
     def by_label(self) -> dict[str, dict[str, object]]:
@@ -132,8 +143,27 @@ def pair(losses: Losses) -> list[Pairs]:
     return [_pair_one(dict(zip(CHECKPOINT, key, strict=True)), rows) for key, rows in groups]
 
 
+def pair_conditions(losses: Losses) -> list[Pairs]:
+    """`pair` without checkpoints that have clean rows only; `ValueError` if there is no other."""
+    pairs = [p for p in pair(losses) if len(p.conditions)]
+    if not pairs:
+        raise ValueError("losses have clean rows only: there is no condition to compare with them")
+    return pairs
+
+
+def check_conditions(pairs: list[Pairs], conditions: Iterable[str]) -> None:
+    """Raise `ValueError` with the choices for a label that no checkpoint has."""
+    known = dict.fromkeys(name for p in pairs for name in p.by_label)
+    for name in conditions:
+        check_choice("condition", name, known)
+
+
+def _name(checkpoint: Mapping[str, object]) -> str:
+    return f"{checkpoint['model']} (train_seed {checkpoint['train_seed']})"
+
+
 def _pair_one(checkpoint: dict[str, object], rows: pd.DataFrame) -> Pairs:
-    name = f"{checkpoint['model']} (train_seed {checkpoint['train_seed']})"
+    name = _name(checkpoint)
     is_clean = rows.perturbation == "clean"
     clean = rows[is_clean]
     if clean.empty:
@@ -147,21 +177,21 @@ def _pair_one(checkpoint: dict[str, object], rows: pd.DataFrame) -> Pairs:
     def by_document(values: np.ndarray) -> np.ndarray:
         return np.bincount(document, weights=values, minlength=len(documents_D))
 
-    conditions, deltas, kls, agreements, worst, unpaired, infinite = ([] for _ in range(7))
+    conditions, measured, deltas, unpaired, infinite = ([] for _ in range(5))
     for condition, arm in rows[~is_clean].groupby(CONDITION, sort=False, dropna=False):
-        conditions.append((*condition, arm.expects.iloc[0], tuple(arm.condition.unique())))
+        ids, num_tokens = tuple(arm.condition.unique()), arm.num_tokens.sum()
         runs = [run for _, run in arm.groupby("eval_seed", sort=False)]
         if not all(_same_sequences(run, clean) for run in runs):
-            unpaired.append((condition, arm.condition.unique()))
+            unpaired.append((condition, ids))
             continue
         nll = np.mean([run.nll_sum for run in runs], axis=0)
         if not np.isfinite(nll).all():
-            infinite.append((condition, arm.condition.unique()))
+            infinite.append((condition, ids))
         # Differences before sums: equal rows then give a zero that is exact.
         deltas.append(by_document(nll - clean.nll_sum.to_numpy()))
-        kls.append(arm.kl_sum.sum() / arm.num_tokens.sum())
-        agreements.append(arm.num_agree.sum() / arm.num_tokens.sum())
-        worst.append(arm.delta_max.max())
+        conditions.append((*condition, arm.expects.iloc[0], ids))
+        kl, agreement = arm.kl_sum.sum() / num_tokens, arm.num_agree.sum() / num_tokens
+        measured.append((kl, agreement, arm.delta_max.max()))
     if unpaired:
         raise ValueError(
             f"conditions of {name} are not paired with its clean run (each needs the same "
@@ -179,9 +209,7 @@ def _pair_one(checkpoint: dict[str, object], rows: pd.DataFrame) -> Pairs:
         clean_D=by_document(clean.nll_sum),
         conditions=table.assign(label=label(table)),
         delta_CD=np.reshape(deltas, (len(deltas), len(documents_D))),
-        kl_C=np.array(kls),
-        agreement_C=np.array(agreements),
-        delta_max_C=np.array(worst),
+        measured=pd.DataFrame(measured, columns=MEASURED, dtype=float),
     )
 
 
@@ -189,7 +217,7 @@ def _same_sequences(run: pd.DataFrame, clean: pd.DataFrame) -> bool:
     return all(np.array_equal(run[c], clean[c]) for c in ("unit", "num_tokens"))
 
 
-def _listed(failed: list[tuple[tuple, np.ndarray]]) -> str:
+def _listed(failed: list[tuple[tuple, tuple[str, ...]]]) -> str:
     names = label(pd.DataFrame([condition for condition, _ in failed], columns=CONDITION))
     return "; ".join(
         f"{name} [{', '.join(map(str, ids))}]" for name, (_, ids) in zip(names, failed, strict=True)

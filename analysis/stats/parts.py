@@ -13,63 +13,56 @@ Shapes: P parts, C conditions, D documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
-from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.pairs import CHECKPOINT, Pairs, check_choice
+from analysis.stats.bootstrap import Bootstrap, Intervals
+from analysis.stats.doses import doses
+from analysis.stats.pairs import CHECKPOINT, Losses, Pairs, check_conditions, label, pair
 
 COLUMNS = [
     *CHECKPOINT, "condition", "part", "delta_nats", "low", "high",
     "share", "share_low", "share_high",
 ]  # fmt: skip
-Needs = Callable[[Pairs, str], Iterable[str]]
+# Name of a part -> (label of a condition -> its factor): each part is a sum of damages.
+Parts = Mapping[str, Mapping[str, float]]
 
 
 def choose(
-    pairs: list[Pairs], condition: str | None, needs: Needs, how: str
-) -> list[tuple[Pairs, str]]:
-    """The checkpoints and conditions for which all that is needed was run.
+    losses: Losses, condition: str | None, parts_of: Callable[[Pairs, str], Parts], how: str
+) -> Iterator[tuple[Pairs, str, Parts]]:
+    """The checkpoints and conditions all of whose parts were run, and these parts.
 
     condition   a label, or None: all there are, which may be none
-    needs       (checkpoint, label) -> the labels that are needed; empty for no such condition
+    parts_of    (checkpoint, label) -> its parts; empty for no such condition
     how         what to measure, for the error
 
     Raises `ValueError` for a label that no checkpoint has, or for which something is missing in
     every checkpoint.
     """
-    if condition is not None:
-        known = dict.fromkeys(name for p in pairs for name in p.conditions.label)
-        check_choice("condition", condition, known)
-    found, missing = [], {}
+    pairs = pair(losses)
+    check_conditions(pairs, [] if condition is None else [condition])
+    found, missing = False, {}
     for p in pairs:
-        have = p.conditions.label.tolist()
-        for name in have if condition is None else [n for n in have if n == condition]:
-            needed = list(needs(p, name))
-            missing |= dict.fromkeys(n for n in needed if n not in have)
-            if needed and all(n in have for n in needed):
-                found.append((p, name))
+        for name in p.by_label if condition is None else {condition} & p.by_label.keys():
+            parts = parts_of(p, name)
+            lacks = [label for label in _labels(parts) if label not in p.by_label]
+            missing |= dict.fromkeys(lacks)
+            if parts and not lacks:
+                found = True
+                yield p, name, parts
     if condition is not None and not found:
         lacks = f"lacks {', '.join(map(repr, missing))}" if missing else "is no such condition"
         raise ValueError(f"condition {condition!r} {lacks}; measure {how}")
-    return found
 
 
 def combine(
-    p: Pairs,
-    condition: str,
-    parts: Mapping[str, Mapping[str, float]],
-    whole: str,
-    bootstrap: Bootstrap,
+    p: Pairs, condition: str, parts: Parts, whole: str, bootstrap: Bootstrap
 ) -> pd.DataFrame:
-    """Rows of one checkpoint.
-
-    parts   name -> (label of a condition -> its factor): each part is a sum of damages
-    whole   the part that the others are shares of
-    """
-    labels = list(dict.fromkeys(name for part in parts.values() for name in part))
+    """Rows of one checkpoint; `whole` is the part that the others are shares of."""
+    labels = _labels(parts)
     delta_CD = np.array([p.delta_D(name) for name in labels])
     factors_CP = np.array([[part.get(name, 0.0) for part in parts.values()] for name in labels])
     tokens_CD = np.broadcast_to(p.tokens_D, delta_CD.shape)
@@ -80,16 +73,30 @@ def combine(
     # A whole of 0 has no shares, and in a resample it may be 0.
     with np.errstate(divide="ignore", invalid="ignore"):
         share = bootstrap.intervals(part_PD, whole_PD)
-    bounded = nats.low_M[at] > 0 or nats.high_M[at] < 0
-    low_P, high_P = (b if bounded else np.full(len(parts), np.nan) for b in share[1:])
+    if not (nats.low_M[at] > 0 or nats.high_M[at] < 0):
+        share = Intervals(share.value_M, *np.full((2, len(parts)), np.nan))
     return pd.DataFrame(
         p.checkpoint
         | {"condition": condition, "part": list(parts)}
-        | dict(zip(("delta_nats", "low", "high"), nats, strict=True))
-        | {"share": share.value_M, "share_low": low_P, "share_high": high_P}
+        | nats.columns("delta_nats", "low", "high")
+        | share.columns("share")
     )
 
 
-def stack(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """One below the other; an empty table with its columns for none."""
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+def _labels(parts: Parts) -> list[str]:
+    return list(dict.fromkeys(name for part in parts.values() for name in part))
+
+
+def stack(tables: Iterable[pd.DataFrame], columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
+    """One below the other; for none an empty table with these columns."""
+    tables = list(tables)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def with_doses(table: pd.DataFrame, routing: pd.DataFrame | None, *columns: str) -> pd.DataFrame:
+    """These doses beside parts that are the damage of one condition, whose column `label` goes."""
+    if routing is not None and len(table):
+        dose = doses(routing)
+        dose = dose.assign(label=label(dose))[[*CHECKPOINT, "label", *columns]]
+        table = table.merge(dose, on=[*CHECKPOINT, "label"], how="left")
+    return table.drop(columns="label", errors="ignore")

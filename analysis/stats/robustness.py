@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.stats.pairs import CHECKPOINT, CONDITION, base_name, check_columns, control
+from analysis.stats.bootstrap import interval_texts
+from analysis.stats.pairs import (
+    CHECKPOINT,
+    CONDITION,
+    base_name,
+    check_columns,
+    control,
+    of_checkpoint,
+)
 
 TOP1 = "DropTop(1)"
 CONTROLS = ("identity", "DropChosen(1)", "DropUnchosen(1)", "RandomRouting", "NoRouted")
@@ -76,7 +84,7 @@ def _cell(rows: pd.DataFrame, name: str) -> tuple[float, float, float]:
 def router_columns(sites: pd.DataFrame, row: dict[str, object]) -> dict[str, object]:
     """What tables print of a checkpoint's router beside its damage, by column."""
     check_columns("sites", sites, ["model", "train_seed", "layer", "stage", "metric", "value"])
-    mine = sites[(sites.model == row["model"]) & (sites.train_seed == row["train_seed"])]
+    mine = of_checkpoint(sites, row)
 
     def metric(name: str) -> pd.DataFrame:
         return mine[mine.metric == name].astype({"value": float}).dropna(subset="value")
@@ -112,8 +120,7 @@ def format_robustness(table: pd.DataFrame, width: int = 140) -> str:
     columns["top-1 off ppl"] = [_number(v, ".2f") for v in table.perplexity]
     for name in table.columns:
         if f"{name} low" in table:
-            bounds = zip(table[name], table[f"{name} low"], table[f"{name} high"], strict=True)
-            columns[name] = [_with_interval(*cell) for cell in bounds]
+            columns[name] = interval_texts(table, name, f"{name} low", f"{name} high")
     blocks, used = [[]], 0
     first, *rest = (_aligned(title, cells) for title, cells in columns.items())
     for column in rest:
@@ -140,10 +147,3 @@ def _number(value: object, form: str) -> str:
     if isinstance(value, str):
         return value
     return "-" if value is None or np.isnan(value) else format(value, form)
-
-
-def _with_interval(value: float, low: float, high: float) -> str:
-    if np.isnan(value):
-        return "-"
-    bounds = "[-]" if np.isnan(low) else f"[{low:.3f}, {high:.3f}]"
-    return f"{value:+.3f} {bounds}"

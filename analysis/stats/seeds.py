@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.damage import by_seed, check_documents
-from analysis.stats.pairs import pair
+from analysis.stats.pairs import Pairs, pair
 
 # Of S training runs on the same D documents: the nats that a condition adds, and tokens, (S, D).
 Runs = tuple[np.ndarray, np.ndarray]
@@ -40,12 +40,9 @@ def over_seeds(
     a = list(by_seed(pairs, "model_a", model_a).values())
     b = list(by_seed(pairs, "model_b", model_b).values())
     check_documents(a + b)
-    sides = [
-        (np.array([p.delta_D(condition) for p in side]), np.array([p.tokens_D for p in side]))
-        for side in (a, b)
-    ]
+    sides = [runs_of(side, condition) for side in (a, b)]
     delta, low, high = two_level(*sides, bootstrap)
-    p, min_p = permutation_test(*map(_ratios, sides), bootstrap)
+    p, min_p = permutation_test(*map(ratios, sides), bootstrap)
     row = {
         **{"model_a": model_a, "model_b": model_b, "condition": condition},
         **{"seeds_a": len(a), "seeds_b": len(b), "num_documents": len(a[0].documents_D)},
@@ -54,14 +51,20 @@ def over_seeds(
     return pd.DataFrame([row])
 
 
-def _ratios(side: Runs) -> np.ndarray:
+def runs_of(side: list[Pairs], condition: str) -> Runs:
+    """Of the checkpoints of one model."""
+    return np.array([p.delta_D(condition) for p in side]), np.array([p.tokens_D for p in side])
+
+
+def ratios(side: Runs) -> np.ndarray:
+    """(S,) nats per token that the condition adds."""
     delta_SD, tokens_SD = side
     return delta_SD.sum(axis=1) / tokens_SD.sum(axis=1)
 
 
 def two_level(a: Runs, b: Runs, bootstrap: Bootstrap) -> tuple[float, float, float]:
     """Mean of the runs' ratios in a minus that in b, and its bounds; see `over_seeds`."""
-    delta = _ratios(a).mean() - _ratios(b).mean()
+    delta = ratios(a).mean() - ratios(b).mean()
     numbers = [len(delta_SD) for delta_SD, _ in (a, b)]
     if min(*numbers, a[0].shape[1] - 1) < 2:
         return delta, np.nan, np.nan

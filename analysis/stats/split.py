@@ -16,8 +16,8 @@ from math import comb
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.pairs import PLAIN, Losses, Pairs, pair
-from analysis.stats.parts import choose, combine, stack
+from analysis.stats.pairs import PLAIN, Losses, Pairs
+from analysis.stats.parts import Parts, choose, combine, stack
 
 PARTS = ("set", "weights", "mass")
 # Every coalition but the empty one, which is the clean run, and the effect that lets it through.
@@ -64,20 +64,15 @@ def split(
     Raises `ValueError` naming what a condition lacks.
     """
 
-    def labels(p: Pairs, name: str) -> dict[tuple[str, ...], str]:
-        return {some: p.variant(name, effect=effect) for some, effect in COALITIONS.items()}
-
-    def needs(p: Pairs, name: str) -> list[str]:
-        is_full = p.variant(name, effect=PLAIN["effect"]) == name
-        return list(labels(p, name).values()) if is_full else []
-
-    how = "the conditions of analysis.split_arms(perturbation)"
-    tables = []
-    for p, name in choose(pair(losses), condition, needs, how):
-        label = labels(p, name)
-        parts = {
+    def parts_of(p: Pairs, name: str) -> Parts:
+        if p.variant(name, effect=PLAIN["effect"]) != name:
+            return {}
+        label = {some: p.variant(name, effect=effect) for some, effect in COALITIONS.items()}
+        return {
             part: {label[some]: factor for some, factor in factors.items()}
             for part, factors in FACTORS.items()
         }
-        tables.append(combine(p, name, parts, "full", bootstrap))
-    return stack(tables)
+
+    how = "the conditions of analysis.split_arms(perturbation)"
+    chosen = choose(losses, condition, parts_of, how)
+    return stack(combine(*one, "full", bootstrap) for one in chosen)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.stats.pairs import UNIT, Pairs, check_choice, pair
+from analysis.stats.pairs import UNIT, Pairs, check_conditions, of_checkpoint, pair
 
 # (model, train_seed, condition) -> a row a sequence: document_id, sequence_id, nll (float32 as
 # bytes), and of the condition "clean" targets (int32 as bytes).
@@ -43,9 +43,7 @@ def rises(
                  tokens that are not those of `losses`.
     """
     pairs = pair(losses)
-    known = dict.fromkeys(name for p in pairs for name in p.conditions.label)
-    for name in conditions or ():
-        check_choice("condition", name, known)
+    check_conditions(pairs, conditions or ())
     for p in pairs:
         wanted = p.conditions
         if conditions is not None:
@@ -70,12 +68,8 @@ def rises(
 
 
 def _sequences(losses: pd.DataFrame, p: Pairs) -> pd.DataFrame:
-    mine = losses[
-        (losses.model == p.checkpoint["model"])
-        & (losses.train_seed == p.checkpoint["train_seed"])
-        & (losses.perturbation == "clean")
-    ]
-    return mine[UNIT].sort_values(UNIT, kind="stable")
+    mine = of_checkpoint(losses, p.checkpoint)
+    return mine[mine.perturbation == "clean"][UNIT].sort_values(UNIT, kind="stable")
 
 
 def _rows(frame: pd.DataFrame, order: pd.DataFrame, p: Pairs, name: str) -> pd.DataFrame:
@@ -102,11 +96,7 @@ def _joined(column: pd.Series, kind: type) -> np.ndarray:
 
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
-
-
 WORST = (0.01, 0.1)
-
-
 ROUNDING = float(np.finfo(np.float32).eps)  # of a loss, relative
 
 
@@ -124,16 +114,16 @@ def tails(
 
     Every eval_seed counts as tokens of its own. Raises `ValueError` if tokens were not kept.
     """
-    check_tokens(tokens)
     rows = []
-    for p, clean, name, rise_VN in rises(losses, tokens, conditions):
-        rise, least = np.sort(rise_VN, axis=None)[::-1], ROUNDING * clean.nll_N.mean()
+    for named, fall_N, whole in _falling(losses, tokens, conditions):
+        size = len(fall_N)
+        worst = {share: max(1, round(share * size)) for share in WORST}
         rows.append(
-            p.checkpoint
-            | {"condition": name, "num_tokens": len(rise), "mean": rise.mean()}
-            | {f"q{q:g}": np.quantile(rise, q) for q in QUANTILES}
-            | {"max": rise[0], "rising": (rise > 0).mean()}
-            | {f"worst_{share:g}": _carried(rise, share, least) for share in WORST}
+            named
+            | {"num_tokens": size, "mean": fall_N.mean()}
+            | {f"q{q:g}": np.quantile(fall_N, q) for q in QUANTILES}
+            | {"max": fall_N[0], "rising": (fall_N > 0).mean()}
+            | {f"worst_{share:g}": fall_N[:n].sum() / whole for share, n in worst.items()}
         )
     return pd.DataFrame(rows)
 
@@ -147,23 +137,22 @@ def tail_curve(
     """The same as curves: model, family, train_seed, condition, share (of tokens, the worst
     first, from one token to all on a logarithmic grid), rise (the least among them, in nats) and
     carried (their share of the whole damage). Raises `ValueError` if tokens were not kept."""
-    check_tokens(tokens)
     tables = []
-    for p, clean, name, rise_VN in rises(losses, tokens, conditions):
-        rise, least = np.sort(rise_VN, axis=None)[::-1], ROUNDING * clean.nll_N.mean()
-        count = np.unique(np.geomspace(1, len(rise), points).round().astype(int))
-        carried = [_carried(rise, n / len(rise), least) for n in count]
-        tables.append(
-            pd.DataFrame(
-                p.checkpoint
-                | {"condition": name, "share": count / len(rise)}
-                | {"rise": rise[count - 1], "carried": carried}
-            )
-        )
+    for named, fall_N, whole in _falling(losses, tokens, conditions):
+        count = np.unique(np.geomspace(1, len(fall_N), points).round().astype(int))
+        columns = {"share": count / len(fall_N), "rise": fall_N[count - 1]}
+        carried = [fall_N[:n].sum() / whole for n in count]
+        tables.append(pd.DataFrame(named | columns | {"carried": carried}))
     return pd.concat(tables, ignore_index=True)
 
 
-def _carried(falling: np.ndarray, share: float, least: float) -> float:
-    """By the worst tokens, at least one; NaN if the mean rise is below `least`."""
-    worst = max(1, round(share * len(falling)))
-    return falling[:worst].sum() / falling.sum() if falling.mean() > least else np.nan
+def _falling(
+    losses: pd.DataFrame, tokens: Tokens | None, conditions: Collection[str] | None
+) -> Iterator[tuple[dict[str, object], np.ndarray, float]]:
+    """(what names a checkpoint and condition, its tokens' rises from the greatest down, their sum:
+    NaN where it is but rounding)."""
+    check_tokens(tokens)
+    for p, clean, name, rise_VN in rises(losses, tokens, conditions):
+        fall_N = np.sort(rise_VN, axis=None)[::-1]
+        shown = fall_N.mean() > ROUNDING * clean.nll_N.mean()
+        yield p.checkpoint | {"condition": name}, fall_N, fall_N.sum() if shown else np.nan
