@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, WrapValidator
 
-from cartmoe.fields import FILLED, PLAIN, Count, Flag, NonNegative, Positive, Whole, declared
+from cartmoe.fields import FILLED, PLAIN, Count, Flag, NonNegative, OneOf, Positive, Whole, declared
 
 
 class Family(NamedTuple):
@@ -92,7 +92,7 @@ class ModelConfig:
     router_noise   std of Gaussian noise on the logits in training, in units of logits
     """
 
-    family: str
+    family: Annotated[str, OneOf(FAMILIES)]
     vocab_size: Positive
     d_model: Positive
     ffn_width: Positive
@@ -117,7 +117,6 @@ class ModelConfig:
     hash_seed: Whole = 0
 
     def __post_init__(self) -> None:
-        check_choice("family", self.family, FAMILIES)
         family = FAMILIES[self.family]
         self._fill("grain", family.grain)
         self._fill("num_stages", family.stages)

@@ -16,13 +16,15 @@ one's own raises `ValueError("must be ...")`; the name and the value are put bef
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Annotated, Any, dataclass_transform
 
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
-from pydantic_core import ErrorDetails
+from pydantic_core import CoreSchema, ErrorDetails
+from pydantic_core.core_schema import literal_schema
 
 PLAIN = BeforeValidator(lambda value: value.item() if isinstance(value, np.generic) else value)
 
@@ -38,6 +40,25 @@ Text = Annotated[str, Field(strict=True, min_length=1)]
 
 # Of a field that is None until `__post_init__` fills it in, so that a type checker sees no None.
 FILLED = WrapValidator(lambda value, check: None if value is None else check(value))
+
+
+def listed(kind: Any) -> BeforeValidator:
+    """For a tuple's field: one item stands for a list of it."""
+    return BeforeValidator(
+        lambda value: value if isinstance(value, list | tuple) else (value,),
+        json_schema_input_type=kind | list[kind],
+    )
+
+
+class OneOf:
+    """For a text's field: one of a dict's keys, as `Literal` is of those written out."""
+
+    def __init__(self, choices: Iterable[str]):
+        self.choices = list(choices)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return literal_schema(self.choices)
+
 
 # Words for pydantic's kinds of mistakes.
 _MUST = {

@@ -15,20 +15,22 @@ class TableReader:
     def __init__(self):
         self.mistakes: list[str] = []
 
-    def known(self, where: str, table: Mapping, keys: Iterable[str]) -> None:
+    def known(self, where: str, table: Mapping, keys: Iterable[str]) -> dict[str, Any]:
+        """Those of the table's keys that there are."""
         keys = sorted(keys)
-        for key in table:
-            if key not in keys:
-                self.mistakes.append(f"{where}{key}: no such key; choose one of {', '.join(keys)}")
+        for key in (key for key in table if key not in keys):
+            self.mistakes.append(f"{where}{key}: no such key; choose one of {', '.join(keys)}")
+        return {key: value for key, value in table.items() if key in keys}
 
     def attempt(self, where: str, make, /, *args, **kwargs):
-        """make(...), or None with its mistake noted."""
+        """make(...), or None with its mistakes noted."""
         try:
             return make(*args, **kwargs)
         except (ValueError, TypeError, OSError) as error:
             # What a TypeError says names no parameter.
             given = f" ({kwargs})" if isinstance(error, TypeError) else ""
-            self.mistakes.append(f"{where}: {error}{given}".removeprefix(": "))
+            lines = f"{error}{given}".splitlines()
+            self.mistakes += [f"{where}: {line}".removeprefix(": ") for line in lines]
 
     def table(self, where: str, value: Any) -> Mapping:
         """The value if it is a table; else an empty one."""
@@ -37,8 +39,9 @@ class TableReader:
         self.mistakes.append(f"{where}: it is {value!r}; write a table, [{where}]")
         return {}
 
-    def tables(self, name: str, value: Any) -> Iterable[tuple[str, Mapping]]:
+    def tables(self, name: str, study: Mapping) -> Iterable[tuple[str, Mapping]]:
         """(where, table) for each of an array of tables."""
+        value = study.get(name, [])
         if isinstance(value, list) and all(isinstance(table, Mapping) for table in value):
             return [(f"{name}[{i}]", table) for i, table in enumerate(value)]
         self.mistakes.append(f"{name}: it is {value!r}; write tables, [[{name}]]")
@@ -50,15 +53,15 @@ class TableReader:
             self.mistakes.append(f"{where}: the list is empty")
         return value if isinstance(value, list) else [value]
 
-    def choices(self, where: str, name: str, value: Any, choices: Iterable[str]) -> list[str]:
+    def choices(self, where: str, name: str, value: Any, choices: Iterable[Any]) -> list[Any]:
         """Those items that are choices."""
         items, choices = self.items(where, value), list(choices)
         for item in items:
             self.attempt(where, check_choice, name, item, choices)
         return [item for item in items if item in choices]
 
-    def build(self, name: str, cls, study: Mapping):
+    def build(self, name: str, cls: type, study: Mapping):
+        """The class with the fields of the table of that name; None with the mistakes noted."""
         table = self.table(name, study.get(name, {}))
-        names = [f.name for f in fields(cls)]
-        self.known(f"{name}.", table, names)
-        return self.attempt(name, cls, **{k: v for k, v in table.items() if k in names})
+        known = self.known(f"{name}.", table, (f.name for f in fields(cls)))
+        return self.attempt(name, cls, **known)

@@ -208,7 +208,7 @@ def test_several_mistakes_are_a_line_each(tmp_path):
     path.write_text("[data]\nlength = 0\nsplit = 'x'\n[train]\nsteps = 0\n")
     result = call("run", path, "--out", tmp_path / "out")
     assert result.exit_code == 2
-    assert len(result.stderr.splitlines()) == 2  # of a table, its first wrong value
+    assert len(result.stderr.splitlines()) == 3
     assert not (tmp_path / "out").exists()
 
 
