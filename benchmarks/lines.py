@@ -28,12 +28,14 @@ def code_lines(source: str) -> int:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
             node
         ):
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+            first = node.body[0]
+            lines -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     return len(lines)
 
 
 def main() -> None:
-    lines, files = Counter(), Counter()
+    lines: Counter[str] = Counter()
+    files: Counter[str] = Counter()
     longest = 0, ""
     for path in sorted((ROOT / "analysis").rglob("*.py*")):
         if path.suffix in (".py", ".pyi"):

@@ -29,7 +29,7 @@ def rows():
 def _composites() -> Row:
     model, _ = build("nano")
     first, second = model.sites()[:2]
-    E, D = first.num_experts, model.width
+    E, D = first.num_experts, model.model.config.d_model
     gate_EFD = model.expert_weights(first)[0]
     width = gate_EFD.shape[1]
     u_TD = torch.randn(TOKENS, D)
@@ -58,7 +58,7 @@ def _substitution() -> Row:
         return routing._replace(ids_TK=torch.where(routing.ids_TK == 3, 5, routing.ids_TK))
 
     def swap() -> None:
-        with model.edit(moved, site.__eq__):
+        with model.hooked(router=moved, where=site.__eq__):
             model.model.losses(docs.tokens_SL, docs.targets_SL)
 
     def linear() -> None:

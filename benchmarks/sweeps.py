@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from analysis.adapters.base import as_adapter
+from analysis.adapters import Watch, as_adapter
 from analysis.measure.clean import CleanPass
 from analysis.measure.intervene import Intervention
 from analysis.measure.reuse import Table
@@ -118,7 +118,8 @@ def _tabulated():
         clean = CleanPass.of(model, shard)
         site = model.sites()[0]
         number = 4 * site.num_experts // site.top_k
-        with model.watch_experts() as flows:
+        flows = Watch()
+        with model.hooked(experts=flows):
             model.model(shard.tokens_SL)
         x_TD, router = flows[site].x_TD, model.router(site)
         tokens = clean.tokens

@@ -32,6 +32,14 @@ class RouterSite:
     num_experts: int
     top_k: int
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """(layer, stage): what sites of two models are matched by, and noise is keyed by."""
+        return self.layer, self.stage
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} stage {self.stage}"
+
 
 RouterFunction = Callable[[Routing, Router, RouterSite], Routing | None]
 
@@ -78,7 +86,7 @@ def select_sites(
         raise ValueError("model has no router to hook: it is dense")
     chosen = {site: stage for site, stage in stages.items() if where is None or where(site)}
     if not chosen:
-        have = ", ".join(f"layer {s.layer} stage {s.stage}" for s in stages)
+        have = ", ".join(map(str, stages))
         raise ValueError(f"where selects no router; the model has {have}")
     return chosen
 

@@ -66,6 +66,8 @@ class TableGate(nn.Module):
     One instance serves every layer of a model. Entries are standard normal draws of `seed`.
     """
 
+    table_VE: Tensor
+
     def __init__(self, vocab_size: int, num_experts: int, seed: int):
         super().__init__()
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -87,6 +89,8 @@ class Router(nn.Module):
             weighing (arXiv 2408.15664)
     noise   std of Gaussian noise added to the logits while training
     """
+
+    selection_bias_E: Tensor  # with a sigmoid alone
 
     def __init__(
         self,
@@ -125,7 +129,8 @@ class Router(nn.Module):
         k   experts to use in place of the router's own top_k or top_p
         """
         ids_TK = self.choose(scores_TE, k)
-        return Routing(logits_TE, scores_TE, ids_TK, self.weigh(scores_TE, ids_TK, k))
+        used_TK = torch.ones_like(ids_TK, dtype=torch.bool) if k else None
+        return Routing(logits_TE, scores_TE, ids_TK, self.weigh(scores_TE, ids_TK, used_TK))
 
     def score(self, logits_TE: Tensor) -> Tensor:
         """(T, E) scores; -inf gives 0, also in a row that has nothing else."""
@@ -146,15 +151,56 @@ class Router(nn.Module):
         slots = k or (self.num_experts if self.top_p else self.top_k)
         return stable_topk(self.selection_scores(scores_TE.detach()), slots)
 
-    def weigh(self, scores_TE: Tensor, ids_TK: Tensor, k: int | None = None) -> Tensor:
-        """(T, K) weights of the chosen; with a given k all of them are used, whatever top_p is."""
+    def weigh(self, scores_TE: Tensor, ids_TK: Tensor, used_TK: Tensor | None = None) -> Tensor:
+        """(T, K) weights of these experts, of which `used_TK` are in use; None: all, or as many of
+        them as top_p takes."""
         weights_TK = scores_TE.gather(-1, ids_TK)
-        if self.top_p and not k:
+        if used_TK is not None:
+            weights_TK = weights_TK * used_TK
+        elif self.top_p:
             before_TK = F.pad(weights_TK.detach().cumsum(-1)[:, :-1], (1, 0))
             weights_TK = weights_TK * (before_TK <= self.top_p)
         if self.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=EPS)
         return weights_TK
+
+    @property
+    def rows(self) -> Tensor | None:
+        """(E, D) what logits are inner products with; None for a table."""
+        return self.gate.weight if isinstance(self.gate, LinearGate) else None
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """top_k (NaN with top-p, whose number varies), renormalize (0 or 1), num_experts."""
+        top_k = float("nan") if self.top_p else self.top_k
+        return dict(top_k=top_k, renormalize=float(self.renormalize), num_experts=self.num_experts)
+
+    @property
+    def by_logits(self) -> bool:
+        """Whether the top_k highest logits are used, whatever else they are."""
+        return not self.top_p and self.score_function == "softmax"
+
+    def margin(self, routing: Routing, count_T: Tensor) -> Tensor:
+        """(T,) how far a decision that uses count_T experts is from another set.
+
+        top-k    z_(k) - z_(k+1), in logits; where a bias selects, the same in selection scores; 0
+                 if all experts are used
+        top-p    the distance of the running sum of probabilities to p, on the nearer side
+        """
+        last_T1 = (count_T - 1).clamp(min=0)[:, None]
+        if self.top_p:
+            sum_TE = routing.scores_TE.sort(-1, descending=True).values.cumsum(-1)
+            after_T1, before_T1 = (
+                sum_TE.gather(-1, last_T1),
+                F.pad(sum_TE, (1, 0)).gather(-1, last_T1),
+            )
+            return torch.minimum(after_T1 - self.top_p, self.top_p - before_T1)[:, 0].abs()
+        decides_TE = (
+            routing.logits_TE if self.by_logits else self.selection_scores(routing.scores_TE)
+        )
+        sorted_TE = decides_TE.sort(-1, descending=True).values
+        next_T1 = (last_T1 + 1).clamp(max=self.num_experts - 1)
+        return (sorted_TE.gather(-1, last_T1) - sorted_TE.gather(-1, next_T1))[:, 0]
 
     def extra_repr(self) -> str:
         chosen = f"top_p={self.top_p}" if self.top_p else f"top_k={self.top_k}"

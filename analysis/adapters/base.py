@@ -1,6 +1,7 @@
 """What a model under study must offer, whoever made it.
 
-Shapes: B batch, L length, T = B * L tokens, D model, E experts, F expert width, V vocabulary.
+Shapes: B batch, L length, T = B * L tokens, D model, E experts, F expert width, K slots,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import Router, Routing
+from cartmoe.routing import Routing
 
 
 class State(NamedTuple):
@@ -34,108 +35,117 @@ class Segment(NamedTuple):
     sites: tuple[RouterSite, ...] = ()
 
 
-EditFunction = Callable[[Routing, Router, RouterSite, Tensor], Routing | None]
-# (what the stage adds to the stream (T, D), what enters its router (T, D), decision, site).
-OutputFunction = Callable[[Tensor, Tensor, Routing, RouterSite], Tensor | None]
-# (what enters the routed experts (T, D), decision) -> the weighted sum of their outputs (T, D);
-# None: as the experts themselves compute it.
-ExpertsFunction = Callable[[Tensor, Routing], Tensor | None]
+class Router(Protocol):
+    """What decides at one site, and answers for itself: nobody outside knows its rule.
+
+    gate        (x_TD, token_ids_T) -> logits_TE, whatever hooks there are: `GateSwap`
+    rows        (E, D) that logits are inner products with, None where there are none:
+                router_cosine
+    facts       what tables print of it: top_k (NaN where the number varies), renormalize (0, 1),
+                num_experts
+    by_logits   whether it uses the top_k highest logits, whatever else they are: `flip_prediction`
+    """
+
+    gate: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def rows(self) -> Tensor | None: ...
+
+    @property
+    def facts(self) -> dict[str, float]: ...
+
+    @property
+    def by_logits(self) -> bool: ...
+
+    def score(self, logits_TE: Tensor) -> Tensor:
+        """(T, E) >= 0; a logit of -inf gives 0: point "scores" works on them."""
+        ...
+
+    def decide(self, logits_TE: Tensor, scores_TE: Tensor, k: int | None = None) -> Routing:
+        """The decision that these scores lead to, never an expert of score 0 with weight; the
+        logits are only kept beside it. k: experts to use in place of the router's own rule."""
+        ...
+
+    def weigh(self, scores_TE: Tensor, ids_TK: Tensor, used_TK: Tensor | None = None) -> Tensor:
+        """(T, K) weights of a set of experts. used_TK: its slots that are in use (None: as many
+        as the router's own rule makes of them); others have weight 0."""
+        ...
+
+    def margin(self, routing: Routing, count_T: Tensor) -> Tensor:
+        """(T,) how far a decision that uses count_T experts is from another set, in what decides
+        it; 0 if all are used."""
+        ...
 
 
-class RoutedFlow(NamedTuple):
-    """What went through one site's routed experts in a forward with gradients."""
-
-    x_TD: Tensor
-    routing: Routing
-    output_TD: Tensor  # part of the graph, so the loss has a gradient by it
+# (decision, router, site, what enters the router (T, D)) -> another decision; None: as it is.
+RouterFunction = Callable[[Routing, Router, RouterSite, Tensor], Routing | None]
+# (what enters the routed experts (T, D), decision) -> the weighted sum of their outputs (T, D).
+Experts = Callable[[Tensor, Routing], Tensor]
+# The same, the site, and the experts' own; None: as they compute it.
+ExpertsFunction = Callable[[Tensor, Routing, RouterSite, Experts], Tensor | None]
+# (what the stage adds to the stream (T, D), site) -> what it adds instead; None: as it is.
+OutputFunction = Callable[[Tensor, RouterSite], Tensor | None]
 
 
 class Adapter(Protocol):
     """A model under study.
 
-    name        what tables and figures call it;  family and train_seed likewise
-    identity    SHA-256 of its weights' files, or of its tensors for an object in memory
-    tokenizer   with `encode` and `num_bytes` (see cartmoe.tokenizers)
-    device      where its weights are
-    width       D of its residual stream
-    vocab_size  V
+    name, family, train_seed   what tables and figures call it
+    identity     SHA-256 of its weights' files, or of its tensors for an object in memory: cells
+    tokenizer    with `encode` and `num_bytes` (see cartmoe.tokenizers), or None: documents
+    device       where its weights are, and batches go
+    vocab_size   V: documents are checked by it, and losses taken so many rows at a time
     """
 
     name: str
     family: str
     train_seed: int
-    identity: str
     tokenizer: Any
-    device: torch.device
-    width: int
     vocab_size: int
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def sites(self) -> list[RouterSite]:
         """Every router in order of depth."""
         ...
 
     def segments(self) -> list[Segment]:
-        """Ordered steps whose composition is the model up to, not including, the head."""
+        """Ordered steps whose composition is the model up to, not including, the head. The last one
+        raises `FloatingPointError` if router logits were not finite in this forward."""
         ...
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """(T, V) fp32: the head, on any rows of the last segment's hidden states."""
         ...
 
-    def check(self) -> None:
-        """Raise `FloatingPointError` if router logits were not finite in the last forward."""
-        ...
-
-    def edit(
-        self, fn: EditFunction, where: Callable[[RouterSite], bool] | None = None
+    def hooked(
+        self,
+        *,
+        forward: Callable[[Tensor], None] | None = None,
+        router: RouterFunction | None = None,
+        experts: ExpertsFunction | None = None,
+        output: OutputFunction | None = None,
+        where: Callable[[RouterSite], bool] | None = None,
     ) -> AbstractContextManager:
-        """Within the block, fn(routing, router, site, x_TD) may replace each decision."""
-        ...
+        """Within the block, at these sites (None: all), what is given acts: `router` on decisions
+        (conditions); `experts` in the experts' place (tables of outputs, gradients by them);
+        `output` on what a stage adds to the stream, shared expert included (`ResidualNoise`).
+        forward(tokens_BL) is called before each forward of the whole model (`perturbed`).
 
-    def edit_output(
-        self, fn: OutputFunction, where: Callable[[RouterSite], bool] | None = None
-    ) -> AbstractContextManager:
-        """Within the block, fn(output_TD, x_TD, routing, site) may replace what a routed stage
-        adds to the residual stream (shared expert included)."""
-        ...
-
-    def stage_output(self, site: RouterSite, x_TD: Tensor, routing: Routing) -> Tensor:
-        """(T, D) that the stage would add to the residual stream under this decision."""
-        ...
-
-    def replace_experts(self, site: RouterSite, fn: ExpertsFunction) -> AbstractContextManager:
-        """Within the block, fn may compute the routed part of the site in the experts' place."""
-        ...
-
-    def watch_experts(self) -> AbstractContextManager[dict[RouterSite, RoutedFlow]]:
-        """Within the block, by site of the last forward: what went through the experts."""
+        Blocks nest; of several the one entered last acts last, and is asked first for the experts.
+        """
         ...
 
     def router(self, site: RouterSite) -> Router:
         """The site's router."""
         ...
 
-    def gate(self, site: RouterSite) -> Callable[[Tensor, Tensor], Tensor]:
-        """(x_TD, token_ids_T) -> logits_TE, whatever hooks there are on the router."""
-        ...
-
-    def on_forward(self, fn: Callable[[Tensor], None]) -> AbstractContextManager:
-        """Within the block, fn(tokens_BL) is called before each forward of the whole model."""
-        ...
-
-    def watch_branches(self) -> AbstractContextManager[dict[RouterSite, tuple[Tensor, Tensor]]]:
-        """Within the block, by site of the last forward: the routed branch's share c_0 (T,), and
-        ||c_0 * routed|| (T,)."""
-        ...
-
     def expert_weights(self, site: RouterSite) -> tuple[Tensor, Tensor, Tensor]:
-        """gate (E, F, D), up (E, F, D) and down (E, D, F) projections."""
-        ...
-
-    def expert_outputs(
-        self, site: RouterSite, x_TD: Tensor, ids: list[int] | None = None
-    ) -> Tensor:
-        """(E, T, D) outputs of all experts (or of those ids) on the same tokens, unweighted."""
+        """gate (E, F, D), up (E, F, D) and down (E, D, F) projections: metrics of weights."""
         ...
 
     def shared_weights(self, site: RouterSite) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -143,20 +153,21 @@ class Adapter(Protocol):
         stage's output before the mix; None where there is none. F may differ from the experts'."""
         ...
 
-    def router_rows(self, site: RouterSite) -> Tensor | None:
-        """(E, D): what logits are inner products with; None where the gate is no linear map."""
+    def expert_outputs(
+        self, site: RouterSite, x_TD: Tensor, ids: list[int] | None = None
+    ) -> Tensor:
+        """(E, T, D) outputs of all experts (or of those ids) on the same tokens, unweighted:
+        metrics of outputs, tables, first-order damage."""
         ...
 
     def stage_input(self, site: RouterSite, stream_TD: Tensor) -> Tensor:
-        """(T, D): what enters the site's router and experts when this is the residual stream."""
+        """(T, D): what enters the site's router and experts when this is the residual stream:
+        composed experts."""
         ...
 
     def combine(self, site: RouterSite, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
-        """(T, D) that the stage adds to the residual stream when its routed part gives this."""
-        ...
-
-    def site_facts(self, site: RouterSite) -> dict[str, float]:
-        """What tables print beside a site: top_k, renormalize, num_experts."""
+        """(T, D) that the stage adds to the residual stream when its routed part gives this:
+        c_0 routed + rest, c_0 a number a token (see `branches`)."""
         ...
 
 
@@ -172,27 +183,6 @@ def as_adapter(model: object) -> Adapter:
             "wrap a cartmoe.LanguageModel with analysis.adapt(model, tokenizer)"
         )
     return model
-
-
-class DenseRouting:
-    """A decision as vectors over the experts: weights (T, E), who is used (T, E), how many (T,)."""
-
-    def __init__(self, routing: Routing):
-        zeros_TE = torch.zeros_like(routing.scores_TE, dtype=routing.weights_TK.dtype)
-        self.weights_TE = zeros_TE.scatter_add_(-1, routing.ids_TK, routing.weights_TK)
-        # Weights are never negative: an expert is used exactly if its summed weight is not 0.
-        self.used_TE = self.weights_TE != 0
-        self.count_T = self.used_TE.sum(-1)
-
-
-def clean_routing(model: Adapter, tokens_BL: Tensor) -> tuple[Routing, ...]:
-    """What every router decides on these tokens when nobody disturbs it, in order of depth."""
-    state = State(None, tokens_BL)
-    with torch.no_grad():
-        for segment in model.segments():
-            state = segment.run(state)
-        model.check()
-    return state.decisions
 
 
 def routed_adapter(model: object) -> Adapter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, State, as_adapter
+from analysis.adapters import Adapter, as_adapter, batches, clean_routing
 from analysis.perturb import Calibration, SiteStats, Tokens, mix64
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing, expert_counts
@@ -21,21 +21,15 @@ def calibrate(
            does not depend on the batch size. Padding takes no part.
     """
     model = as_adapter(model)
-    segments = model.segments()
     kept: dict[RouterSite, list[Tensor]] = {site: [] for site in model.sites()}
     counts: dict[RouterSite, Tensor] = {}
     priorities = []
-    for first in range(0, len(sequences), batch_size):
-        batch = sequences[first : first + batch_size].to(model.device)
+    for batch in batches(model, sequences, batch_size):
         used_T = (batch.targets_SL >= 0).flatten()
         tokens = Tokens.of(batch.tokens_SL, batch.sequence_id_S)
         key_T = mix64(mix64(tokens.sequence_T + seed) + tokens.position_T)[used_T]
         priorities.append(key_T)
-        state = State(None, batch.tokens_SL)
-        for segment in segments:
-            state = segment.run(state)
-        model.check()
-        for site, routing in zip(model.sites(), state.decisions, strict=True):
+        for site, routing in clean_routing(model, batch.tokens_SL).items():
             routing = Routing(*(t[used_T] for t in routing))
             kept[site].append(routing.logits_TE)
             counts[site] = counts.get(site, 0) + expert_counts(routing)

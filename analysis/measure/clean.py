@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, DenseRouting, Segment, State
+from analysis.adapters import Adapter, DenseRouting, Segment, State, Watch, branches, steps
 from analysis.measure.losses import CleanLosses
 from analysis.perturb import Tokens
 from cartmoe.data import Sequences
@@ -39,18 +40,21 @@ class CleanPass:
     @classmethod
     def of(cls, model: Adapter, batch: Sequences, kinds_V: Tensor | None = None) -> CleanPass:
         """One forward. Raises `FloatingPointError` if router logits are not finite."""
-        segments, states = model.segments(), [State(None, batch.tokens_SL)]
-        with torch.no_grad(), model.watch_branches() as branches:
-            for segment in segments:
-                states.append(segment.run(states[-1]))
-            model.check()
+        segments, flows = model.segments(), Watch()
+        states = [State(None, batch.tokens_SL)]
+        with torch.no_grad(), model.hooked(experts=flows) if model.sites() else nullcontext():
+            states += [after for _, _, after in steps(segments, states[0])]
             hidden_TD = states[-1].hidden_BLD.flatten(0, 1)
             losses = CleanLosses.of(model, hidden_TD, batch.targets_SL.flatten())
+        shares = {}
+        for site, (x_TD, _, routed_TD) in flows.items():
+            share_T = branches(model, site, x_TD)[0][:, 0].float()
+            shares[site] = share_T, share_T * routed_TD.float().norm(dim=-1)
         routings = dict(zip(model.sites(), states[-1].decisions, strict=True))
         dense = {site: DenseRouting(r) for site, r in routings.items()}
         tokens = Tokens.of(batch.tokens_SL, batch.sequence_id_S, kinds_V)
         length = batch.tokens_SL.shape[1]
-        return cls(segments, states, routings, dense, dict(branches), losses, tokens, length)
+        return cls(segments, states, routings, dense, shares, losses, tokens, length)
 
     def first_segment(self, where: Callable[[RouterSite], bool]) -> int:
         """The number of the first segment in which one of these sites runs."""

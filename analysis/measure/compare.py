@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from analysis.adapters import Adapter, check_documents, load, routed_adapter
-from analysis.measure.comparison import Comparison, drifts_of, place_of
+from analysis.measure.comparison import Comparison, drifts_of
 from analysis.measure.results import join
 from analysis.measure.sweep import Asked, conditions_of, measure_calibrated
 from analysis.perturb import Condition, GateSwap, Perturbation, Replay, Trace, map_inner, parts_of
@@ -66,7 +66,10 @@ def compare(
                 cells = measure_calibrated(
                     model, ready, docs, calibration, batch_size, tokens, bar.update
                 )
-                cells = [cell._replace(condition=shown.get(cell.condition)) for cell in cells]
+                cells = [
+                    cell._replace(condition=shown.get(cell.condition, cell.condition))
+                    for cell in cells
+                ]
                 measured.append((model, cells))
     drifts = drifts_of(under_study, docs, batch_size)
     return Comparison(join(measured), tuple(under_study), drifts)
@@ -145,13 +148,12 @@ def _check_sites(conditions: Iterable[Condition], models: Mapping[str, Adapter])
     """Raise `ValueError` where one model's decisions or gates do not fit another."""
     for condition in conditions:
         for kind, source in _sources(condition.perturbation, models):
-            experts = {place_of(s): s.num_experts for s in models[source].sites()}
+            experts = {s.place: s.num_experts for s in models[source].sites()}
             for name, model in models.items():
                 for site in filter(condition.where, model.sites()):
-                    have = experts.get(place_of(site), 0)
+                    have = experts.get(site.place, 0)
                     if have != site.num_experts:
                         raise ValueError(
-                            f"{kind.__name__}({source!r}) does not fit {name!r}: at layer "
-                            f"{site.layer} stage {site.stage} it has {site.num_experts} experts, "
-                            f"and {source!r} has {have}"
+                            f"{kind.__name__}({source!r}) does not fit {name!r}: at {site} it has "
+                            f"{site.num_experts} experts, and {source!r} has {have}"
                         )

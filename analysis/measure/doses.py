@@ -6,7 +6,6 @@ Shapes: T tokens, E experts, K slots.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.adapters import DenseRouting
@@ -43,35 +42,11 @@ def certainty_of(routing: Routing, dense: DenseRouting, router: Router) -> dict[
     """(T,) each: how decided a clean decision was.
 
     entropy  of the scores as a distribution, in nats
-    margin   see `margin_of`
+    margin   how far it is from another one; see `Router.margin`
     """
     scores_TE = routing.scores_TE
     p_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
     return {
         "entropy": torch.special.entr(p_TE).sum(-1),
-        "margin": margin_of(routing, router, dense.count_T),
+        "margin": router.margin(routing, dense.count_T),
     }
-
-
-def margin_of(routing: Routing, router: Router, count_T: Tensor) -> Tensor:
-    """(T,) how far a decision that uses k experts is from another set, in what decides it.
-
-    top-k    z_(k) - z_(k+1), in logits; where a bias selects, the same in selection scores; 0 if
-             all experts are used
-    top-p    the distance of the running sum of probabilities to p, on the nearer side
-    """
-    E = routing.scores_TE.shape[-1]
-    last_T1 = (count_T - 1).clamp(min=0)[:, None]
-    if router.top_p:
-        sum_TE = routing.scores_TE.sort(-1, descending=True).values.cumsum(-1)
-        before_T1 = F.pad(sum_TE, (1, 0)).gather(-1, last_T1)
-        return torch.minimum(sum_TE.gather(-1, last_T1) - router.top_p, router.top_p - before_T1)[
-            :, 0
-        ].abs()
-    chooses_by_bias = router.score_function == "sigmoid"
-    decides_TE = (
-        router.selection_scores(routing.scores_TE) if chooses_by_bias else routing.logits_TE
-    )
-    sorted_TE = decides_TE.sort(-1, descending=True).values
-    next_T1 = (last_T1 + 1).clamp(max=E - 1)
-    return (sorted_TE.gather(-1, last_T1) - sorted_TE.gather(-1, next_T1))[:, 0]

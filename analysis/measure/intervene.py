@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, State, as_adapter
+from analysis.adapters import Adapter, Experts, State, as_adapter, run
 from analysis.measure.clean import CleanPass
+from analysis.measure.reuse import Table
 from analysis.perturb import (
     Calibration,
     Condition,
@@ -22,6 +21,7 @@ from analysis.perturb import (
     Tokens,
     Where,
     sequence_hash,
+    sites_of,
     token_kinds,
 )
 from cartmoe.hooks import RouterSite
@@ -37,6 +37,7 @@ class Intervention:
 
     recorded   the clean run's decisions by site, for downstream "replay"
     where      the sites to perturb, if not those of `condition.where`
+    tables     by site, what stands in its experts' place
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class Intervention:
         recorded: Mapping[RouterSite, Routing] | None = None,
         where: Callable[[RouterSite], bool] | None = None,
         observe: Observer = lambda site, base, changed: None,
+        tables: Mapping[RouterSite, Table] | None = None,
     ):
         self.condition, self.calibration, self.observe = condition, calibration, observe
         self.recorded, self.where = recorded, where or condition.where
+        self.tables = tables or {}
         self.tokens: Tokens | None = None
 
     def begin(
@@ -78,13 +81,22 @@ class Intervention:
     ) -> Iterator[None]:
         """Within the block the model runs under the condition; `where`: the sites that will run,
         by default all."""
-        with ExitStack() as stack:
-            if isinstance(self.condition.perturbation, ResidualNoise):
-                self.intended: dict[RouterSite, Routing] = {}
-                add_noise = partial(self._add_noise, model)
-                stack.enter_context(model.edit_output(add_noise, where))
-            stack.enter_context(model.edit(self, where))
+        self.model = model
+        self.intended: dict[RouterSite, Routing] = {}
+        self.outputs: dict[RouterSite, Tensor] = {}  # under what was intended
+        noisy = isinstance(self.condition.perturbation, ResidualNoise)
+        with model.hooked(
+            router=self,
+            experts=self._experts if noisy or self.tables else None,
+            output=self._add_noise if noisy else None,
+            where=where,
+        ):
             yield
+
+    def run_from(self, clean: CleanPass, first: int) -> State:
+        """The state at the end of a forward over the clean pass's tokens, begun with the segment of
+        this number, under the condition."""
+        return run(clean.segments[first:], self.begin_at(clean, first))
 
     def __call__(self, routing: Routing, router: Router, site: RouterSite, x_TD: Tensor) -> Routing:
         condition, tokens = self.condition, self.tokens
@@ -115,19 +127,24 @@ class Intervention:
         return changed
 
     def _noise(self, site: RouterSite) -> Noise:
-        key = (site.layer, site.stage)
-        tokens = self.tokens
-        seed = self.condition.eval_seed
-        return Noise(seed, key, tokens.sequence_T, tokens.position_T, self.draws)
+        seed, tokens = self.condition.eval_seed, self.tokens
+        return Noise(seed, site.place, tokens.sequence_T, tokens.position_T, self.draws)
 
-    def _add_noise(
-        self, model: Adapter, output_TD: Tensor, x_TD: Tensor, routing: Routing, site: RouterSite
-    ) -> Tensor | None:
+    def _experts(self, x_TD: Tensor, routing: Routing, site: RouterSite, own: Experts) -> Tensor:
+        table, intended = self.tables.get(site), self.intended.pop(site, None)
+
+        def compute(decision: Routing) -> Tensor:
+            return table(x_TD, decision, own) if table else own(x_TD, decision)
+
+        if intended is not None:
+            self.outputs[site] = self.model.combine(site, x_TD, compute(intended))
+        return compute(routing)
+
+    def _add_noise(self, output_TD: Tensor, site: RouterSite) -> Tensor | None:
         """For `ResidualNoise`: a random direction as long as the change that was intended."""
-        intended = self.intended.pop(site, None)
-        if intended is None:
+        if site not in self.outputs:
             return None
-        change_TD = (model.stage_output(site, x_TD, intended) - output_TD).float()
+        change_TD = (self.outputs.pop(site) - output_TD).float()
         noise_TD = self._noise(site).normal(output_TD.shape[-1], "residual")
         length_T1 = change_TD.norm(dim=-1, keepdim=True) / noise_TD.norm(dim=-1, keepdim=True)
         return output_TD + (length_T1 * noise_TD).to(output_TD.dtype)
@@ -158,18 +175,15 @@ def perturbed(
     have fired did not.
     """
     model = as_adapter(model)
-    selector = None
-    if callable(where) and not isinstance(where, Where):
-        selector, where = where, "all"
-    condition = Condition(perturbation, where, point=point, effect=effect, eval_seed=seed)
+    selector = where if callable(where) and not isinstance(where, Where) else None
+    condition = Condition(
+        perturbation, "all" if selector else where, point=point, effect=effect, eval_seed=seed
+    )
     selector = selector or condition.where
-    sites = model.sites()
-    fired = {site: 0 for site in sites if selector(site)}
+    chosen = sites_of(model, selector, tokens=True) if model.sites() else []
+    fired = dict.fromkeys(chosen, 0)
     if isinstance(perturbation, Perturbation):
-        perturbation.check(list(fired))
-    if sites and not fired:
-        have = ", ".join(f"layer {s.layer} stage {s.stage}" for s in sites)
-        raise ValueError(f"where selects no router; the model has {have}")
+        perturbation.check(chosen)
 
     def count(site: RouterSite, base: Routing, changed: Routing) -> None:
         fired[site] += 1
@@ -186,5 +200,5 @@ def perturbed(
         intervention.begin(Tokens.of(tokens_BL, ids.to(tokens_BL.device), kinds_V), {})
 
     # All routers, also those that stay as they are: a perturbation may look back at them.
-    with model.on_forward(begin), intervention.attached(model):
+    with model.hooked(forward=begin), intervention.attached(model):
         yield fired

@@ -103,9 +103,11 @@ def regret(
     1, and no documents.
     """
     model = routed_adapter(model)
-    site, *others = sites_of(model, site, "site")
-    if others:
-        raise ValueError(f"site selects {site}, {', '.join(map(str, others))}; give one of them")
+    found = sites_of(model, site, "site")
+    if len(found) > 1:
+        listed = ", ".join(map(str, found))
+        raise ValueError(f"site is {site!r}, which is {listed}; give one of them")
+    (site,) = found
     for name, number in {"n": n, "every": every}.items():
         check_whole(name, number, 1)
     check_documents(docs, model)

@@ -12,16 +12,16 @@ import pandas as pd
 from analysis import stats
 from analysis.adapters import Adapter
 from analysis.measure.shard import Cell
-from analysis.perturb import CLEAN, Condition
+from analysis.perturb import Condition
 from analysis.stats import Pairs, pair
 
 FACTS = ["model", "train_seed", "layer", "stage", "metric", "value"]
 
 
-def key_columns(model: str, family: str, train_seed: int, condition: Condition | None) -> dict:
-    """The columns that name a cell in every table; condition None is the clean run."""
+def key_columns(model: str, family: str, train_seed: int, condition: Condition) -> dict:
+    """The columns that name a cell in every table."""
     named = {"model": model, "family": family, "train_seed": train_seed}
-    return named | (condition.columns() if condition else CLEAN)
+    return named | condition.columns()
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def facts_of(model: Adapter) -> list[dict[str, Any]]:
         dict(model=model.name, train_seed=model.train_seed, layer=site.layer, stage=site.stage,
              metric=metric, value=value)
         for site in model.sites()
-        for metric, value in model.site_facts(site).items()
+        for metric, value in model.router(site).facts.items()
     ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ experts, K slots.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.adapters import Adapter
+from analysis.adapters import Adapter, Experts
 from analysis.perturb import Condition
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
@@ -37,10 +38,10 @@ class Table:
         self.model, self.site, self.clean = model, site, clean
         self.rows_ND: Tensor | None = None  # N = E * T, expert by expert
 
-    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
+    def __call__(self, x_TD: Tensor, routing: Routing, own: Experts) -> Tensor:
         """(T, D) weighted sum of the chosen experts' outputs."""
         if all(map(torch.equal, routing[2:], self.clean[2:])):
-            return None
+            return own(x_TD, routing)
         if self.rows_ND is None:
             self.rows_ND = self.model.expert_outputs(self.site, x_TD).flatten(0, 1)
         T = len(x_TD)
@@ -66,9 +67,16 @@ def worth_tabulating(
         for c, sites in firsts.items()
         if len(sites) == 1
         and number[sites] >= PAYS * sites[0].num_experts / _used(model, sites[0])
-        and sites[0].num_experts * num_tokens * model.width * 4 <= MAX_BYTES
+        and fits(model, sites[0], num_tokens)
     )
 
 
-def _used(model: Adapter, site: RouterSite) -> int:
-    return FEW if model.router(site).top_p else site.top_k
+def fits(model: Adapter, site: RouterSite, num_tokens: int) -> bool:
+    """Whether a table of so many tokens stays below `MAX_BYTES`."""
+    width = model.expert_weights(site)[2].shape[1]
+    return site.num_experts * num_tokens * width * 4 <= MAX_BYTES
+
+
+def _used(model: Adapter, site: RouterSite) -> float:
+    top_k = model.router(site).facts["top_k"]
+    return FEW if math.isnan(top_k) else top_k

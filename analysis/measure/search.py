@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, RoutedFlow
+from analysis.adapters import Adapter, RoutedFlow, Watch, run
 from analysis.measure.clean import CleanPass
 from analysis.measure.intervene import Intervention
 from analysis.measure.losses import loss_gradient, output_slopes, token_nll
@@ -34,7 +34,7 @@ def search(worst: Worst, model: Adapter, clean: CleanPass, condition: Condition)
     task = _Task(worst, model, clean, replace(condition, perturbation=Identity()))
     T, device = len(clean.losses.targets_T), clean.losses.targets_T.device
     found = {
-        (site.layer, site.stage): torch.arange(site.num_experts, device=device).repeat(T, 1)
+        site.place: torch.arange(site.num_experts, device=device).repeat(T, 1)
         for site in task.sites
     }
     if worst.choose == "random":
@@ -71,10 +71,8 @@ class _Task:
         intervention = Intervention(condition, None, self.clean.routings)
         state = intervention.begin_at(self.clean, self.first)
         hidden_BLD = state.hidden_BLD.detach().requires_grad_(torch.is_grad_enabled())
-        state = state._replace(hidden_BLD=hidden_BLD)
         with intervention.attached(self.model, self.clean.sites_from(self.first).__contains__):
-            for segment in self.clean.segments[self.first :]:
-                state = segment.run(state)
+            state = run(self.clean.segments[self.first :], state._replace(hidden_BLD=hidden_BLD))
         return state.hidden_BLD.flatten(0, 1)
 
     def nll(self, flips: Flips) -> Tensor:
@@ -82,7 +80,8 @@ class _Task:
 
     def gains(self, flips: Flips) -> Gains:
         """What each flip adds to the loss, to first order."""
-        with torch.enable_grad(), self.model.watch_experts() as flows:
+        flows = Watch()
+        with torch.enable_grad(), self.model.hooked(experts=flows):
             hidden_TD = self._run(flips)
         gradient_TD = loss_gradient(self.model, hidden_TD.detach(), self.clean.losses.targets_T)
         outputs = [flows[site].output_TD for site in self.sites]
@@ -106,7 +105,7 @@ class _Task:
         gains = {}
         for site in self.sites:
             tokens, routing = self.clean.tokens, self.clean.routings[site]
-            place, (T, K) = (site.layer, site.stage), routing.ids_TK.shape
+            place, (T, K) = site.place, routing.ids_TK.shape
             seed = self.condition.eval_seed
             noise = Noise(seed, place, tokens.sequence_T, tokens.position_T, {})
             gain_TKE = noise.uniform(K * site.num_experts, "flips").view(T, K, -1)
@@ -120,7 +119,7 @@ class _Task:
         padding has none, so that random flips are not lost on it."""
         is_text_T = self.clean.losses.targets_T != IGNORE
         free_TK = (routing.weights_TK != 0) & is_text_T[:, None]
-        expert_TE = flips.expert_TE.get((site.layer, site.stage))
+        expert_TE = flips.expert_TE.get(site.place)
         if expert_TE is not None:
             moved_TE = expert_TE != torch.arange(site.num_experts, device=expert_TE.device)
             targets_TE = torch.zeros_like(moved_TE, dtype=torch.int8)
@@ -164,5 +163,5 @@ class _Task:
             for number, (site, (_, ids_TK)) in enumerate(gains.items()):
                 rows = row_T[taken_T & (number_T == number)]
                 slot, expert = inner_T[rows] // site.num_experts, inner_T[rows] % site.num_experts
-                tried[site.layer, site.stage][rows, ids_TK[rows, slot]] = expert
+                tried[site.place][rows, ids_TK[rows, slot]] = expert
         return tried

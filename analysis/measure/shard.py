@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -17,20 +17,20 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, DenseRouting
+from analysis.adapters import Adapter, DenseRouting, batches, steps
 from analysis.measure.clean import CleanPass
 from analysis.measure.doses import certainty_of, change_of
 from analysis.measure.intervene import Intervention
 from analysis.measure.prepare import prepared
 from analysis.measure.reuse import Table, worth_tabulating
-from analysis.perturb import Calibration, Condition, token_kinds
+from analysis.perturb import CLEAN, Calibration, Condition, sites_of, token_kinds
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.losses import IGNORE
 
 
 class Cell(NamedTuple):
-    """What one condition (None: the clean run) gave on one shard.
+    """What one condition (`CLEAN`: the clean run) gave on one shard.
 
     losses   a row a sequence: document_id, domain, sequence_id, num_tokens, num_bytes, nll_sum and
              kl_sum in nats, num_agree, delta_max (the largest rise of a token's nll)
@@ -40,7 +40,7 @@ class Cell(NamedTuple):
              tokens with a target, as bytes) and, of the clean run, targets (int32, as bytes)
     """
 
-    condition: Condition | None
+    condition: Condition
     losses: pd.DataFrame
     routing: pd.DataFrame
     seconds: float
@@ -67,22 +67,14 @@ def measure(
 
     Raises `ValueError` if a condition's `where` selects no router of the model.
     """
-    sites = model.sites()
     for condition in conditions:
-        if not any(map(condition.where, sites)):
-            have = (
-                ", ".join(f"layer {s.layer} stage {s.stage}" for s in sites) or "none: it is dense"
-            )
-            raise ValueError(
-                f"where is '{condition.where}', which selects no router of {model.name} ({have})"
-            )
+        sites_of(model, condition.where, tokens=True)
     if tabulate is None:
         tabulate = worth_tabulating(model, conditions, batch_size * shard.tokens_SL.shape[1])
     needs_kinds = model.tokenizer and any(c.where.tokens for c in conditions)
     kinds_V = token_kinds(model.tokenizer) if needs_kinds else None
-    collectors = [_Collector(c, keep_tokens) for c in (None, *conditions)]
-    for first in range(0, len(shard), batch_size):
-        batch = shard[first : first + batch_size].to(model.device)
+    collectors = [_Collector(c, keep_tokens) for c in (CLEAN, *conditions)]
+    for batch in batches(model, shard, batch_size):
         with collectors[0].timed():
             clean = CleanPass.of(model, batch, kinds_V)
             _collect_clean(model, clean, batch, collectors[0])
@@ -136,38 +128,29 @@ def _run_condition(
 
     condition = prepared(model, clean, collector.condition)
     first = clean.first_segment(condition.where)
-    intervention = Intervention(condition, calibration, clean.routings, observe=observe)
+    if tables is not None:
+        (site,) = clean.segments[first].sites
+        tables.setdefault(site, Table(model, site, clean.routings[site]))
+        tables = {site: tables[site]}
+    intervention = Intervention(
+        condition, calibration, clean.routings, observe=observe, tables=tables
+    )
     state = intervention.begin_at(clean, first)
     with intervention.attached(model, clean.sites_from(first).__contains__):
-        for number in range(first, len(clean.segments)):
-            segment, before = clean.segments[number], state
-            with _tabulated(model, clean, number, tables if number == first else None):
-                state = segment.run(before)
+        ran = steps(clean.segments[first:], state)
+        for number, (segment, before, state) in enumerate(ran, first):
             if any(map(condition.where, segment.sites)):
                 change_T = clean.output_change(number, before, state)
                 for site in filter(condition.where, segment.sites):
                     collector.add_site(batch, site, doses[site] | {"output_change": change_T})
-    model.check()
     losses = clean.losses.compare(model, state.hidden_BLD.flatten(0, 1))
     collector.add_losses(batch, losses, clean.losses.nll_T)
-
-
-def _tabulated(
-    model: Adapter, clean: CleanPass, number: int, tables: dict[RouterSite, Table] | None
-) -> AbstractContextManager:
-    """The segment's experts replaced by a table of their outputs, made when first needed."""
-    if tables is None:
-        return nullcontext()
-    (site,) = clean.segments[number].sites
-    if site not in tables:
-        tables[site] = Table(model, site, clean.routings[site])
-    return model.replace_experts(site, tables[site])
 
 
 class _Collector:
     """Sums of one condition over the batches of a shard, as frames at the end."""
 
-    def __init__(self, condition: Condition | None, keep_tokens: bool):
+    def __init__(self, condition: Condition, keep_tokens: bool):
         self.condition, self.keep_tokens, self.seconds = condition, keep_tokens, 0.0
         self.losses: list[tuple[dict, np.ndarray]] = []
         self.routing: list[tuple[dict, np.ndarray]] = []
@@ -203,7 +186,7 @@ class _Collector:
                 # As objects: numpy's own strings of bytes lose the zeros at their end.
                 "nll": np.array([n_L[u_L].tobytes() for n_L, _, u_L in pairs], dtype=object),
             }
-            if self.condition is None:
+            if self.condition == CLEAN:
                 targets = [t_L[used_L].tobytes() for _, t_L, used_L in pairs]
                 rows["targets"] = np.array(targets, dtype=object)
             self.tokens.append(rows)

@@ -12,9 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, RoutedFlow, State, Watch, batches, clean_routing
+from analysis.adapters import (
+    Adapter,
+    DenseRouting,
+    RoutedFlow,
+    State,
+    Watch,
+    batches,
+    clean_routing,
+    steps,
+)
 from analysis.measure import loss_gradient
-from analysis.overlap.metrics import Probe, usage
+from analysis.overlap.metrics import Probe, UnitSums
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
@@ -83,65 +92,74 @@ def _shuffled(document_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass
 class Probes:
-    """One batch, as the sites of a model see it.
+    """Documents as these sites of a model see them.
 
-    key   of the random order of its tokens
+    skip_first   the first token of a sequence does not count
+    gradients    of the loss by what the routed experts put out
     """
 
     model: Adapter
     docs: Sequences
-    rows: list[int]
+    sites: Sequence[RouterSite]
     labels: Labels
-    skip_first: bool
-    key: tuple[int, ...]
+    skip_first: bool = False
+    gradients: bool = False
 
     def of(
-        self, sites: Sequence[RouterSite], unit: int, gradients: bool
+        self, rows: list[int], unit: int, key: tuple[int, ...]
     ) -> Iterator[tuple[RouterSite, Probe]]:
-        """A `Probe` for each site. Raises `FloatingPointError` if logits are not finite."""
-        batch = self.docs.take(self.rows).to(self.model.device)
-        flows, streams, gradient_of = _run(self.model, batch, gradients)
+        """Of a batch of these sequences, a `Probe` for each site; `key` of the random order of its
+        tokens. Raises `FloatingPointError` if logits are not finite."""
+        batch = self.docs.take(rows).to(self.model.device)
+        flows, streams, gradient_of = self._run(batch)
         counts_SL = batch.targets_SL != IGNORE
         if self.skip_first:
             counts_SL[:, 0] = False
         counted = counts_SL.flatten().nonzero()[:, 0]
-        order = torch.from_numpy(np.random.default_rng(self.key).permutation(len(counted)))
+        order = torch.from_numpy(np.random.default_rng(key).permutation(len(counted)))
         counted = counted[order.to(counted.device)]
-        rows_S, L = torch.tensor(self.rows), counts_SL.shape[1]
+        rows_S, L = torch.tensor(rows), counts_SL.shape[1]
         own_SL = torch.arange(L).expand(len(rows_S), L)
-        tokens_T, domain_T = self._labels(rows_S, own_SL, counted)
-        others_RS = self.labels.other_RS[:, self.rows]
-        other_tokens_RT, other_domain_RT = self._labels(others_RS, self._places(others_RS), counted)
+        others_RS = self.labels.other_RS[:, rows]
+        labels = self._labels(rows_S, own_SL, counted)
+        labels += self._labels(others_RS, self._places(others_RS), counted)
         before: Routing | None = None
         for site in self.model.sites():
-            x_TD, routing = flows[site].x_TD.detach(), flows[site].routing
+            x_TD, routing, _ = flows[site]
             routing = Routing(*(t.detach()[counted] for t in routing))
-            if site in sites:
-                yield (
-                    site,
-                    Probe(
-                        unit,
-                        x_TD[counted],
-                        routing,
-                        tokens_T,
-                        domain_T,
-                        other_tokens_RT,
-                        other_domain_RT,
-                        before,
-                        streams[site][counted],
-                        gradient_of[site][counted] if gradients else None,
-                    ),
-                )
+            if site in self.sites:
+                x_TD, stream_TD = x_TD.detach()[counted], streams[site][counted]
+                gradient_TD = gradient_of[site][counted] if self.gradients else None
+                yield site, Probe(unit, x_TD, routing, *labels, before, stream_TD, gradient_TD)
             before = routing
+
+    def _run(
+        self, batch: Sequences
+    ) -> tuple[dict[RouterSite, RoutedFlow], dict[RouterSite, Tensor], dict[RouterSite, Tensor]]:
+        """By site what went through the experts, the residual stream that entered its segment, and,
+        with gradients, dloss/d(routed output)."""
+        entered: dict[RouterSite, Tensor] = {}
+        flows, start = Watch(), State(None, batch.tokens_SL)
+        with torch.set_grad_enabled(self.gradients), self.model.hooked(experts=flows):
+            for segment, before, after in steps(self.model.segments(), start):
+                for site in segment.sites:
+                    entered[site] = before.hidden_BLD.detach().flatten(0, 1)
+                after.hidden_BLD.requires_grad_(self.gradients)
+        if not self.gradients:
+            return flows, entered, {}
+        hidden_TD = after.hidden_BLD.flatten(0, 1)
+        end_TD = loss_gradient(self.model, hidden_TD.detach(), batch.targets_SL.flatten())
+        outputs = [flow.output_TD for flow in flows.values()]
+        found = torch.autograd.grad(hidden_TD, outputs, end_TD)
+        return flows, entered, dict(zip(flows, found, strict=True))
 
     def _places(self, rows_S: Tensor) -> Tensor:
         """(..., S, L) the places with a target of these sequences, (..., S), and from their end on
         the same once more."""
-        targets_SL = self.docs.targets_SL[rows_S]
-        empty_SL = targets_SL == IGNORE
+        empty_SL = self.docs.targets_SL[rows_S] == IGNORE
         first_SL = empty_SL.byte().argsort(dim=-1, stable=True)
         length_S1 = (~empty_SL).sum(-1, keepdim=True)
-        return first_SL.gather(-1, torch.arange(targets_SL.shape[-1]) % length_S1.clamp(min=1))
+        return first_SL.gather(-1, torch.arange(empty_SL.shape[-1]) % length_S1.clamp(min=1))
 
     def _labels(self, rows_S: Tensor, place_SL: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """Token classes and domains, (..., T), of these sequences, (..., S), at places of theirs,
@@ -153,36 +171,27 @@ class Probes:
         return self.labels.class_V[tokens_T], domain_T
 
 
-def _run(
-    model: Adapter, batch: Sequences, gradients: bool
-) -> tuple[dict[RouterSite, RoutedFlow], dict[RouterSite, Tensor], dict[RouterSite, Tensor]]:
-    """By site what went through the experts, the residual stream that entered its segment, and,
-    with gradients, dloss/d(routed output)."""
-    entered: dict[RouterSite, Tensor] = {}
-    state, flows = State(None, batch.tokens_SL), Watch()
-    with torch.set_grad_enabled(gradients), model.hooked(experts=flows):
-        for segment in model.segments():
-            if gradients and state.hidden_BLD is not None and not state.hidden_BLD.requires_grad:
-                state = state._replace(hidden_BLD=state.hidden_BLD.requires_grad_())
-            for site in segment.sites:
-                entered[site] = state.hidden_BLD.detach().flatten(0, 1)
-            state = segment.run(state)
-    hidden_TD = state.hidden_BLD.flatten(0, 1)
-    if not gradients:
-        return flows, entered, {}
-    end_TD = loss_gradient(model, hidden_TD.detach(), batch.targets_SL.flatten())
-    outputs = [flow.output_TD for flow in flows.values()]
-    found = torch.autograd.grad(hidden_TD, outputs, end_TD)
-    return flows, entered, dict(zip(flows, found, strict=True))
+def decisions(
+    model: Adapter, batch: Sequences, sites: Sequence[RouterSite]
+) -> dict[RouterSite, Routing]:
+    """Those of the clean run at these sites, of the tokens that have a target."""
+    counts_T = (batch.targets_SL != IGNORE).flatten()
+    routed = clean_routing(model, batch.tokens_SL.to(model.device))
+    return {site: Routing(*(t[counts_T] for t in routed[site])) for site in sites}
+
+
+def of_tokens(batch: Sequences, values_S: Sequence[int]) -> Tensor:
+    """(T,) the value of its sequence, for each token that has a target."""
+    return torch.tensor(values_S)[(batch.targets_SL != IGNORE).nonzero()[:, 0].cpu()]
 
 
 def routed_tokens(model: Adapter, docs: Sequences, batch_size: int) -> dict[RouterSite, np.ndarray]:
     """By site (S, E): tokens with a target, of each sequence, that use each expert."""
-    counts: dict[RouterSite, list[np.ndarray]] = {site: [] for site in model.sites()}
+    sums = {site: UnitSums(len(docs)) for site in model.sites()}
+    first = 0
     for batch in batches(model, docs, batch_size):
-        has_target_SL1 = (batch.targets_SL != IGNORE)[..., None]
-        for site, routing in clean_routing(model, batch.tokens_SL).items():
-            used_TE = usage.used_mask(routing.ids_TK, site.num_experts, routing.weights_TK)
-            used_SLE = used_TE.unflatten(0, has_target_SL1.shape[:2]) & has_target_SL1
-            counts[site].append(used_SLE.sum(1).cpu().numpy())
-    return {site: np.concatenate(parts) for site, parts in counts.items()}
+        sequence_T = of_tokens(batch, range(first, first + len(batch)))
+        for site, routing in decisions(model, batch, model.sites()).items():
+            sums[site].add_tokens(sequence_T, used=DenseRouting(routing).used_TE)
+        first += len(batch)
+    return {site: own.sums()["used"].numpy() for site, own in sums.items()}

@@ -1,14 +1,14 @@
 """Experts dropped one at a time: what it costs, and who takes over.
 
-Shapes: T tokens, E experts, K slots, D documents, H = 2 halves of the documents, N experts of all
-sites.
+Shapes: T tokens, E experts, C conditions, S sequences, D documents, H = 2 halves of the documents,
+N experts of all sites.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,19 @@ from analysis.adapters import (
     Router,
     batches,
     check_documents,
-    clean_routing,
     route,
     routed_adapter,
 )
 from analysis.measure import measure
+from analysis.overlap.metrics import Sums, UnitSums, usage
+from analysis.overlap.probes import decisions, of_tokens
+from analysis.overlap.tables import site_columns
 from analysis.perturb import Condition, DropExperts, sites_of
-from analysis.stats import SITE, Bootstrap
+from analysis.stats import Bootstrap
 from cartmoe.config import check_whole
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import Routing, expert_counts
+from cartmoe.routing import Routing
 
 HALVES = ("a", "b")
 
@@ -67,9 +69,7 @@ def expert_damage(
 
     Raises `ValueError` for a dense model, sites that it does not have, and no documents.
     """
-    model, chosen = checked(model, docs, sites, batch_size)
-    clean = clean_sums(model, docs, chosen, batch_size)
-    return damage_table(model, docs, clean, batch_size, refill, bootstrap, progress)
+    return Removal(model, docs, sites, batch_size).damage(refill, bootstrap, progress)
 
 
 def takeover(
@@ -82,62 +82,78 @@ def takeover(
     pair: model, family, train_seed, layer, stage, expert_i, expert_j, takeover, which sums to 1
     over expert_j, and is NaN if expert_i is not used or nobody gains. Raises as `expert_damage`.
     """
-    model, chosen = checked(model, docs, sites, batch_size)
-    return takeover_table(model, clean_sums(model, docs, chosen, batch_size))
+    return Removal(model, docs, sites, batch_size).takeover()
 
 
-def checked(
-    model: object, docs: Sequences, sites: Any, batch_size: int
-) -> tuple[Adapter, list[RouterSite]]:
-    """The model as a model under study, and its sites that were asked for."""
-    model = routed_adapter(model)
-    check_whole("batch_size", batch_size, 1)
-    check_documents(docs, model)
-    return model, sites_of(model, sites)
+class Removal:
+    """Experts of a model that are dropped one at a time; raises as `expert_damage`."""
 
+    def __init__(self, model: object, docs: Sequences, sites: Any, batch_size: int):
+        self.model = routed_adapter(model)
+        check_whole("batch_size", batch_size, 1)
+        check_documents(docs, self.model)
+        self.sites = sites_of(self.model, sites)
+        self.docs, self.batch_size = docs, batch_size
 
-@dataclass
-class CleanSums:
-    """Sums over the tokens of one site's clean decisions, fp64 on the CPU.
+    @cached_property
+    def clean(self) -> dict[RouterSite, Sums]:
+        """Of each site's clean decisions, over the tokens that have a target: used and mass (2, E),
+        how often experts are used and at which weight, by half of the documents; gained (1, E, E),
+        the weight that expert j gains on the tokens that used expert i when i is dropped."""
+        half_of = halves(self.docs.document_id)
+        by_half = {site: UnitSums(len(HALVES)) for site in self.sites}
+        together = {site: UnitSums(1) for site in self.sites}
+        for batch in batches(self.model, self.docs, self.batch_size):
+            half_T = of_tokens(batch, [half_of[d] for d in batch.document_id])
+            for site, routing in decisions(self.model, batch, self.sites).items():
+                dense = DenseRouting(routing)
+                by_half[site].add_tokens(half_T, used=dense.used_TE, mass=dense.weights_TE)
+                together[site].add(0, gained=gains(routing, self.model.router(site)))
+        return {site: {**by_half[site].sums(), **together[site].sums()} for site in self.sites}
 
-    slots_E    used slots
-    mass_HE    weight, by half of the documents
-    gained_EE  weight that expert j gains on the tokens that used expert i when i is dropped
-    """
+    @cached_property
+    def shares(self) -> dict[RouterSite, np.ndarray]:
+        """(E, E) of what is gained when expert i is dropped, the share of expert j: rows sum to 1;
+        NaN where nobody gained."""
+        return {site: shares_of(sums["gained"][0].numpy()) for site, sums in self.clean.items()}
 
-    slots_E: Tensor
-    mass_HE: Tensor
-    gained_EE: Tensor
+    def damage(self, refill: bool, bootstrap: Bootstrap, progress: bool) -> pd.DataFrame:
+        """The table of `expert_damage`."""
+        # Masked scores leave the others' weights as they are, also where a sum of them decides.
+        how = {} if refill else {"point": "scores", "effect": "no_refill"}
+        places = [(site, expert) for site in self.sites for expert in range(site.num_experts)]
+        conditions = [Condition(DropExperts(ids=(e,)), site, **how) for site, e in places]
+        nats_ND = rises(self.model, self.docs, conditions, self.batch_size, progress)
+        (tokens_D,) = by_document(self.docs, [(self.docs.targets_SL != IGNORE).sum(1).numpy()])
+        half_of = halves(self.docs.document_id)
+        in_half_DH = np.array([[half_of[d]] for d in np.unique(self.docs.document_id)]) == [0, 1]
+        nats_NH, tokens_H = nats_ND @ in_half_DH, tokens_D @ in_half_DH
+        clean = self.clean.values()
+        mass_NH = np.concatenate([sums["mass"].numpy().T for sums in clean])
+        value_N, low_N, high_N = bootstrap.intervals(
+            nats_ND, np.broadcast_to(tokens_D, nats_ND.shape)
+        )
+        columns = {
+            "load": np.concatenate([usage.share(sums["used"].sum(0)).numpy() for sums in clean]),
+            "mass": mass_NH.sum(1) / tokens_D.sum(),
+            **{"damage": value_N, "damage_low": low_N, "damage_high": high_N},
+            "per_mass": _ratio(nats_ND.sum(1), mass_NH.sum(1)),
+        }
+        for half, name in enumerate(HALVES):
+            columns[f"damage_{name}"] = _ratio(nats_NH[:, half], tokens_H[half])
+            columns[f"per_mass_{name}"] = _ratio(nats_NH[:, half], mass_NH[:, half])
+        columns |= {"num_documents": len(tokens_D), "num_tokens": int(tokens_D.sum())}
+        rows = [site_columns(self.model, site) | {"expert": expert} for site, expert in places]
+        return pd.DataFrame(rows).assign(**columns)
 
-    @property
-    def takeover_EE(self) -> np.ndarray:
-        """Rows sum to 1; NaN where nobody gained."""
-        gained_EE = self.gained_EE.numpy()
-        total_E1 = gained_EE.sum(1, keepdims=True)
-        return gained_EE / np.where(total_E1 > 0, total_E1, np.nan)
-
-
-def clean_sums(
-    model: Adapter, docs: Sequences, sites: list[RouterSite], batch_size: int
-) -> dict[RouterSite, CleanSums]:
-    """Of each site, over the tokens that have a target."""
-    half_of = halves(docs.document_id)
-    sums = {}
-    for site in sites:
-        shapes = (site.num_experts,), (2, site.num_experts), (site.num_experts, site.num_experts)
-        sums[site] = CleanSums(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
-    for batch in batches(model, docs, batch_size):
-        counts_SL = batch.targets_SL != IGNORE
-        half_S = torch.tensor([half_of[d] for d in batch.document_id])
-        half_T = half_S[:, None].expand(counts_SL.shape)[counts_SL.cpu()]
-        for site, routing in clean_routing(model, batch.tokens_SL).items():
-            if site in sums:
-                routing = Routing(*(t[counts_SL.flatten()] for t in routing))
-                weights_TE = DenseRouting(routing).weights_TE.double().cpu()
-                sums[site].slots_E += expert_counts(routing).cpu()
-                sums[site].mass_HE.index_add_(0, half_T, weights_TE)
-                sums[site].gained_EE += gains(routing, model.router(site))
-    return sums
+    def takeover(self) -> pd.DataFrame:
+        """The table of `takeover`."""
+        frames = []
+        for site, share_EE in self.shares.items():
+            i, j = np.nonzero(~np.eye(len(share_EE), dtype=bool))
+            pairs = {"expert_i": i, "expert_j": j, "takeover": share_EE[i, j]}
+            frames.append(pd.DataFrame(site_columns(self.model, site) | pairs))
+        return pd.concat(frames, ignore_index=True)
 
 
 def halves(document_id: Iterable[str]) -> dict[str, int]:
@@ -160,71 +176,27 @@ def gains(routing: Routing, router: Router) -> Tensor:
     return gained_EE
 
 
-def damage_table(
-    model: Adapter,
-    docs: Sequences,
-    clean: Mapping[RouterSite, CleanSums],
-    batch_size: int,
-    refill: bool,
-    bootstrap: Bootstrap,
-    progress: bool,
-) -> pd.DataFrame:
-    """The table of `expert_damage`."""
-    # Masked scores leave the others' weights as they are, also where a sum of them decides.
-    how = {} if refill else {"point": "scores", "effect": "no_refill"}
-    places = [(site, expert) for site in clean for expert in range(site.num_experts)]
-    conditions = [Condition(DropExperts(ids=(e,)), site, **how) for site, e in places]
+def shares_of(gained_EE: np.ndarray) -> np.ndarray:
+    """Rows over their sums; NaN where that is 0."""
+    return _ratio(gained_EE, gained_EE.sum(1, keepdims=True))
+
+
+def rises(
+    model: Adapter, docs: Sequences, conditions: list[Condition], batch_size: int, progress: bool
+) -> np.ndarray:
+    """(C, D) rise of each document's summed nll under each condition, nats; see `by_document`."""
     total = len(conditions) * -(-len(docs) // batch_size)
-    with tqdm(total=total, unit="batch", disable=not progress) as bar:
-        cells = measure(model, conditions, docs, batch_size=batch_size, progress=bar.update)
-    losses = cells[0].losses
-    documents_D, document = np.unique(losses.document_id, return_inverse=True)
-    by_document = [
-        np.bincount(document, weights=column)
-        for column in (losses.num_tokens, *(c.losses.nll_sum - losses.nll_sum for c in cells[1:]))
-    ]
-    tokens_D, nats_ND = by_document[0], np.array(by_document[1:])
-    half_of = halves(documents_D)
-    in_half_DH = np.array([half_of[d] for d in documents_D])[:, None] == np.arange(2)
-    mass_NH = np.concatenate([sums.mass_HE.numpy().T for sums in clean.values()])
-    load_N = np.concatenate([(s.slots_E / s.slots_E.sum()).numpy() for s in clean.values()])
-    found = bootstrap.intervals(nats_ND, np.broadcast_to(tokens_D, nats_ND.shape))
-    nats_NH, tokens_H = nats_ND @ in_half_DH, tokens_D @ in_half_DH
-    columns = {
-        **_keys(model, [site for site, _ in places]),
-        "expert": [expert for _, expert in places],
-        "load": load_N,
-        "mass": mass_NH.sum(1) / tokens_D.sum(),
-        **dict(zip(("damage", "damage_low", "damage_high"), found, strict=True)),
-        "per_mass": _ratio(nats_ND.sum(1), mass_NH.sum(1)),
-    }
-    for half, name in enumerate(HALVES):
-        columns[f"damage_{name}"] = _ratio(nats_NH[:, half], tokens_H[half])
-        columns[f"per_mass_{name}"] = _ratio(nats_NH[:, half], mass_NH[:, half])
-    columns |= {"num_documents": len(documents_D), "num_tokens": int(tokens_D.sum())}
-    return pd.DataFrame(columns)
+    with tqdm(total=total, unit="forward", disable=not progress) as bar:
+        clean, *cells = measure(model, conditions, docs, batch_size=batch_size, progress=bar.update)
+    return by_document(docs, [cell.losses.nll_sum - clean.losses.nll_sum for cell in cells])
+
+
+def by_document(docs: Sequences, values_CS: Iterable[np.ndarray]) -> np.ndarray:
+    """(C, D) sums over the sequences of each document, in order of their ids."""
+    document_S = np.unique(docs.document_id, return_inverse=True)[1]
+    return np.stack([np.bincount(document_S, weights=values_S) for values_S in values_CS])
 
 
 def _ratio(numerator_N: np.ndarray, denominator_N: np.ndarray) -> np.ndarray:
     """NaN where there is nothing to divide by."""
     return numerator_N / np.where(denominator_N > 0, denominator_N, np.nan)
-
-
-def _keys(model: Adapter, sites: Sequence[RouterSite]) -> dict[str, object]:
-    """Columns that name sites in every table."""
-    layers, stages = [site.layer for site in sites], [site.stage for site in sites]
-    return dict(
-        zip(SITE, (model.name, model.family, model.train_seed, layers, stages), strict=True)
-    )
-
-
-def takeover_table(model: Adapter, clean: Mapping[RouterSite, CleanSums]) -> pd.DataFrame:
-    """The table of `takeover`."""
-    frames = []
-    for site, sums in clean.items():
-        share_EE = sums.takeover_EE
-        i, j = np.nonzero(~np.eye(len(share_EE), dtype=bool))
-        names = _keys(model, [site] * len(i))
-        columns = {"expert_i": i, "expert_j": j, "takeover": share_EE[i, j]}
-        frames.append(pd.DataFrame(names | columns))
-    return pd.concat(frames, ignore_index=True)

@@ -69,7 +69,7 @@ def fits(model: Adapter, sites: list[RouterSite], name: str, metric: Metric) -> 
         return any(seconds.values())
     if name == "transition":  # from the site before
         return any(site != model.sites()[0] for site in sites)
-    return name != "router_cosine" or all(model.router_rows(site) is not None for site in sites)
+    return name != "router_cosine" or all(model.router(site).rows is not None for site in sites)
 
 
 def composed(model: Adapter, site: RouterSite) -> RouterSite | None:

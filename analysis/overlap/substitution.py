@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
-from analysis.adapters import Adapter, Router, routed_adapter
-from analysis.measure import measure
+from analysis.adapters import Router, routed_adapter
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.probes import routed_tokens
+from analysis.overlap.removal import by_document, rises
 from analysis.perturb import (
     DOWNSTREAM,
     Condition,
@@ -25,7 +24,7 @@ from analysis.perturb import (
     Where,
     sites_of,
 )
-from analysis.stats import SITE, Bootstrap, Intervals, check_columns
+from analysis.stats import SITE, Bootstrap, check_columns
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import Sequences
 from cartmoe.fields import Count, declared
@@ -111,7 +110,7 @@ def substitution(
     table = measure_overlap(model, docs, "substitution", site, **options).table("substitution")
     table = table.rename(columns=LINEAR)[[*SITE, "expert_i", "expert_j", *LINEAR.values()]]
     by_site = routed_tokens(model, docs, batch_size)
-    routed = {(site.layer, site.stage): counts_SE for site, counts_SE in by_site.items()}
+    routed = {site.place: counts_SE for site, counts_SE in by_site.items()}
     tokens = [routed[p.layer, p.stage][:, p.expert_i].sum() for p in table.itertuples()]
     table = table.assign(measured=np.nan, low=np.nan, high=np.nan, num_tokens=np.int64(tokens))
     chosen = [_choose(pairs, lowest, random, seed) for _, pairs in table.groupby(SITE, sort=False)]
@@ -122,9 +121,10 @@ def substitution(
         Condition(Substitute(i, j), Where(layer, stage), downstream=downstream)
         for layer, stage, i, j in places
     ]
-    delta_CD = _by_document(docs, _changes(model, docs, conditions, batch_size, progress))
-    routed_CS = np.stack([routed[layer, stage][:, i] for layer, stage, i, _ in places])
-    found = _ratios(delta_CD, _by_document(docs, routed_CS), bootstrap)
+    nats_CD = rises(model, docs, conditions, batch_size, progress)
+    routed_CD = by_document(docs, [routed[layer, stage][:, i] for layer, stage, i, _ in places])
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample without tokens of an expert
+        found = bootstrap.intervals(nats_CD, routed_CD)
     table.loc[rows, ["measured", "low", "high"]] = np.transpose(found)
     return table
 
@@ -181,25 +181,3 @@ def _choose(pairs: pd.DataFrame, lowest: int, random: int, seed: int) -> pd.Data
     chosen = pd.Series("", pairs.index)
     chosen[low], chosen[drawn] = "lowest", "random"
     return pd.DataFrame({"chosen": chosen, "probability": probability})
-
-
-def _changes(
-    model: Adapter, docs: Sequences, conditions: list[Condition], batch_size: int, progress: bool
-) -> np.ndarray:
-    """(C, S) rise of each sequence's summed nll, nats."""
-    batches = -(-len(docs) // batch_size)
-    with tqdm(total=batches * len(conditions), unit="forward", disable=not progress) as bar:
-        clean, *cells = measure(model, conditions, docs, batch_size=batch_size, progress=bar.update)
-    return np.stack([cell.losses.nll_sum - clean.losses.nll_sum for cell in cells])
-
-
-def _by_document(docs: Sequences, values_CS: np.ndarray) -> np.ndarray:
-    document_S = np.unique(docs.document_id, return_inverse=True)[1]
-    return np.stack([np.bincount(document_S, weights=values_S) for values_S in values_CS])
-
-
-def _ratios(
-    numerator_CD: np.ndarray, denominator_CD: np.ndarray, bootstrap: Bootstrap
-) -> Intervals:
-    with np.errstate(invalid="ignore", divide="ignore"):  # an expert without tokens
-        return bootstrap.intervals(numerator_CD, denominator_CD)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,21 @@ from tqdm import tqdm
 from analysis.adapters import (
     Adapter,
     DenseRouting,
+    batches,
     check_documents,
-    clean_routing,
     load,
     routed_adapter,
 )
 from analysis.measure import Asked, sweep
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.metrics import MAX_UNITS, Metric, Sums, UnitSums, estimate, usage
-from analysis.overlap.tables import Overlap
+from analysis.overlap.probes import decisions, of_tokens
+from analysis.overlap.tables import Overlap, site_columns
 from analysis.perturb import sites_of
 from analysis.stats import check_confidence
 from cartmoe.checkpoint import run_checkpoints, step_of
 from cartmoe.config import check_choice, check_whole
-from cartmoe.data import IGNORE, Sequences
+from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.run import read_run
 
@@ -71,74 +73,63 @@ def saturation(
     last = routed_adapter(load(folders[-1]))
     chosen = sites_of(last, sites)
     check_documents(docs, last)
-    unit_of = _units(docs)
+    unit_of = {d: number % MAX_UNITS for number, d in enumerate(dict.fromkeys(docs.document_id))}
     units = max(unit_of.values()) + 1
     sums = {folder: {site: UnitSums(units) for site in chosen} for folder in folders}
     with tqdm(total=len(docs) * len(folders), unit="sequence", disable=not progress) as bar:
         for first in range(0, len(folders), TOGETHER):
             models = {folder: load(folder) for folder in folders[first : first + TOGETHER]}
-            for at in range(0, len(docs), batch_size):
-                batch = docs[at : at + batch_size]
-                unit_S = torch.tensor([unit_of[document] for document in batch.document_id])
+            for batch in batches(last, docs, batch_size):
+                unit_T = of_tokens(batch, [unit_of[document] for document in batch.document_id])
                 final = _used(last, batch, chosen)
                 for folder, model in models.items():
                     now = _used(model, batch, chosen) if folder != folders[-1] else final
-                    for site in chosen:
-                        _add(sums[folder][site], unit_S, batch, now[site], final[site])
+                    for site, own in sums[folder].items():
+                        _add(own, unit_T, now[site], final[site])
                     bar.update(len(batch))
+    tables = [_saturations(last, own, confidence).pipe(_at, step_of(f)) for f, own in sums.items()]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _saturations(
+    model: Adapter, sums: dict[RouterSite, UnitSums], confidence: float
+) -> pd.DataFrame:
+    """Of one checkpoint, a row a site."""
     rows = []
-    for folder in folders:
-        for site, own in sums[folder].items():
-            found = estimate(SATURATION, own.sums(), confidence)
-            rows.append(
-                {"model": last.name, "family": last.family, "train_seed": last.train_seed}
-                | {"step": step_of(folder), "layer": site.layer, "stage": site.stage}
-                | {name: float(value) for name, value in found._asdict().items()}
-            )
+    for site, own in sums.items():
+        found = estimate(SATURATION, own.sums(), confidence)._asdict()
+        rows.append(site_columns(model, site) | {n: float(value) for n, value in found.items()})
     return pd.DataFrame(rows)
 
 
-def _share(sums: Sums) -> Tensor:
-    return sums["both"] / sums["tokens"]
-
-
 def _chance(sums: Sums) -> Tensor:
-    return (sums["now_E"] * sums["final_E"]).sum(-1) / sums["tokens"] ** 2
+    return (sums["now"] * sums["final"]).sum(-1) / sums["tokens"] ** 2
 
 
-SATURATION = Metric("usage", "sites", _share, _chance, "experts of the newest checkpoint used now")
+SATURATION = Metric(
+    "usage",
+    "sites",
+    lambda sums: sums["both"] / sums["tokens"],
+    _chance,
+    "experts of the newest checkpoint used now",
+)
 
 
-def _add(
-    sums: UnitSums, unit_S: Tensor, batch: Sequences, now_TE: Tensor, final_TE: Tensor
-) -> None:
-    """Of the tokens that have a target and use experts finally, by unit."""
-    counts_SL = batch.targets_SL != IGNORE
-    unit_T = unit_S[:, None].expand(counts_SL.shape)[counts_SL]
-    both_T = usage.saturation_of(now_TE, final_TE)
-    share_TE = final_TE.double() / final_TE.sum(-1, keepdim=True)
-    for unit in unit_T.unique().tolist():
-        own_T = (unit_T == unit) & final_TE.any(-1)
-        now_E, final_E = now_TE[own_T].sum(0), share_TE[own_T].sum(0)
-        sums.add(unit, both=both_T[own_T].sum(), now_E=now_E, final_E=final_E, tokens=own_T.sum())
+def _add(sums: UnitSums, unit_T: Tensor, now_TE: Tensor, final_TE: Tensor) -> None:
+    """Of the tokens that use experts finally, by unit."""
+    kept_T = final_TE.any(-1)
+    unit_T, now_TE, final_TE = unit_T[kept_T], now_TE[kept_T], final_TE[kept_T]
+    both_T, share_TE = usage.saturation_of(now_TE, final_TE), usage.share(final_TE.double())
+    tokens_T = torch.ones_like(both_T)
+    sums.add_tokens(unit_T, both=both_T, now=now_TE, final=share_TE, tokens=tokens_T)
 
 
 def _used(
     model: Adapter, batch: Sequences, sites: Sequence[RouterSite]
 ) -> dict[RouterSite, Tensor]:
     """By site (T, E) on the CPU: whether the token, one with a target, uses the expert."""
-    decisions = clean_routing(model, batch.tokens_SL.to(model.device))
-    counts_T = (batch.targets_SL != IGNORE).flatten()
-    return {
-        site: DenseRouting(routing).used_TE.cpu()[counts_T]
-        for site, routing in decisions.items()
-        if site in sites
-    }
-
-
-def _units(docs: Sequences) -> dict[str, int]:
-    """For each document the unit that it is left out with."""
-    return {d: number % MAX_UNITS for number, d in enumerate(dict.fromkeys(docs.document_id))}
+    routed = decisions(model, batch, sites)
+    return {site: DenseRouting(routing).used_TE.cpu() for site, routing in routed.items()}
 
 
 def _checkpoints(run_folder: str | Path) -> list[Path]:
@@ -178,8 +169,7 @@ class Training:
         """The overlap of one checkpoint, for what takes one, such as `Overlap.matrix`; `ValueError`
         with the steps that there are."""
         check_choice("step", step, self.steps)
-        tables = (self.overlap.experts, self.overlap.sites, self.overlap.pairs)
-        return Overlap(*(t[t.step == step].reset_index(drop=True) for t in tables))
+        return self.overlap.map(lambda table: table[table.step == step].reset_index(drop=True))
 
 
 def over_training(
@@ -207,14 +197,13 @@ def over_training(
     for folder in tqdm(_checkpoints(run_folder), unit="checkpoint", disable=not progress):
         model, step = load(folder), step_of(folder)
         results = sweep(model, docs, perturbations, **conditions, **options)
-        damages.append(_at(step, results.damage()))
+        damages.append(_at(results.damage(), step))
         overlap = measure_overlap(model, docs, metrics, sites, probe, **options)
-        tables = (overlap.experts, overlap.sites, overlap.pairs)
-        overlaps.append(Overlap(*(_at(step, table) for table in tables)))
+        overlaps.append(overlap.map(partial(_at, step=step)))
     return Training(pd.concat(damages, ignore_index=True), Overlap.join(overlaps))
 
 
-def _at(step: int, table: pd.DataFrame) -> pd.DataFrame:
+def _at(table: pd.DataFrame, step: int) -> pd.DataFrame:
     """The table with a column step behind those that name the model."""
     columns = ["model", "family", "train_seed", "step"]
     table = table.assign(step=step)

@@ -20,7 +20,6 @@ from analysis.perturb.base import (
     chosen_mask,
     map_inner,
     parts_of,
-    set_number,
 )
 from analysis.perturb.catalogue import (
     PERTURBATIONS,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import SkipValidation
 from torch import Tensor
 
-from analysis.perturb.base import Perturbation, set_number
+from analysis.adapters import Router, route
+from analysis.perturb.base import Identity, Perturbation
 from analysis.perturb.catalogue import PERTURBATIONS, perturbation_from_dict
 from analysis.perturb.compound import Compose
 from analysis.perturb.context import RouterContext, after_score
@@ -19,13 +21,14 @@ from analysis.perturb.effects import EFFECTS
 from analysis.perturb.where import Where
 from analysis.stats import PLAIN, label_of
 from cartmoe.config import check_choice
-from cartmoe.routing import Router, Routing
+from cartmoe.fields import Count, declared
+from cartmoe.routing import Routing
 
 POINTS = ("logits", "scores")
 DOWNSTREAM = ("reroute", "replay")
 
 
-@dataclass(frozen=True)
+@declared
 class Condition:
     """Its canonical JSON, `id`, is its identity. Raises `ValueError` for wrong fields.
 
@@ -36,12 +39,12 @@ class Condition:
                 router works from the clean run's logits, so there is no cascade of decisions
     """
 
-    perturbation: Perturbation
-    where: Where = Where()
-    point: str = "logits"
+    perturbation: SkipValidation[Perturbation]
+    where: SkipValidation[Where] = Where()
+    point: Literal["logits", "scores"] = "logits"
     effect: str = "full"
-    downstream: str = "reroute"
-    eval_seed: int = 0
+    downstream: Literal["reroute", "replay"] = "reroute"
+    eval_seed: Count = 0
 
     def __post_init__(self) -> None:
         p = self.perturbation
@@ -53,9 +56,7 @@ class Condition:
         if isinstance(p, Perturbation) and not (is_dataclass(p) and p.__dataclass_params__.frozen):
             raise ValueError(f"perturbation is {p!r}; its class must be a @dataclass(frozen=True)")
         object.__setattr__(self, "where", Where.parse(self.where))
-        check_choice("point", self.point, POINTS)
         check_choice("effect", self.effect, EFFECTS)
-        check_choice("downstream", self.downstream, DOWNSTREAM)
         if self.point not in getattr(p, "points", POINTS):
             raise ValueError(
                 f"point is {self.point!r}; {type(p).__name__} works at {' and '.join(p.points)}"
@@ -65,7 +66,6 @@ class Condition:
                 f"downstream is 'replay'; {p.label} needs what enters the router, and then nothing "
                 "does: later routers work from recorded logits"
             )
-        set_number(self, "eval_seed", int)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` takes it back."""
@@ -87,7 +87,9 @@ class Condition:
 
     @property
     def id(self) -> str:
-        """Canonical JSON: equal exactly for equal conditions."""
+        """Canonical JSON, equal exactly for equal conditions; "clean" of the clean run."""
+        if isinstance(self.perturbation, Clean):
+            return self.perturbation.label
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     def columns(self) -> dict[str, Any]:
@@ -123,7 +125,7 @@ class Condition:
             return p.decide(base, router, ctx)
         if self.point == "logits":
             logits_TE = _checked(p, base.logits_TE, ctx)
-            return base if logits_TE is base.logits_TE else router.route(logits_TE)
+            return base if logits_TE is base.logits_TE else route(router, logits_TE)
         if ctx.stats:
             ctx = replace(ctx, stats=after_score(ctx.stats, router))
         scores_TE = perturb_scores(p, base.scores_TE, ctx)
@@ -161,17 +163,17 @@ def perturb_scores(perturb: LogitsFunction, scores_TE: Tensor, ctx: RouterContex
     return torch.where(moved_TE == log_TE, scores_TE, new_TE)
 
 
-CLEAN = {
-    "condition": "clean",
-    "perturbation": "clean",
-    "strength": float("nan"),
-    "expects": "none",
-    "where": "all",
-    "point": "logits",
-    "effect": "full",
-    "downstream": "reroute",
-    "eval_seed": 0,
-}
+@declared
+class Clean(Identity):
+    """No perturbation, and no hook."""
+
+    @property
+    def label(self) -> str:
+        """ "clean"."""
+        return "clean"
+
+
+CLEAN = Condition(Clean())  # the run that all others are compared with
 
 
 def of_one_name(conditions: Iterable[Condition]) -> dict[str, list[Condition]]:

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from analysis.adapters import Router
 from analysis.perturb.noise import Noise
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import Router, Routing
+from cartmoe.routing import Routing
 
 
 class SiteStats(NamedTuple):
@@ -59,7 +60,7 @@ class Tokens(NamedTuple):
     token_ids_T: Tensor
     position_T: Tensor  # within the sequence
     sequence_T: Tensor  # id of the sequence
-    kind_T: Tensor | None = None  # see `analysis.tokens`; None without a tokenizer
+    kind_T: Tensor | None = None  # see `where.KINDS`; None without a tokenizer
 
     @classmethod
     def of(cls, tokens_BL: Tensor, sequence_B: Tensor, kinds_V: Tensor | None = None) -> Tokens:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from analysis.perturb.base import Identity, Perturbation, check_experts, set_flag, set_number
+from analysis.adapters import Router
+from analysis.perturb.base import Identity, Perturbation, check_experts
 from analysis.perturb.context import RouterContext
-from cartmoe.config import check_choice
+from cartmoe.fields import Count, Flag, Positive, Share, declared
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import EPS, Router, Routing
+from cartmoe.routing import EPS, Routing
 
 
-@dataclass(frozen=True)
+@declared
 class NoRouted(Perturbation):
     """The routed part is zero: the anchor that says what routed experts are worth at all."""
 
@@ -27,7 +27,7 @@ class NoRouted(Perturbation):
         return routing._replace(weights_TK=torch.zeros_like(routing.weights_TK))
 
 
-@dataclass(frozen=True)
+@declared
 class TopK(Perturbation):
     """Another number of experts at inference, more than were trained too (DeepSeekMoE, Fig. 5).
 
@@ -37,10 +37,7 @@ class TopK(Perturbation):
 
     strength_field: ClassVar[str] = "k"
     anew: ClassVar[bool] = True
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        set_number(self, "k", int, least=1)
+    k: Positive = 1
 
     def check(self, sites: Sequence[RouterSite]) -> None:
         """`ValueError` for more experts than a router has."""
@@ -56,7 +53,7 @@ class TopK(Perturbation):
         return router.decide(routing.logits_TE, routing.scores_TE, k=self.k)
 
 
-@dataclass(frozen=True)
+@declared
 class DropSlots(Perturbation):
     """Each slot in use is lost with this probability and not refilled (expert dropout).
 
@@ -64,12 +61,8 @@ class DropSlots(Perturbation):
     """
 
     strength_field: ClassVar[str] = "probability"
-    probability: float = 0.5
-    renormalize: bool = False
-
-    def __post_init__(self) -> None:
-        set_number(self, "probability", float, most=1)
-        set_flag(self, "renormalize")
+    probability: Share = 0.5
+    renormalize: Flag = False
 
     def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
         """The same slots, some with weight 0; a token may lose all of them."""
@@ -85,16 +78,13 @@ class DropSlots(Perturbation):
         return routing._replace(weights_TK=weights_TK)
 
 
-@dataclass(frozen=True)
+@declared
 class UniformWeights(Perturbation):
     """Weights of the slots in use move towards their mean by `mix` in 0..1; the set stays."""
 
     expects: ClassVar[str] = "weights"
     strength_field: ClassVar[str] = "mix"
-    mix: float = 1.0
-
-    def __post_init__(self) -> None:
-        set_number(self, "mix", float, most=1)
+    mix: Share = 1.0
 
     def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
         """The same choice with more even weights; their sum stays."""
@@ -108,10 +98,7 @@ class UniformWeights(Perturbation):
         )
 
 
-OVER = ("tokens", "sites")
-
-
-@dataclass(frozen=True)
+@declared
 class Lag(Perturbation):
     """Stale routing: the decision that was taken `n` steps before.
 
@@ -122,12 +109,8 @@ class Lag(Perturbation):
     """
 
     strength_field: ClassVar[str] = "n"
-    n: int = 1
-    over: str = "tokens"
-
-    def __post_init__(self) -> None:
-        set_number(self, "n", int)
-        check_choice("over", self.over, OVER)
+    n: Count = 1
+    over: Literal["tokens", "sites"] = "tokens"
 
     def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
         """An earlier decision; its logits and scores stand beside it."""

@@ -13,9 +13,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from analysis.adapters import DenseRouting
+from analysis.adapters import DenseRouting, Router
 from analysis.perturb.decisions import fit
-from cartmoe.routing import EPS, Router, Routing
+from cartmoe.routing import EPS, Routing
 
 
 def _full(clean: Routing, changed: Routing, router: Router) -> Routing:
@@ -42,20 +42,20 @@ def _made_by_scores(clean: Routing, changed: Routing, router: Router) -> bool:
     """Whether R' has the weights that perturbed scores give: no part of a Compose moved them."""
     if changed.scores_TE is clean.scores_TE:
         return False
-    K = changed.ids_TK.shape[-1]
-    k = None if clean.ids_TK.shape[-1] == K else K
-    return torch.equal(router.weigh(changed.scores_TE, changed.ids_TK, k), changed.weights_TK)
+    own_rule = clean.ids_TK.shape == changed.ids_TK.shape
+    used_TK = None if own_rule else torch.ones_like(changed.ids_TK, dtype=torch.bool)
+    made_TK = router.weigh(changed.scores_TE, changed.ids_TK, used_TK)
+    return torch.equal(made_TK, changed.weights_TK)
 
 
 def _weights(clean: Routing, changed: Routing, router: Router) -> Routing:
     """The ids of R with the weights that the perturbed scores give them, or, where it was not the
     scores that were perturbed, the weights that they have in R'."""
-    by_scores = _made_by_scores(clean, changed, router)
-    weights_TE = changed.scores_TE if by_scores else DenseRouting(changed).weights_TE
-    # Those that R uses. (Not router.weigh: with top_p it would also choose how many.)
-    weights_TK = weights_TE.gather(-1, clean.ids_TK) * (clean.weights_TK != 0)
-    if by_scores and router.renormalize:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=EPS)
+    used_TK = clean.weights_TK != 0
+    if _made_by_scores(clean, changed, router):
+        weights_TK = router.weigh(changed.scores_TE, clean.ids_TK, used_TK)
+    else:
+        weights_TK = DenseRouting(changed).weights_TE.gather(-1, clean.ids_TK) * used_TK
     return changed._replace(ids_TK=clean.ids_TK, weights_TK=weights_TK)
 
 

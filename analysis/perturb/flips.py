@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from analysis.perturb.base import Identity, Perturbation, set_number
+from analysis.adapters import Router
+from analysis.perturb.base import Identity, Perturbation
 from analysis.perturb.context import RouterContext
-from cartmoe.config import check_choice
-from cartmoe.routing import Router, Routing
-
-PER = ("token", "sequence")
-CHOOSE = ("worst", "random")
+from cartmoe.fields import Count, Positive, declared
+from cartmoe.routing import Routing
 
 
-@dataclass(frozen=True)
+@declared
 class Worst(Perturbation):
     """The flips of experts that cost most within a budget, found with the gradient of the loss.
 
@@ -32,16 +30,10 @@ class Worst(Perturbation):
     """
 
     strength_field: ClassVar[str] = "flips"
-    flips: int = 1
-    per: str = "token"
-    rounds: int = 1
-    choose: str = "worst"
-
-    def __post_init__(self) -> None:
-        set_number(self, "flips", int)
-        set_number(self, "rounds", int, least=1)
-        check_choice("per", self.per, PER)
-        check_choice("choose", self.choose, CHOOSE)
+    flips: Count = 1
+    per: Literal["token", "sequence"] = "token"
+    rounds: Positive = 1
+    choose: Literal["worst", "random"] = "worst"
 
     def identity(self) -> Perturbation:
         """No flip."""
@@ -66,7 +58,7 @@ class Flips(Perturbation):
 
     def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
         """Other experts in the same slots, at the same weights."""
-        expert_TE = self.expert_TE.get((ctx.site.layer, ctx.site.stage))
+        expert_TE = self.expert_TE.get(ctx.site.place)
         if expert_TE is None:
             return routing
         return routing._replace(ids_TK=expert_TE.gather(-1, routing.ids_TK))

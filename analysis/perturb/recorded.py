@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from analysis.adapters import as_adapter, load
+from analysis.adapters import Router, as_adapter, load
 from analysis.perturb.base import Identity, Perturbation
 from analysis.perturb.context import RouterContext
 from analysis.perturb.decisions import where_tokens
 from analysis.perturb.trace import Trace
 from analysis.perturb.trace_files import trace_sha256
 from cartmoe.checkpoint import CheckpointError, checkpoint_sha256, read_config
+from cartmoe.fields import declared
 from cartmoe.hooks import RouterSite, router_sites
-from cartmoe.routing import Router, Routing
+from cartmoe.routing import Routing
 from cartmoe.skeleton import skeleton
 
 
-@dataclass(frozen=True)
+@declared
 class Replay(Perturbation):
     """Another run's recorded decisions are imposed: another checkpoint's, precision's or kernel's
     (rollout routing replay, arXiv 2510.11370).
@@ -97,13 +97,15 @@ class Replay(Perturbation):
             )
         ids_TK = ids_TK.clamp(min=0)  # of padding, which keeps the router's own below
         if weights_TK is None:
-            weights_TK = router.weigh(routing.scores_TE, ids_TK, k=ids_TK.shape[-1])
+            weights_TK = router.weigh(
+                routing.scores_TE, ids_TK, torch.ones_like(ids_TK, dtype=bool)
+            )
         weights_TK = weights_TK.to(routing.weights_TK.dtype)
         imposed = routing._replace(ids_TK=ids_TK, weights_TK=weights_TK)
         return imposed if known_T.all() else where_tokens(known_T, imposed, routing)
 
 
-@dataclass(frozen=True)
+@declared
 class GateSwap(Perturbation):
     """The gates of another checkpoint in place of this one's: did tuning change the routers, or
     the experts? Both must have the same routers.
@@ -123,7 +125,7 @@ class GateSwap(Perturbation):
         if isinstance(given, str | Path) and given != "":
             object.__setattr__(self, "checkpoint", str(given))
             _pin(self, "checkpoint", _checkpoint_sha256(str(given)))
-        elif isinstance(given, nn.Module) or hasattr(given, "gate"):
+        elif isinstance(given, nn.Module) or hasattr(given, "segments"):
             object.__setattr__(self, "checkpoint", as_adapter(given))
         else:
             raise ValueError(
@@ -171,9 +173,9 @@ class GateSwap(Perturbation):
             have = _sites_of(self.checkpoint, self._known())
         else:
             have = tuple(self.checkpoint.sites())
-        experts = {(site.layer, site.stage): site.num_experts for site in have}
+        experts = {site.place: site.num_experts for site in have}
         for site in sites:
-            number = experts.get((site.layer, site.stage))
+            number = experts.get(site.place)
             if number is None:
                 raise ValueError(f"the model of {self.label} has no router at {site.name}")
             if number != site.num_experts:
@@ -190,7 +192,7 @@ class GateSwap(Perturbation):
             gates = _loaded_gates(self.checkpoint, self._known(), device)
         else:
             gates = _gates(self.checkpoint)
-        gate = gates[ctx.site.layer, ctx.site.stage]
+        gate = gates[ctx.site.place]
         with torch.no_grad():
             other_TE = gate(ctx.x_TD, ctx.tokens.token_ids_T).to(logits_TE)
         return other_TE.where(logits_TE != -torch.inf, -torch.inf)  # after a mask, in a Compose
@@ -249,4 +251,4 @@ def _loaded_gates(path: str, sha256: str, device: torch.device) -> Gates:
 
 
 def _gates(model: Any) -> Gates:
-    return {(site.layer, site.stage): model.gate(site) for site in model.sites()}
+    return {site.place: model.router(site).gate for site in model.sites()}

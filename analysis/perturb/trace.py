@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import Adapter, clean_routing
+from analysis.adapters import Adapter, batches, clean_routing, routed_adapter
 from analysis.perturb.trace_files import (
     META,
     PARTS,
     SEQUENCES,
     TOKENS,
     Batch,
-    Place,
     batches_of_arrays,
     check_trace,
+    file_of,
+    site_of,
     trace_sha256,
+    width_of,
     write_trace,
 )
 from cartmoe.data import IGNORE, Sequences
@@ -47,7 +49,7 @@ class Trace:
 
     path, name   its folder, and that folder's name
     sha256       of all that is recorded: its identity
-    places       its routers, a `Place` (layer, stage, slots, num_experts) each
+    places       its routers, a `RouterSite` each (num_experts None where nobody said how many)
     origin       SHA-256 of the model and the documents, where it was recorded here
     len          tokens recorded
 
@@ -65,16 +67,16 @@ class Trace:
         self.sha256 = found
         meta = json.loads((self.path / META).read_text(encoding="utf-8"))
         self.origin: dict[str, Any] = meta["origin"]
-        self.places = [Place(**place) for place in meta["places"]]
-        self._places = {(place.layer, place.stage): place for place in self.places}
+        self.places = [site_of(**place) for place in meta["places"]]
+        self._places = {site.place: site for site in self.places}
         index_S3 = self._map(SEQUENCES, "<i8").reshape(-1, 3)
         order_S = index_S3[:, 0].argsort()
         self._ids_S, self._offset_S, self._length_S = index_S3[order_S].T.copy()
         # All now: what another process puts in the folder's place later does not matter.
         self._tokens_N = self._map(TOKENS, "<i4")
         self._recorded = {
-            site: Recorded(*(self._map(p.file(x), PARTS[x], p.width(x)) for x in PARTS))
-            for site, p in self._places.items()
+            place: Recorded(*(self._map(file_of(s, x), PARTS[x], width_of(s, x)) for x in PARTS))
+            for place, s in self._places.items()
         }
 
     def _map(self, file: str, dtype: str, width: int | None = None) -> np.ndarray | None:
@@ -107,7 +109,7 @@ class Trace:
         """(layer, stage) of its routers, in order."""
         return list(self._places)
 
-    def place(self, site: RouterSite | tuple[int, int]) -> Place:
+    def place(self, site: RouterSite | tuple[int, int]) -> RouterSite:
         """What is known of the router at a site, or at (layer, stage); `ValueError` listing the
         recorded ones if it is none of them."""
         layer, stage = (site.layer, site.stage) if isinstance(site, RouterSite) else site
@@ -120,8 +122,7 @@ class Trace:
 
     def routing(self, site: RouterSite | tuple[int, int]) -> Recorded:
         """All that is recorded of one router, mapped, token by token in the order of recording."""
-        place = self.place(site)
-        return self._recorded[place.layer, place.stage]
+        return self._recorded[self.place(site).place]
 
     def lookup(
         self, site: RouterSite | tuple[int, int], sequence_T: Tensor, position_T: Tensor
@@ -189,16 +190,12 @@ class Trace:
         Raises `FileExistsError` if there is something at the path, `ValueError` for a dense model,
         no documents, and sequences of equal id.
         """
-        from analysis.adapters import as_adapter
 
-        model = as_adapter(model)
-        if not model.sites():
-            raise ValueError(f"{model.name} has no router to record: it is dense")
-        places = [Place(s.layer, s.stage, s.top_k, s.num_experts) for s in model.sites()]
+        model = routed_adapter(model)
         origin = {"model": model.identity, "documents": docs.sha256}
-        starts = tqdm(range(0, len(docs), batch_size), unit="batch", disable=not progress)
-        batches = (_recorded(model, docs[i : i + batch_size], logits) for i in starts)
-        write_trace(Path(path), places, batches, origin)
+        with tqdm(total=-(-len(docs) // batch_size), unit="batch", disable=not progress) as bar:
+            found = (_recorded(model, b, logits, bar) for b in batches(model, docs, batch_size))
+            write_trace(Path(path), model.sites(), found, origin)
         return cls(path)
 
     @classmethod
@@ -237,15 +234,14 @@ class Trace:
                 f"places is {places!r}; give a different (layer, stage) for each of the "
                 f"{num_layers} positions of the middle axis"
             )
-        places = [Place(layer, stage, slots, num_experts) for layer, stage in places]
+        sites = [site_of(layer, stage, slots, num_experts) for layer, stage in places]
         weights = None if weights is None else iter(weights)
-        batches = batches_of_arrays(chain([first], arrays), iter(sequence_ids), weights, places)
-        write_trace(Path(path), places, batches, {})
+        found = batches_of_arrays(chain([first], arrays), iter(sequence_ids), weights, sites)
+        write_trace(Path(path), sites, found, {})
         return cls(path)
 
 
-def _recorded(model: Adapter, batch: Sequences, logits: bool) -> Batch:
-    batch = batch.to(model.device)
+def _recorded(model: Adapter, batch: Sequences, logits: bool, bar: tqdm) -> Batch:
     has_target_SL = batch.targets_SL != IGNORE
     used_SL = has_target_SL.flip(1).cumsum(1).flip(1) > 0  # it, or one after it
     used_T = used_SL.flatten()
@@ -253,7 +249,8 @@ def _recorded(model: Adapter, batch: Sequences, logits: bool) -> Batch:
     def kept(rows_TX: Tensor) -> np.ndarray:
         return rows_TX[used_T].cpu().numpy()
 
-    decisions = clean_routing(model, batch.tokens_SL)
+    decisions = clean_routing(model, batch.tokens_SL).values()
+    bar.update()
     return Batch(
         batch.sequence_id_S.tolist(),
         used_SL.sum(1).tolist(),

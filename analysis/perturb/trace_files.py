@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cartmoe.folders import check_new, damage, read_manifest, write_folder
+from cartmoe.hooks import RouterSite
 
 KIND = "trace"  # the manifest's key, so that another folder is not taken for one
 META, SEQUENCES, TOKENS = "trace.json", "sequences.i8", "tokens.i4"
@@ -32,30 +33,25 @@ PARTS = {"ids": "<i2", "weights": "<f4", "logits": "<f4"}
 MAX_EXPERTS = 2**15
 
 
-class Place(NamedTuple):
+def site_of(layer: int, stage: int, slots: int, num_experts: int | None) -> RouterSite:
     """Where a router stood. num_experts is None where nobody said how many there were."""
+    return RouterSite(f"layer {layer} stage {stage}", layer, stage, num_experts, slots)
 
-    layer: int
-    stage: int
-    slots: int
-    num_experts: int | None
 
-    def __str__(self) -> str:
-        return f"layer {self.layer} stage {self.stage}"
+def file_of(site: RouterSite, part: str) -> str:
+    """The name of the file of one of `PARTS`."""
+    return f"layer{site.layer}-stage{site.stage}.{part}.{PARTS[part][1:]}"
 
-    def file(self, part: str) -> str:
-        """The name of the file of one of `PARTS`."""
-        return f"layer{self.layer}-stage{self.stage}.{part}.{PARTS[part][1:]}"
 
-    def width(self, part: str) -> int | None:
-        """Numbers in a row of that file."""
-        return self.num_experts if part == "logits" else self.slots
+def width_of(site: RouterSite, part: str) -> int | None:
+    """Numbers in a row of that file."""
+    return site.num_experts if part == "logits" else site.top_k
 
 
 class Batch(NamedTuple):
     """What is appended at once: whole sequences, their tokens one after the other.
 
-    ids, weights, logits   an array (n, K), (n, K), (n, E) for each place, in order; None: not kept
+    ids, weights, logits   an array (n, K), (n, K), (n, E) for each site, in order; None: not kept
     """
 
     sequence_ids: Sequence[int]
@@ -67,7 +63,7 @@ class Batch(NamedTuple):
 
 
 def write_trace(
-    path: Path, places: Sequence[Place], batches: Iterable[Batch], origin: dict[str, Any]
+    path: Path, sites: Sequence[RouterSite], batches: Iterable[Batch], origin: dict[str, Any]
 ) -> None:
     """Make the folder. Raises `FileExistsError` if there is something at the path, `ValueError`
     for sequences of equal id, and where there is no token at all."""
@@ -88,15 +84,21 @@ def write_trace(
                 if batch.tokens_N is not None:
                     append(TOKENS, "<i4", batch.tokens_N)
                 for part, dtype in PARTS.items():
-                    for place, values in zip(places, getattr(batch, part) or (), strict=False):
-                        append(place.file(part), dtype, values)
+                    for site, values in zip(sites, getattr(batch, part) or (), strict=False):
+                        append(file_of(site, part), dtype, values)
             append(SEQUENCES, "<i8", np.reshape(rows, (-1, 3)))
         twice = [id for id, count in Counter(row[0] for row in rows).items() if count > 1]
         if twice:
             raise ValueError(f"sequence ids must differ; {twice[:5]} stand more than once")
         if not offset:
             raise ValueError("there is no token to record")
-        meta = {"origin": origin, "places": [place._asdict() for place in places]}
+        meta = {
+            "origin": origin,
+            "places": [
+                dict(layer=s.layer, stage=s.stage, slots=s.top_k, num_experts=s.num_experts)
+                for s in sites
+            ],
+        }
         (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
     check_new(path)  # before anything is computed
@@ -124,12 +126,12 @@ def batches_of_arrays(
     arrays: Iterator[Any],
     sequence_ids: Iterator[int],
     weights: Iterator[Any] | None,
-    places: Sequence[Place],
+    sites: Sequence[RouterSite],
 ) -> Iterator[Batch]:
-    """One a sequence; `ValueError` for arrays that are not (tokens, places, slots) of experts, and
+    """One a sequence; `ValueError` for arrays that are not (tokens, sites, slots) of experts, and
     where the three are not equally many."""
-    shape = (len(places), places[0].slots)
-    experts = places[0].num_experts or MAX_EXPERTS
+    shape = (len(sites), sites[0].top_k)
+    experts = sites[0].num_experts or MAX_EXPERTS
     number = -1
     for number, array in enumerate(arrays):
         ids_NLK = np.asarray(array)

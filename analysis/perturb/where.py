@@ -1,4 +1,4 @@
-"""What kind of text a token is, for conditions that act on some kinds alone."""
+"""Where a condition acts: at which sites, on which of their tokens."""
 
 from __future__ import annotations
 
@@ -106,17 +106,30 @@ class Where:
         return inside_T
 
 
-def sites_of(model: Adapter, sites: Any) -> list[RouterSite]:
-    """The routers that were asked for, as `measure_overlap` takes them; `ValueError` for none."""
-    if sites is None:
+def sites_of(
+    model: Adapter, where: Any = None, name: str = "where", *, tokens: bool = False
+) -> list[RouterSite]:
+    """The routers of the model that are asked for.
+
+    where    None: all; a `RouterSite`, a `Where` or its text, a function of a site, or a list of
+             such, each of which selects some
+    name     what errors call it
+    tokens   whether it may also say which tokens
+
+    Raises `ValueError` with the routers that there are.
+    """
+    if where is None:
         return model.sites()
-    asked = sites if isinstance(sites, list | tuple) else [sites]
     try:
-        places = [Where.parse(site) for site in asked]
+        asked = where if isinstance(where, list | tuple) else [where]
+        places = [w if callable(w) else Where.parse(w) for w in asked]
     except ValueError:
         places = []
     chosen = [site for site in model.sites() if any(place(site) for place in places)]
-    if not chosen or any(p.positions or p.tokens or not any(map(p, chosen)) for p in places):
-        have = ", ".join(f"'{Where.parse(site)}'" for site in model.sites())
-        raise ValueError(f"sites is {sites!r}; it must select routers, all their tokens: {have}")
+    partial = [p for p in places if isinstance(p, Where) and (p.positions or p.tokens)]
+    if not (places and all(any(map(p, chosen)) for p in places)) or (partial and not tokens):
+        have = ", ".join(f"'{site}'" for site in model.sites()) or "none: it is dense"
+        said = repr(str(where)) if isinstance(where, Where) else repr(where)
+        whole = "" if tokens else ", all their tokens"
+        raise ValueError(f"{name} is {said}; it must select routers of {model.name}{whole}: {have}")
     return chosen

@@ -36,7 +36,7 @@ def substitution_matrix(
 ) -> Figure:
     """The linear estimate of what it costs that expert j runs for i; white costs nothing.
 
-    frame  the table of `analysis.substitute.substitution`, or an Overlap (or its table `pairs`) in
+    frame  the table of `analysis.substitution`, or an Overlap (or its table `pairs`) in
            which "substitution" was measured; the former has a second panel, two columns wide in
            all: what real forwards measured against the estimate, with intervals, and the line on
            which both are equal

@@ -17,7 +17,7 @@ import torch
 
 from analysis.adapters import CartMoEAdapter
 from analysis.measure import calibrate, measure
-from analysis.perturb import Condition
+from analysis.perturb import CLEAN, Condition
 from analysis.study.folder import STORE
 from analysis.study.models import Checkpoint, check_sources, configs, find, run_folder
 from analysis.study.plan import Plan
@@ -108,8 +108,8 @@ def _estimate(
 
 
 def _probe(
-    plan: Plan, model: CartMoEAdapter, arms: dict[Condition | None, bool]
-) -> tuple[float, dict[Condition | None, float]]:
+    plan: Plan, model: CartMoEAdapter, arms: dict[Condition, bool]
+) -> tuple[float, dict[Condition, float]]:
     """(seconds of calibration, seconds a sequence of every arm)."""
     batch = plan.shards[0][: min(PROBE, plan.study.measure.batch_size)]
     first = [i for i, segment in enumerate(model.segments()) for _ in segment.sites]
@@ -119,7 +119,7 @@ def _probe(
         segment = next(i for i, site in zip(first, sites, strict=True) if arm.where(site))
         return (type(arm.perturbation), segment, arm.effect, arm.downstream, arms[arm])
 
-    of_kind = {kind(arm): arm for arm in arms if arm}
+    of_kind = {kind(arm): arm for arm in arms if arm != CLEAN}
     tabulate = frozenset(arm for arm in of_kind.values() if arms[arm])
     measure(model, [], batch, batch_size=len(batch))  # warms up
     calibration, start = None, time.perf_counter()
@@ -137,7 +137,7 @@ def _probe(
         keep_tokens=plan.study.measure.tokens,
     )
     seconds = {cell.condition: cell.seconds / len(batch) for cell in cells}
-    return once, {arm: seconds[of_kind[kind(arm)] if arm else None] for arm in arms}
+    return once, {arm: seconds[arm if arm == CLEAN else of_kind[kind(arm)]] for arm in arms}
 
 
 def _training(spec: ModelSpec, folder: Path) -> tuple[int, float]:

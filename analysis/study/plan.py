@@ -11,7 +11,7 @@ from typing import Any
 
 from analysis.adapters import Adapter
 from analysis.measure import facts_of, worth_tabulating
-from analysis.perturb import Condition, Where
+from analysis.perturb import CLEAN, Condition, Where
 from analysis.study.models import Checkpoint, skeleton
 from analysis.study.provenance import default_device, platform_identity
 from analysis.study.specs import ModelSpec
@@ -75,8 +75,8 @@ class Plan:
         if mistakes:
             raise ValueError("\n".join(f"{self.study.origin}: {m}" for m in mistakes))
 
-    def _misfits(self, model: Adapter, conditions: Iterable[Condition | None]) -> Iterator[str]:
-        for condition in filter(None, conditions):
+    def _misfits(self, model: Adapter, conditions: Iterable[Condition]) -> Iterator[str]:
+        for condition in conditions:
             try:
                 condition.perturbation.check(list(filter(condition.where, model.sites())))
             except ValueError as error:
@@ -102,8 +102,8 @@ class Plan:
 
     def arms(
         self, spec: ModelSpec, config: ModelConfig
-    ) -> tuple[Adapter, dict[Condition | None, bool]]:
-        """(the model without weights, what it is measured under: the clean run, None, and every
+    ) -> tuple[Adapter, dict[Condition, bool]]:
+        """(the model without weights, what it is measured under: the clean run, and every
         condition that it has a router for -> whether experts' outputs come from a table).
 
         The latter is decided here, by all conditions of the study, so that it does not depend on
@@ -114,11 +114,11 @@ class Plan:
             conditions = conditions_for(model, self.study.conditions_of(spec))
             tokens = measure.batch_size * self.study.data.length
             tabulated = worth_tabulating(model, conditions, tokens)
-            self._arms[spec] = model, {c: c in tabulated for c in (None, *conditions)}
+            self._arms[spec] = model, {c: c in tabulated for c in (CLEAN, *conditions)}
         return self._arms[spec]
 
     @cached_property
-    def _arms(self) -> dict[ModelSpec, tuple[Adapter, dict[Condition | None, bool]]]:
+    def _arms(self) -> dict[ModelSpec, tuple[Adapter, dict[Condition, bool]]]:
         return {}
 
     def work(self, checkpoint: Checkpoint) -> Work:
@@ -137,8 +137,8 @@ class Plan:
             for condition, tabulated in arms.items():
                 identity = common | {
                     "data": data,
-                    "condition": self._condition_dicts[condition] if condition else None,
-                    "calibration": self._calibration if condition else None,
+                    "condition": self._condition_dicts.get(condition),
+                    "calibration": None if condition == CLEAN else self._calibration,
                     "tabulated": tabulated,
                 }
                 key = cell_key(identity)

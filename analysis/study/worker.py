@@ -21,7 +21,7 @@ import torch
 
 from analysis.adapters import CartMoEAdapter
 from analysis.measure import Cell, calibrate, measure
-from analysis.perturb import Calibration, Condition
+from analysis.perturb import CLEAN, Calibration, Condition
 from analysis.study.provenance import default_device, platform_identity
 from cartmoe.checkpoint import checkpoint_sha256, load
 from cartmoe.data import Sequences
@@ -53,14 +53,14 @@ class Source:
 
 
 class PlannedCell(NamedTuple):
-    """One cell: a condition (None: the clean run) on the shard of that number.
+    """One cell: a condition (`CLEAN`: the clean run) on the shard of that number.
 
-    tabulated   whether experts' outputs come from a table (see `analysis.tabulate`)
+    tabulated   whether experts' outputs come from a table (see `analysis.measure.reuse`)
     """
 
     key: str
     shard: int
-    condition: Condition | None
+    condition: Condition
     tabulated: bool
     identity: dict[str, Any]
 
@@ -87,7 +87,7 @@ def compute(task: Task) -> list[Cell]:
         model, calibration = _prepared(source)
         measured = measure(
             model,
-            [cell.condition for cell in task.cells if cell.condition is not None],
+            [cell.condition for cell in task.cells if cell.condition != CLEAN],
             task.shard,
             batch_size=source.batch_size,
             calibration=calibration,

@@ -2,7 +2,7 @@
 
 Where expert j runs in i's slot at i's weight g, the routed output y moves by g (f_j(h) - f_i(h)),
 and the loss, to first order, by the product of that with dloss/dy. If j is chosen already, its
-weights add and the same holds. `analysis.substitute` runs the model with such a change.
+weights add and the same holds. `analysis.substitution` runs the model with such a change.
 
 Shapes: U units, T tokens, E experts, D model.
 """

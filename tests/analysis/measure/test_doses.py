@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from analysis.adapters.base import DenseRouting
-from analysis.measure.doses import certainty_of, change_of, margin_of
+from analysis.adapters import DenseRouting
+from analysis.measure.doses import certainty_of, change_of
 from analysis.measure.shard import measure
 from analysis.perturb.condition import Condition
 from analysis.perturb.decisions import NoRouted, UniformWeights
@@ -108,7 +108,7 @@ def test_margin_of_top_p_that_the_sum_never_exceeds():
     router = Router(None, 4, 2, top_p=0.9, renormalize=False)
     scores_TE = torch.tensor([[0.3, 0.2, 0.1, 0.0]])  # after a mask at point "scores"
     clean = router.decide(scores_TE.log(), scores_TE)
-    assert margin_of(clean, router, torch.tensor([3])).item() == pytest.approx(0.3)
+    assert router.margin(clean, torch.tensor([3])).item() == pytest.approx(0.3)
 
 
 def test_a_margin_is_what_the_decision_withstands():
@@ -116,7 +116,7 @@ def test_a_margin_is_what_the_decision_withstands():
     router, logits_TE = Router(None, 6, 2), torch.randn(50, 6)
     clean = router.route(logits_TE)
     dense = DenseRouting(clean)
-    margin_T = margin_of(clean, router, dense.count_T)
+    margin_T = router.margin(clean, dense.count_T)
     next_T1 = logits_TE.sort(descending=True).indices[:, 2:3]
     for factor, same in ((0.99, True), (1.01, False)):
         moved_TE = logits_TE.scatter_add(-1, next_T1, factor * margin_T[:, None])
@@ -160,7 +160,7 @@ def test_output_change(model_of, shard, kind):
 
 def stream_and_outputs(model, site, tokens_SL, conditions):
     """What enters the layer of the site; what its stages add, clean and under each condition."""
-    from analysis.adapters.base import State
+    from analysis.adapters import State
     from analysis.measure.intervene import perturbed
 
     state = State(None, tokens_SL)
@@ -175,10 +175,10 @@ def stream_and_outputs(model, site, tokens_SL, conditions):
         else:
             seen = {}
 
-            def keep(output_TD, x_TD, routing, site, seen=seen):
+            def keep(output_TD, site, seen=seen):
                 seen[site] = output_TD
 
-            with perturbed(model, condition.perturbation, site), model.edit_output(keep):
+            with perturbed(model, condition.perturbation, site), model.hooked(output=keep):
                 model.model(tokens_SL)
             total = sum(seen[s] for s in segment.sites)
             outputs.append(state.hidden_BLD.flatten(0, 1) + total)

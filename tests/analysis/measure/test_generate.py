@@ -10,7 +10,7 @@ from analysis.measure.generate import Decoder, generation_agreement
 from analysis.measure.intervene import perturbed
 from analysis.perturb.base import Identity
 from analysis.perturb.compound import Custom, ResidualNoise
-from analysis.perturb.condition import Condition
+from analysis.perturb.condition import CLEAN, Condition
 from analysis.perturb.decisions import Lag
 from analysis.perturb.flips import Worst
 from analysis.perturb.logits import GaussianNoise, RandomRouting
@@ -98,7 +98,7 @@ def decoder_of(shard):
 
 def test_the_guess_does_not_matter(model_of, decoder_of):
     decoder = decoder_of(model_of("cartesian"))
-    for condition in (None, Condition(GaussianNoise(1.5))):
+    for condition in (CLEAN, Condition(GaussianNoise(1.5))):
         first = decoder.text(condition, torch.zeros(4, 0, dtype=torch.int64))
         for guess in (torch.full((4, 30), -100), torch.randint(0, 13, (4, 5)), first):
             assert decoder.text(condition, guess).equal(first)
@@ -109,10 +109,10 @@ def test_ties_go_to_the_lower_id(tiny_model, decoder_of):
     with torch.no_grad():
         model.head.weight[:3] = 0
         model.head.weight[3:] = model.head.weight[3]
-    text = decoder_of(as_adapter(model)).text(None, torch.full((4, 7), 12))
+    text = decoder_of(as_adapter(model)).text(CLEAN, torch.full((4, 7), 12))
     assert set(text.flatten().tolist()) <= {0, 3}
     model.head.weight.data.zero_()
-    assert (decoder_of(as_adapter(model)).text(None, torch.full((4, 7), 12)) == 0).all()
+    assert (decoder_of(as_adapter(model)).text(CLEAN, torch.full((4, 7), 12)) == 0).all()
 
 
 def test_a_right_guess_needs_one_forward(model_of, shard):

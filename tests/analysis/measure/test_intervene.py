@@ -9,13 +9,14 @@ from torch import nn
 from analysis.adapters.base import State, as_adapter
 from analysis.adapters.load import adapt
 from analysis.measure.calibrate import calibrate
+from analysis.measure.clean import CleanPass
 from analysis.measure.intervene import Intervention, perturbed
 from analysis.perturb.compound import ResidualNoise
 from analysis.perturb.condition import Condition
 from analysis.perturb.context import Tokens
 from analysis.perturb.logits import GaussianNoise, RandomRouting
 from analysis.perturb.masks import DropTop
-from cartmoe.data import IGNORE
+from cartmoe.data import IGNORE, Sequences
 from cartmoe.ffn import RoutedStage
 from cartmoe.hooks import capture_routing, hook_routers, router_sites
 from cartmoe.routing import expert_counts
@@ -23,6 +24,9 @@ from cartmoe.routing import expert_counts
 from ..routers import hooks_of
 
 TOKENS_BL = torch.randint(1, 13, (4, 9), generator=torch.Generator().manual_seed(3))
+BATCH = Sequences(
+    TOKENS_BL, TOKENS_BL, torch.arange(4), list("abcd"), list("abcd"), torch.full((4,), 9)
+)
 MOE = pytest.mark.parametrize("kind", ["smoe", "hash", "top_p", "cartesian", "parallel"])
 
 
@@ -302,7 +306,7 @@ def test_downstream(model_of):
         condition = Condition(DropTop(1), "layer 0", downstream=downstream)
         intervention = Intervention(condition, recorded=recorded)
         intervention.begin(tokens, {})
-        with model.edit(intervention):
+        with model.hooked(router=intervention):
             got[downstream] = decisions(model.model)
     reroute, replay = got.values()
     first = model.sites()[0]
@@ -374,7 +378,7 @@ def test_segments_are_the_model(model_of, kind):
 
 @MOE
 def test_branches(model_of, kind):
-    """c_0 and ||c_0 routed||, against what the routed experts gave."""
+    """c_0 and ||c_0 routed|| of the clean pass, against what the routed experts gave."""
     model, inputs, routed = model_of(kind), {}, []
 
     def look(routing, router, site, x_TD):
@@ -385,23 +389,20 @@ def test_branches(model_of, kind):
         for stage in stages:
             keep = stage.experts.register_forward_hook(lambda m, args, out: routed.append(out))
             stack.callback(keep.remove)
-        stack.enter_context(model.edit(look))
-        branches = stack.enter_context(model.watch_branches())
-        model.model(TOKENS_BL)
+        stack.enter_context(model.hooked(router=look))
+        found = CleanPass.of(model, BATCH).branches
     for stage, site, routed_TD in zip(stages, model.sites(), routed, strict=True):
         c_T = torch.ones(36)
-        if stage.mix is not None:
+        if stage.shared is not None:
             c_T = stage.mix(inputs[site]).softmax(-1)[:, 0]
-        torch.testing.assert_close(branches[site][0], c_T)
-        torch.testing.assert_close(branches[site][1], (c_T[:, None] * routed_TD).norm(dim=-1))
+        torch.testing.assert_close(found[site][0], c_T)
+        torch.testing.assert_close(found[site][1], (c_T[:, None] * routed_TD).norm(dim=-1))
     assert not hooks_of(model.model)
 
 
 def test_branches_of_a_dense_model(model_of):
     model = model_of("dense")
-    with model.watch_branches() as branches:
-        model.model(TOKENS_BL)
-    assert branches == {}
+    assert CleanPass.of(model, BATCH).branches == {}
 
 
 def test_expert_weights_and_outputs(model_of):

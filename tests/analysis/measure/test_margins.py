@@ -164,7 +164,7 @@ def test_all_experts_in_use(tiny_model, docs):
         ([0.5, 0], {}, "give numbers above 0"),
         (-1.0, {}, "sigma is -1.0"),
         (1.0, dict(scale="row"), "scale is 'row'; choose one of"),
-        (1.0, dict(where="layer 1"), "where is 'layer 1'; it must select sites"),
+        (1.0, dict(where="layer 1"), "where is 'layer 1'; it must select routers"),
         (1.0, dict(where="positions 0:4"), "all their tokens"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.adapters.base import DenseRouting
+from analysis.adapters import DenseRouting
 from analysis.measure.intervene import perturbed
 from analysis.measure.regret import SEEDS, Alternative, regret
 from analysis.measure.shard import measure
@@ -134,10 +134,10 @@ def test_alternatives_cost_the_same(context_of, options):
 @pytest.mark.parametrize(
     ("site", "options", "message"),
     [
-        ("layer 0", {}, "site is 'layer 0'; give one of 'layer 0 stage 0', 'layer 0 stage 1', "),
-        ("all", {}, "site is 'all'; give one of"),
+        ("layer 0", {}, "site is 'layer 0', which is layer 0 stage 0, layer 0 stage 1; give one"),
+        ("all", {}, "site is 'all', which is layer 0 stage 0, .*; give one"),
         ("layer 1", {}, "site is 'layer 1'"),
-        ("layer 0 stage 0 positions 0:2", {}, "give one of"),
+        ("layer 0 stage 0 positions 0:2", {}, "routers of .*, all their tokens"),
         ("layer 0 stage 0", dict(n=0), "n is 0"),
         ("layer 0 stage 0", dict(every=0), "every is 0"),
         ("layer 0 stage 0", dict(n=1.5), "n is 1.5"),

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import cartmoe.interrupt
+from analysis.adapters import Watch, as_adapter
 from analysis.adapters import cartmoe as adapter
-from analysis.adapters.base import as_adapter
 from analysis.measure.intervene import perturbed
 from analysis.measure.shard import measure
 from analysis.perturb.compound import Compose, ResidualNoise
@@ -87,18 +87,23 @@ class Blocks(RuleBasedStateMachine):
         arguments = (self.model, lambda *args: None) if ours is hook_routers else (self.model,)
         self.enter(ours(*arguments))
 
-    @rule(name=st.sampled_from(["watch_experts", "watch_branches"]))
-    def open_watch(self, name):
-        self.enter(getattr(self.adapter, name)())
+    @rule()
+    def open_watch(self):
+        self.enter(self.adapter.hooked(experts=Watch()))
 
     @rule(zero=st.booleans())
     def open_replaced_experts(self, zero):
-        fn = (lambda x_TD, routing: torch.zeros_like(x_TD)) if zero else (lambda *args: None)
-        self.enter(self.adapter.replace_experts(self.site, fn))
+        fn = (lambda x_TD, *args: torch.zeros_like(x_TD)) if zero else (lambda *args: None)
+        self.enter(self.adapter.hooked(experts=fn, where=self.site.__eq__))
 
     @rule()
-    def open_edit_output(self):
-        self.enter(self.adapter.edit_output(lambda output_TD, *args: output_TD + 1))
+    def open_output(self):
+        self.enter(self.adapter.hooked(output=lambda output_TD, site: output_TD + 1))
+
+    @rule()
+    def open_all(self):
+        nothing = dict.fromkeys(("forward", "router", "experts", "output"), lambda *args: None)
+        self.enter(self.adapter.hooked(**nothing))
 
     @precondition(lambda self: self.open)
     @rule(
@@ -133,7 +138,7 @@ class Blocks(RuleBasedStateMachine):
     @rule()
     def refused_arguments(self):
         before = hooks_of(self.model)
-        with pytest.raises(ValueError, match="where selects no router"):
+        with pytest.raises(ValueError, match="where is 'layer 7'; it must select routers"):
             self.enter(perturbed(self.model, DropTop(1), "layer 7"))
         with pytest.raises(ValueError, match="where selects no router"):
             self.enter(hook_routers(self.model, print, lambda site: False))
@@ -191,11 +196,11 @@ def test_blocks_of_experts_in_any_order():
     experts = model.model.get_submodule(site.name.replace("router", "experts"))
 
     def constant(value):
-        return lambda x_TD, routing: torch.full_like(x_TD, value)
+        return lambda x_TD, *args: torch.full_like(x_TD, value)
 
     x_TD, nothing = torch.zeros(2, 16), None
     blocks = {
-        name: model.replace_experts(site, fn)
+        name: model.hooked(experts=fn, where=site.__eq__)
         for name, fn in [
             ("one", constant(1.0)),
             ("none", lambda *args: None),
@@ -300,10 +305,10 @@ BLOCKS = {
     "perturbed": lambda m: perturbed(m, ResidualNoise(), "stage 0"),
     "hook_routers": lambda m: hook_routers(m.model, lambda *args: None),
     "capture_routing": lambda m: capture_routing(m.model),
-    "replace_experts": lambda m: m.replace_experts(m.sites()[0], lambda *args: None),
-    "watch_branches": lambda m: m.watch_branches(),
-    "edit_output": lambda m: m.edit_output(lambda *args: None),
-    "watch_experts": lambda m: m.watch_experts(),
+    "experts": lambda m: m.hooked(experts=lambda *args: None, where=m.sites()[0].__eq__),
+    "output": lambda m: m.hooked(output=lambda *args: None),
+    "forward": lambda m: m.hooked(forward=lambda *args: None),
+    "watch": lambda m: m.hooked(experts=Watch()),
 }
 
 

@@ -136,14 +136,14 @@ def loss_of(model, shard, site, t, k, e, eps):
     """Summed nll in fp64 where token t's slot k works by (1 - eps) as it is and by eps as e."""
     stage = model.model.get_submodule(site.name.removesuffix(".router"))
 
-    def mixed(x_TD, routing):
+    def mixed(x_TD, routing, at, own):
         out_TD = type(stage.experts).forward(stage.experts, x_TD, routing).clone()
         i, weight = routing.ids_TK[t, k].item(), routing.weights_TK[t, k].double()
         f_i, f_e = model.expert_outputs(site, x_TD[t : t + 1], [i, e])[:, 0]
         out_TD[t] += eps * weight * (f_e - f_i)
         return out_TD
 
-    with torch.no_grad(), model.replace_experts(site, mixed):
+    with torch.no_grad(), model.hooked(experts=mixed, where=site.__eq__):
         logits = model.model(shard.tokens_SL)
     return F.cross_entropy(
         logits.transpose(1, 2), shard.targets_SL, reduction="sum", ignore_index=IGNORE

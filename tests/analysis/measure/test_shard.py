@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from analysis.adapters.base import DenseRouting, as_adapter
+from analysis.adapters import DenseRouting, as_adapter
 from analysis.measure import losses
 from analysis.measure.calibrate import calibrate
 from analysis.measure.intervene import Intervention, perturbed
 from analysis.measure.shard import measure
 from analysis.perturb.base import Identity
-from analysis.perturb.condition import Condition
+from analysis.perturb.condition import CLEAN, Condition
 from analysis.perturb.context import Tokens
 from analysis.perturb.decisions import NoRouted
 from analysis.perturb.logits import GaussianNoise, RandomRouting
@@ -55,7 +55,7 @@ def slow(model, condition, shard, calibration):
         recorded = {site: routing for site, (routing,) in taken.items()}
         intervention = Intervention(condition, calibration, recorded)
         intervention.begin(Tokens.of(shard.tokens_SL, shard.sequence_id_S), {})
-        with torch.no_grad(), model.edit(intervention):
+        with torch.no_grad(), model.hooked(router=intervention):
             logits = model.model(shard.tokens_SL).double()
     used_SL = shard.targets_SL != IGNORE
     nll_SL = F.cross_entropy(logits.transpose(1, 2), shard.targets_SL, reduction="none")
@@ -83,12 +83,12 @@ def test_losses_are_those_of_whole_forwards(model_of, calibration_of, shard, kin
     calibration = calibration_of(model)
     conditions = [c for c in CONDITIONS if any(map(c.where, model.sites()))]
     cells = measure(model, conditions, shard, batch_size=len(shard), calibration=calibration)
-    assert [cell.condition for cell in cells] == [None, *conditions]
+    assert [cell.condition for cell in cells] == [CLEAN, *conditions]
     for cell in cells:
         assert_losses(cell, slow(model, cell.condition, shard, calibration), shard)
 
 
-@pytest.mark.parametrize("condition", [None, CONDITIONS[1], CONDITIONS[6]], ids=str)
+@pytest.mark.parametrize("condition", [CLEAN, CONDITIONS[1], CONDITIONS[6]], ids=str)
 def test_batches_only_round(model_of, calibration_of, shard, condition):
     model = model_of("cartesian")
     calibration = calibration_of(model)
@@ -312,13 +312,13 @@ def test_dense_has_its_clean_run(model_of, shard):
 @pytest.mark.parametrize(
     ("kind", "where", "have"),
     [
-        ("smoe_share", "stage 1", "layer 0 stage 0, layer 2 stage 0"),
-        ("cartesian", "layer 1", "layer 0 stage 0, layer 0 stage 1, layer 2"),
+        ("smoe_share", "stage 1", "'layer 0 stage 0', 'layer 2 stage 0'"),
+        ("cartesian", "layer 1", "'layer 0 stage 0', 'layer 0 stage 1', 'layer 2"),
         ("dense", "all", "none: it is dense"),
     ],
 )
 def test_where_that_selects_nothing(model_of, shard, kind, where, have):
-    with pytest.raises(ValueError, match=rf"'{where}', which selects no router of .*{have}"):
+    with pytest.raises(ValueError, match=rf"where is '{where}'; it must select .*{have}"):
         measure(model_of(kind), [Condition(DropTop(1), where)], shard)
 
 

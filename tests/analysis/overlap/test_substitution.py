@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from analysis.adapters.base import as_adapter
+from analysis.adapters import Watch, as_adapter
 from analysis.measure.shard import measure
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.metrics.first_order import linear_substitution
@@ -79,14 +79,14 @@ def test_linear_is_the_derivative(model_of, shard, kind):
             eps = torch.zeros(2, dtype=torch.float64, requires_grad=True)
             tokens = []
 
-            def moved(x_TD, routing, experts=experts, i=i, j=j, eps=eps, tokens=tokens):
+            def moved(x_TD, routing, at, own, experts=experts, i=i, j=j, eps=eps, tokens=tokens):
                 weight_T1 = (routing.weights_TK * (routing.ids_TK == i)).sum(-1, keepdim=True)
                 f_i, f_j = model.expert_outputs(site, x_TD, [i, j])  # noqa: B023
                 tokens.append((weight_T1[:, 0] != 0).view_as(shard.targets_SL))
                 change = eps[0] * weight_T1 * (f_j - f_i) - eps[1] * weight_T1 * f_i
                 return type(experts).forward(experts, x_TD, routing) + change
 
-            with model.replace_experts(site, moved):
+            with model.hooked(experts=moved, where=site.__eq__):
                 loss = summed_nll(model, shard)
             (gradient,) = torch.autograd.grad(loss, eps)
             routed = (tokens[0] & (shard.targets_SL != IGNORE)).sum()
@@ -117,7 +117,8 @@ def test_a_duplicate_costs_nothing(model_of, docs, kind):
     site = model.sites()[0]
     duplicate(model, site, 1, 4)
     model.model(docs.tokens_SL)
-    with model.watch_experts() as flows:
+    flows = Watch()
+    with model.hooked(experts=flows):
         model.model(docs.tokens_SL)
     ids_TK = flows[site].routing.ids_TK
     both_T = (ids_TK == 1).any(-1) & (ids_TK == 4).any(-1)
@@ -137,7 +138,7 @@ def test_measured_is_what_an_edited_forward_gives(model_of, docs, downstream):
         model, docs, site, lowest=2, random=3, downstream=downstream, batch_size=24, **QUIET
     )
     recorded = {}
-    with model.edit(lambda r, router, s, x: recorded.setdefault(s, r)):
+    with model.hooked(router=lambda r, router, s, x: recorded.setdefault(s, r)):
         clean = summed_nll(model, docs)
     done = table[table.chosen != ""]
     assert len(done) == 5
@@ -152,7 +153,7 @@ def test_measured_is_what_an_edited_forward_gives(model_of, docs, downstream):
             ids_TK[ids_TK == row.expert_i] = row.expert_j
             return routing._replace(ids_TK=ids_TK)
 
-        with model.edit(edit):
+        with model.hooked(router=edit):
             change = (summed_nll(model, docs) - clean).item()
         assert row.num_tokens == (recorded[site].ids_TK == row.expert_i).sum()
         assert row.measured == pytest.approx(change / row.num_tokens, abs=2e-6)
@@ -203,7 +204,7 @@ def test_relabelling_experts_relabels_the_result(model_of, docs):
     site = model.sites()[0]
     before = square(model, docs, site)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
-    for weight in (*model.expert_weights(site), model.router_rows(site)):
+    for weight in (*model.expert_weights(site), model.router(site).rows):
         weight.data.copy_(weight.data[order].clone())
     after = square(model, docs, site)
     np.testing.assert_allclose(after, before[order][:, order], rtol=1e-4, atol=1e-7)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.adapters.base import DenseRouting
+from analysis.adapters import DenseRouting
 from analysis.measure.intervene import perturbed
 from analysis.measure.shard import measure
 from analysis.perturb.base import Identity
@@ -190,11 +190,11 @@ def stage_outputs():
     def run(model, p, **options):
         seen = {}
 
-        def look(output_TD, x_TD, routing, site):
+        def look(output_TD, site):
             seen[site] = output_TD
 
         options = dict(sequence_ids=torch.arange(len(TOKENS_BL))) | options
-        with torch.no_grad(), perturbed(model, p, **options), model.edit_output(look):
+        with torch.no_grad(), perturbed(model, p, **options), model.hooked(output=look):
             model.model(TOKENS_BL)
         return seen
 

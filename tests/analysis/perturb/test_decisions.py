@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from analysis.adapters.base import DenseRouting
+from analysis.adapters import DenseRouting
 from analysis.perturb.condition import Condition
 from analysis.perturb.context import RouterContext, Tokens
 from analysis.perturb.decisions import (
@@ -167,7 +167,7 @@ def test_lags_over_sites_do_not_add_up(model_of):
     """Every router uses what the one before decided on its own input, not what was imposed on
     that one: else all of them would repeat the first."""
     model, own = model_of("cartesian"), {}
-    with model.edit(lambda routing, router, site, x: own.update({site: routing})):
+    with model.hooked(router=lambda routing, router, site, x: own.update({site: routing})):
         _, taken = routings(model, Lag(over="sites"))
     sites = model.sites()
     assert taken[sites[0]].ids_TK.equal(own[sites[0]].ids_TK)

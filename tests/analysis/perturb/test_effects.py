@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from analysis.adapters.base import DenseRouting
+from analysis.adapters import DenseRouting
 from analysis.perturb.condition import Condition
 from analysis.perturb.decisions import DropSlots, Lag, NoRouted, TopK, UniformWeights
 from analysis.perturb.effects import COALITIONS, EFFECTS, PARTS, _part

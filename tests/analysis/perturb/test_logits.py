@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from analysis.adapters.base import DenseRouting
+from analysis.adapters import DenseRouting
 from analysis.measure.calibrate import calibrate
 from analysis.perturb.base import chosen_mask
 from analysis.perturb.compound import Compose

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.adapters.base import DenseRouting
+from analysis.adapters import DenseRouting
 from analysis.measure.shard import measure
 from analysis.perturb.base import Identity, Perturbation
 from analysis.perturb.catalogue import PERTURBATIONS
@@ -83,7 +83,7 @@ def check_contract(model, p, point, stats) -> list[tuple[Routing, Routing]]:
     def spy(routing, router, site, x_TD):
         seen.append((routing, [t.clone() for t in routing]))
 
-    with model.edit(spy):  # hooked first, so it sees what the perturbation is given
+    with model.hooked(router=spy):  # hooked first, so it sees what the perturbation is given
         out, decisions = routings(model, p, point=point, stats=stats)
     assert out.isfinite().all()
     for (given, before), changed in zip(seen, decisions.values(), strict=True):

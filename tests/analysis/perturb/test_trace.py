@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.adapters.base import DenseRouting, as_adapter, clean_routing
+from analysis.adapters import DenseRouting, as_adapter, clean_routing
 from analysis.measure.doses import flip_share
 from analysis.measure.intervene import perturbed
 from analysis.measure.shard import measure
@@ -68,7 +68,7 @@ def test_every_decision_comes_back(model_of, shard, recorded, kind):
     position_SL = torch.arange(used_SL.shape[1]).expand_as(used_SL)
     sequence_SL = shard.sequence_id_S[:, None].expand_as(used_SL)
     # The same batches, so that the last bits are the same.
-    parts = [clean_routing(model, shard.tokens_SL[i : i + 3]) for i in (0, 3, 6)]
+    parts = [list(clean_routing(model, shard.tokens_SL[i : i + 3]).values()) for i in (0, 3, 6)]
     for n, site in enumerate(model.sites()):
         logits, _, ids, weights = (torch.cat(t)[used_SL.flatten()] for t in
                                    zip(*(part[n] for part in parts), strict=True))  # fmt: skip
@@ -132,7 +132,7 @@ def test_nothing_is_overwritten(model_of, shard, recorded, arrays):
 
 def test_wrong_documents_and_models(model_of, shard, rows_of, tmp_path):
     path = tmp_path / "x"
-    with pytest.raises(ValueError, match="dense has no router to record"):
+    with pytest.raises(ValueError, match="dense has no router"):
         Trace.record(model_of("dense"), shard, path, progress=False)
     with pytest.raises(ValueError, match="no token to record"):
         Trace.record(model_of("cartesian"), shard[:0], path, progress=False)
@@ -167,7 +167,7 @@ import resource, sys, torch
 torch.set_num_threads(1)
 from cartmoe import LanguageModel, ModelConfig
 from cartmoe.data import Sequences
-from analysis.trace import Trace
+from analysis import Trace
 size = dict(vocab_size=13, d_model=8, ffn_width=16, num_layers=4, num_heads=2, num_experts=96)
 model = LanguageModel(ModelConfig(family="cartesian", **size))
 S, L = 20, 64
@@ -279,7 +279,8 @@ def test_own_decisions_bit_for_bit(model_of, shard, recorded):
         torch.no_grad(),
     ):
         out = model.model(shard.tokens_SL[:3])
-    for got, own in zip(captured.values(), clean_routing(model, shard.tokens_SL[:3]), strict=True):
+    decisions = clean_routing(model, shard.tokens_SL[:3]).values()
+    for got, own in zip(captured.values(), decisions, strict=True):
         assert all(map(torch.equal, got[0], own))
     with torch.no_grad():
         assert out.equal(model.model(shard.tokens_SL[:3]))
@@ -339,7 +340,7 @@ def test_other_tokens_keep_the_routers_own(model_of, tiny_model, recorded, shard
         torch.no_grad(),
     ):
         model.model(row)
-    ((got,), *_), own = captured.values(), clean_routing(model, row)[0]
+    ((got,), *_), own = captured.values(), next(iter(clean_routing(model, row).values()))
     recorded_TK, _ = trace.lookup(model.sites()[0], ids.repeat(8), torch.arange(8))
     other_T = torch.tensor([False, True, True] + 5 * [False])
     assert got.ids_TK[other_T].equal(own.ids_TK[other_T])
@@ -403,7 +404,7 @@ def test_contract(model_of, foreign, kind):
         def spy(routing, router, site, x_TD):
             seen.append((routing, [t.clone() for t in routing]))
 
-        with model.edit(spy):
+        with model.hooked(router=spy):
             out, decisions = routings(model, p, point=point)
         assert out.isfinite().all()
         for (given, before), changed in zip(seen, decisions.values(), strict=True):
