@@ -5,6 +5,8 @@ Shapes: T 4096, d 256, expert width F 512. The dense twin is one SwiGLU of width
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,6 +16,7 @@ from cartmoe.config import ModelConfig
 from cartmoe.ffn import DenseFFN, MoELayer, RoutedStage
 
 T, D, WIDTH = 4096, 256, 512
+Module = TypeVar("Module", bound=nn.Module)
 GOALS = {(torch.float32, 16): "1.10", (torch.float32, 64): "1.25",
          (torch.bfloat16, 16): "1.40", (torch.bfloat16, 64): "2.00"}  # fmt: skip
 
@@ -56,7 +59,7 @@ def _chain(steps, x):
 
 
 def _stage(num_experts: int, top_k: int) -> RoutedStage:
-    config = ModelConfig("smoe", 256, D, WIDTH, 1, 4, num_experts=num_experts, top_k=top_k)
+    config = ModelConfig("smoe", 256, D, WIDTH, 1, 4, num_experts=num_experts, top_k=(top_k,))
     return _initialized(RoutedStage(config, 0, None))
 
 
@@ -65,7 +68,7 @@ def _dense(width: int, dtype: torch.dtype, device: str):
     return _step(ffn, ffn, dtype, device)
 
 
-def _initialized(module: nn.Module) -> nn.Module:
+def _initialized(module: Module) -> Module:
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.05)
     return module

@@ -24,7 +24,8 @@ STATE = 4 * 4  # bytes a parameter: itself, its gradient, two moments, all fp32
 def resident(field: str) -> int:
     """Bytes that the kernel says of this process: VmRSS now, VmHWM at most so far."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
+    (kilobytes,) = re.findall(rf"{field}:\s+(\d+) kB", status)
+    return int(kilobytes) * 1024
 
 
 def _build(name: str) -> LanguageModel:

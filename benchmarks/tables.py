@@ -12,6 +12,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ EFFECTS = ["full", "selection", "weights", "no_refill", "part set", "part weight
 EFFECTS += ["part set+weights", "part set+mass", "part weights+mass"]
 BOTH = dict(point=["logits", "scores"], downstream=["reroute", "replay"])
 # One example a perturbation under every effect, and more of some under none but their own.
-EVERY = [
+EVERY: list[dict[str, Any]] = [
     *(dict(perturbation=name) for name in ("Identity", "NoRouted", "DropSlots", "RandomRouting")),
     *(dict(perturbation=name) for name in ("DropChosen", "DropUnchosen", "UniformWeights")),
     *(dict(perturbation=name) for name in ("SwapRanks", "GumbelNoise", "Temperature")),
@@ -68,7 +69,7 @@ VARIANTS = {
     "top1": dict(family="smoe_share", top_k=1),
 }
 TIMES = ["seconds", "price"]
-QUIET = dict(progress=False)
+QUIET: dict[str, Any] = dict(progress=False)
 FEW = an.Bootstrap(resamples=99)
 
 
@@ -88,7 +89,7 @@ def write(folder: Path) -> None:
     train = dict(families=FAMILIES, seeds=[0, 1], steps=3, batch_size=2, precision="fp32")
     train |= dict(checkpoint_every=1, keep=3, model=SHAPE, variants=VARIANTS)
     measure = dict(batch_size=2, calibration=3, tokens=True, threads=1)
-    first = dict(name="first", data=data, train=train, measure=measure)
+    first: dict[str, Any] = dict(name="first", data=data, train=train, measure=measure)
     first["conditions"] = [dict(perturbation=["DropTop", "RandomRouting"])]
     first["contrasts"] = dict(reference="cartesian", conditions=["DropTop(1)"], margin=0.05)
     _study(first)
@@ -139,7 +140,7 @@ def _in_memory(models: list, docs, trace) -> None:
             _keep(found, "regret", f"{model.name} {site.layer} {site.stage}")
         flips = an.flip_prediction(model, docs, [0.5, 1.0], draws=4, batch_size=2, bootstrap=FEW)
         _keep(flips, "flips", model.name)
-        options = dict(prompt=12, new=8, batch_size=2, bootstrap=FEW, **QUIET)
+        options: dict[str, Any] = dict(prompt=12, new=8, batch_size=2, bootstrap=FEW, **QUIET)
         text = an.generation_agreement(model, docs, [drop, an.GaussianNoise(1.0)], **options)
         _keep(text, "generation", model.name)
         for probe in ("all", "routed", "either"):
@@ -173,7 +174,7 @@ def _of_checkpoints(cartesian, docs) -> None:
     drop = an.DropTop(1)
     tuned = an.load("first/models/cartesian-s1", name="tuned")
     asked = [drop, an.Replay("base"), an.GateSwap("base")]
-    options = dict(batch_size=2, **QUIET)
+    options: dict[str, Any] = dict(batch_size=2, **QUIET)
     comparison = an.compare({"base": cartesian, "tuned": tuned}, docs, asked, **options)
     for what in ("drift", "damage_difference", "drift_cost", "table"):
         _keep(getattr(comparison, what)(), "compare", what)

@@ -55,7 +55,7 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
 
 
-def clip_gradients(parameters: list[nn.Parameter], norm: float, most: float) -> None:
+def clip_gradients(parameters: list[nn.Parameter], norm: float | Tensor, most: float) -> None:
     """Scale the gradients, whose norm is known, down to the norm `most`; no pass if it is less."""
     if norm > most:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], most / norm)

@@ -1,6 +1,8 @@
 """The README's pictures, from the study of the catalogue: python studies/gallery.py"""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -27,7 +29,7 @@ model = an.load(HERE / "runs" / "quick" / "models" / "cartesian-s0")
 docs = an.documents("stdlib", model, length=256, limit=24, max_tokens_per_document=256)
 flips = an.flip_prediction(model, docs, [0.1, 0.25, 0.5, 1.0, 2.0])
 
-pictures = {
+pictures: dict[str, Callable[[], Any]] = {
     "catalogue": lambda: an.plots.catalogue_dots(one_seed),
     "noise": lambda: an.plots.dose_panels(damage, "GaussianNoise"),
     "gap": lambda: an.plots.gap_curve(per_token),

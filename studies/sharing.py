@@ -12,9 +12,10 @@ intervals speak for other seeds and other text of the same law.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -41,10 +42,10 @@ MODELS = {
 # Few symbols and large initial weights, so that a few hundred steps are enough to tell domains by
 # what came before, also where they have nothing in common: what was not learnt cannot be damaged.
 ALPHABET = 16
-SHAPE = dict(d_model=64, ffn_width=128, num_layers=2, num_heads=2, num_experts=8, moe_interval=1)
-SHAPE["init_std"] = 0.05
-RECIPE = dict(batch_size=16, length=128, learning_rate=4e-3, precision="fp32")
-DOCUMENTS = dict(length=128, limit=96, max_tokens_per_document=128)
+SHAPE: dict[str, Any] = dict(d_model=64, ffn_width=128, num_layers=2, num_heads=2, init_std=0.05)
+SHAPE |= dict(num_experts=8, moe_interval=1)
+RECIPE: dict[str, Any] = dict(batch_size=16, length=128, learning_rate=4e-3, precision="fp32")
+DOCUMENTS: dict[str, Any] = dict(length=128, limit=96, max_tokens_per_document=128)
 METRICS = ["cka", "matched_cosine", "token_js", "lift", "domain_specialization"]
 KEYS = ["level", "model", "family", "train_seed"]
 LINE = ["quantity", "model", "family"]
@@ -69,7 +70,7 @@ class Run(NamedTuple):
     @property
     def corpus(self) -> Factorial:
         rest = (1 - self.level) / 3
-        shares = dict(common=self.level, topic=rest, style=rest, pair=rest)
+        shares: dict[str, Any] = dict(common=self.level, topic=rest, style=rest, pair=rest)
         return Factorial(**shares, alphabet=ALPHABET, seed=self.seed)
 
     @property
@@ -89,7 +90,7 @@ def main(
         model = trained(run, out / "models" / run.folder, steps)
         if not measured.exists():
             tables = measure(run, model)
-            write_folder(measured, lambda new, tables=tables: write(tables, new))
+            write_folder(measured, functools.partial(write, tables))
     tables = {
         name: pd.concat(
             [pd.read_csv(out / "measured" / run.folder / f"{name}.csv") for run in runs],

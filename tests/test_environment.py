@@ -13,7 +13,7 @@ CONDA_ALONE = {"python", "pip"}  # what PyPI's dependencies do not name
 
 
 def name_of(requirement: str) -> str:
-    return re.match(r"[\w.-]+", requirement)[0]
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
 
 
 def pypi_packages() -> set[str]:

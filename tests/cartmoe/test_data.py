@@ -332,7 +332,7 @@ class CountsWhatItDecodes(ByteTokenizer):
 
 def by_document(s: Sequences):
     """Per document, in order: targets, inputs and bytes."""
-    found = {}
+    found: dict[str, tuple[list, list, int]] = {}
     for i, id in enumerate(s.document_id):
         targets, inputs, num_bytes = found.get(id, ([], [], 0))
         real = s.targets_SL[i] != IGNORE
