@@ -1,4 +1,5 @@
-"""python -m analysis run STUDY.toml | summarize | plot | export DIR | record | overlap MODEL"""
+"""python -m analysis run STUDY.toml | summarize | plot | export DIR | record | overlap MODEL |
+schema"""
 
 from __future__ import annotations
 
@@ -74,6 +75,16 @@ def run(
         run_study(read, out, progress, executor, threads)
         _print(report.summarize(out), report.plot(out, progress))
         typer.echo(f"\n{time.monotonic() - start:.0f} s in all. Everything is in {out}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a study's TOML, by which editors complete and check one."""
+    import json
+
+    from analysis.study import study_schema
+
+    typer.echo(json.dumps(study_schema(), indent=1))
 
 
 @app.command()

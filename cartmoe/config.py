@@ -65,7 +65,10 @@ def check_whole(name: str, value: int, least: int) -> None:
 
 
 # A number stands for as many of them as there are stages.
-TOP_K = WrapValidator(lambda k, check: k if k is None or type(k) is int else check(k))
+TOP_K = WrapValidator(
+    lambda k, check: k if k is None or type(k) is int else check(k),
+    json_schema_input_type=Positive | list[Positive],
+)
 
 
 @declared

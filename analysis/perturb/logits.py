@@ -167,7 +167,7 @@ class Quantize(Perturbation):
         """A rounded copy; -inf stays -inf."""
         if self.to is None:
             return logits_TE
-        if self.to in FLOATS:
+        if isinstance(self.to, str):
             # fp8 has no infinity: what is masked stays so, what is too large saturates.
             limit = torch.finfo(FLOATS[self.to]).max
             rounded_TE = logits_TE.clamp(-limit, limit).to(FLOATS[self.to]).to(logits_TE.dtype)

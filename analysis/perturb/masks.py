@@ -104,6 +104,9 @@ def _pairs(ids: Any) -> Any:
     return tuple((str(s), own) for s, own in ids.items()) if isinstance(ids, Mapping) else ids
 
 
+PAIRS = BeforeValidator(_pairs, json_schema_input_type=list[int] | dict[str, list[int]] | None)
+
+
 @declared
 class DropExperts(Perturbation):
     """A fixed set of experts is dead for every token.
@@ -121,9 +124,7 @@ class DropExperts(Perturbation):
     listed: ClassVar[frozenset[str]] = frozenset({"ids"})
     fraction: Share = 0.25
     which: Literal["random", "most_used", "least_used"] = "random"
-    ids: Annotated[
-        Annotated[Ids, Field(min_length=1)] | SiteIds | None, BeforeValidator(_pairs)
-    ] = None
+    ids: Annotated[Annotated[Ids, Field(min_length=1)] | SiteIds | None, PAIRS] = None
 
     def __post_init__(self) -> None:
         if self.ids is not None and (self.fraction, self.which) != (0.25, "random"):

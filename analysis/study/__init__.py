@@ -1,7 +1,7 @@
 """Studies: models x conditions x data, measured cell by cell and kept.
 
 specs.py, study.py          what a study is made of; the grid
-toml.py, reading.py         written as TOML
+toml.py, reading.py         written as TOML; schema.py: its JSON schema
 models.py                   its models, found or trained
 plan.py                     its cells, each with its whole identity (provenance.py)
 worker.py, pool.py, executors.py   cells computed here, in processes, on a cluster
@@ -15,5 +15,6 @@ from analysis.study.folder import STORE, progress_of, read, read_plan
 from analysis.study.plan import documents_of
 from analysis.study.provenance import manifest
 from analysis.study.run import run, threads_of
+from analysis.study.schema import study_schema
 from analysis.study.store import Store
 from analysis.study.study import Study
