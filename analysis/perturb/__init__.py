@@ -27,7 +27,7 @@ from analysis.perturb.catalogue import (
     perturbation_from_dict,
 )
 from analysis.perturb.compound import Compose, Custom, ResidualNoise
-from analysis.perturb.condition import CLEAN, DOWNSTREAM, Condition, of_one_name
+from analysis.perturb.condition import CLEAN, DOWNSTREAM, Clean, Condition, of_one_name
 from analysis.perturb.context import Calibration, RouterContext, SiteStats, Tokens
 from analysis.perturb.decisions import (
     DropSlots,
