@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("environment")
 
 @pytest.fixture(scope="module")
 def models(checkpoint_of):
-    return [str(checkpoint_of(family)) for family in ("smoe_share", "cartesian")]
+    return [str(checkpoint_of(name, num_experts=6)) for name in ("smoe_share", "cartesian")]
 
 
 def overlap(*words):
