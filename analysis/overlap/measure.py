@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
@@ -31,12 +30,14 @@ from analysis.overlap.metrics import (
 )
 from analysis.overlap.probes import Labels, Probes, packs_of
 from analysis.overlap.request import DAMAGE, check_request, check_tokens, composed
-from analysis.overlap.tables import KEYS, VALUES, Overlap, rows_of
+from analysis.overlap.tables import KEYS, VALUES, Overlap, concat, rows_of, site_columns
 from analysis.stats import INDEX, check_confidence
 from cartmoe.config import check_whole
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 
+TOTAL = "none: classes are kept as one total"
+FIXED = {"weights": "none: parameters", "usage": TOTAL, "outputs": TOTAL}  # by kind
 FEWEST_BATCHES = 8  # where there are as many sequences: with fewer units intervals are very wide
 
 
@@ -82,43 +83,42 @@ def measure_overlap(
     packs = list(packs_of(docs, batch_size, seed))
     units = min(len(packs), MAX_UNITS)
     labels = Labels.of(docs, seed)
-    kinds = {METRICS[name].kind for name in wanted}
+    asked = {name: METRICS[name] for name in wanted}
+    kinds = {metric.kind for metric in asked.values()}
+    sizes = labels.num_classes, len(labels.domains)
+    by_class = any(metric.kind == "usage" and not metric.units for metric in asked.values())
     options = dict(probe=probe, minibatch=minibatch, seed=seed)
-    streams = {site: _streams(model, site, wanted, units, labels, options) for site in chosen}
+    make: dict[str, Callable[[RouterSite], Stream]] = {
+        "usage": lambda site: UsageStream(site, units, *sizes, by_class),
+        "outputs": lambda site: OutputStream(model, site, units, **options),
+        DAMAGE: lambda site: SubstitutionStream(model, site, units),
+    }
+    streams = {site: {kind: make[kind](site) for kind in make if kind in kinds} for site in chosen}
     if "composite" in kinds:
-        squares = any(name in SHARES for name in wanted)
-        tokens = TOKENS if squares else PAIR_TOKENS
+        tokens = TOKENS if any(name in SHARES for name in asked) else PAIR_TOKENS
         for site, stream in _composites(model, chosen, units, tokens).items():
             streams[site]["composite"] = stream
     if any(streams.values()):
+        probes = Probes(model, docs, chosen, labels, skip_first, gradients=DAMAGE in kinds)
         with tqdm(total=len(docs), unit="sequence", disable=not progress) as bar:
-            for number, rows in enumerate(packs):
-                for first in range(0, len(rows), batch_size):
-                    some = rows[first : first + batch_size]
-                    probes = Probes(model, docs, some, labels, skip_first, (seed, number, first))
-                    for site, probe_ in probes.of(chosen, number % units, DAMAGE in kinds):
+            for number, pack in enumerate(packs):
+                for first in range(0, len(pack), batch_size):
+                    rows = pack[first : first + batch_size]
+                    for site, seen in probes.of(rows, number % units, (seed, number, first)):
                         for stream in streams[site].values():
-                            stream.add(probe_)
-                    bar.update(len(some))
-    return _tables(model, wanted, streams, labels, units, len(packs), confidence)
-
-
-def _streams(
-    model: Adapter, site: RouterSite, wanted: list[str], units: int, labels: Labels, options: dict
-) -> dict[str, Stream]:
-    """By kind, what sums over this site's tokens."""
-    streams: dict[str, Stream] = {}
-    metrics = [METRICS[name] for name in wanted]
-    kinds = {metric.kind for metric in metrics}
-    if "usage" in kinds:
-        classes = any(m.kind == "usage" and not m.units for m in metrics)
-        sizes = labels.num_classes, len(labels.domains)
-        streams["usage"] = UsageStream(site, units, *sizes, classes)
-    if "outputs" in kinds:
-        streams["outputs"] = OutputStream(model, site, units, **options)
-    if DAMAGE in kinds:
-        streams[DAMAGE] = SubstitutionStream(model, site, units)
-    return streams
+                            stream.add(seen)
+                    bar.update(len(rows))
+    resampled = ("batch of documents" if len(packs) <= MAX_UNITS else "batches of documents", units)
+    tables = {table: [pd.DataFrame(columns=[*KEYS, *INDEX[table], *VALUES])] for table in TABLES}
+    for site, own in streams.items():
+        for name, found in _estimates(model, site, own, asked, confidence):
+            metric = asked[name]
+            unit, num_units = resampled if metric.units else (FIXED[metric.kind], 0)
+            columns = site_columns(model, site) | {"metric": name}
+            domains = labels.domains if name == "domain_specialization" else ()
+            rows = rows_of(columns, metric.table, found, site, domains)
+            tables[metric.table].append(rows.assign(unit=unit, num_units=num_units))
+    return Overlap(**{table: concat(frames) for table, frames in tables.items()})
 
 
 def _composites(
@@ -135,53 +135,20 @@ def _composites(
     return streams
 
 
-def _tables(
+def _estimates(
     model: Adapter,
-    wanted: list[str],
-    streams: dict[RouterSite, dict[str, Stream]],
-    labels: Labels,
-    units: int,
-    packs: int,
+    site: RouterSite,
+    streams: dict[str, Stream],
+    asked: dict[str, Metric],
     confidence: float,
-) -> Overlap:
-    frames: dict[str, list[pd.DataFrame]] = {table: [] for table in TABLES}
-    unit = "batch of documents" if packs <= MAX_UNITS else "batches of documents"
-    for site, own in streams.items():
-        sums = {kind: stream.sums() for kind, stream in own.items()}
-        for name in wanted:
-            metric = METRICS[name]
-            if metric.kind == "weights":
-                weights = ExpertWeights.of(model, site)
-                found, how = _of_weights(metric, weights), ("none: parameters", 0)
-            elif metric.kind in sums:
-                if name == "transition" and "transition" not in sums["usage"]:
-                    continue  # the first site has none before it
-                if metric.table == "sites" and isinstance(own[metric.kind], SecondStage):
-                    continue  # of the layer, which stands with its first stage
-                found = estimate(metric, sums[metric.kind], confidence)
-                how = (unit, units) if metric.units else ("none: classes are kept as one total", 0)
-            else:
-                continue  # a composite, and this is no layer of two stages
-            # A transition is from all experts of the site before, however many they are.
-            shared = name != "transition" and found.value.shape[:1] > (site.num_experts,)
-            domains = labels.domains if name == "domain_specialization" else ()
-            frames[metric.table].append(
-                rows_of(model, site, name, metric.table, found, *how, shared, domains)
-            )
-    return Overlap(
-        **{t: pd.concat(f, ignore_index=True) if f else _empty(t) for t, f in frames.items()}
-    )
-
-
-def _of_weights(metric: Metric, weights: ExpertWeights) -> Estimate:
-    """Of parameters alone: there is nothing to resample."""
-    value = metric.of(weights).double().cpu().numpy()
-    nothing = np.full(value.shape, np.nan)
-    if metric.null is None:
-        return Estimate(value, nothing, nothing, nothing)
-    null = metric.null(weights).double().cpu().numpy()
-    return Estimate(value, nothing, nothing, np.broadcast_to(null, value.shape))
-
-
-def _empty(table: str) -> pd.DataFrame:
-    return pd.DataFrame(columns=[*KEYS, *INDEX[table], *VALUES])
+) -> Iterator[tuple[str, Estimate]]:
+    """By name, of those metrics that speak of this site."""
+    sums = {kind: stream.sums() for kind, stream in streams.items()}
+    if any(metric.kind == "weights" for metric in asked.values()):
+        sums["weights"] = ExpertWeights.of(model, site)
+    for name, metric in asked.items():
+        nothing_before = name == "transition" and "transition" not in sums["usage"]
+        # What is of a whole layer stands with its first stage.
+        of_layer = metric.table == "sites" and isinstance(streams.get(metric.kind), SecondStage)
+        if metric.kind in sums and not nothing_before and not of_layer:
+            yield name, estimate(metric, sums[metric.kind], confidence)

@@ -145,9 +145,9 @@ class Probes:
                 for site in segment.sites:
                     entered[site] = before.hidden_BLD.detach().flatten(0, 1)
                 after.hidden_BLD.requires_grad_(self.gradients)
+            hidden_TD = after.hidden_BLD.flatten(0, 1)
         if not self.gradients:
             return flows, entered, {}
-        hidden_TD = after.hidden_BLD.flatten(0, 1)
         end_TD = loss_gradient(self.model, hidden_TD.detach(), batch.targets_SL.flatten())
         outputs = [flow.output_TD for flow in flows.values()]
         found = torch.autograd.grad(hidden_TD, outputs, end_TD)

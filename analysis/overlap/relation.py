@@ -14,18 +14,10 @@ import pandas as pd
 
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.metrics import METRICS
-from analysis.overlap.removal import (
-    CleanSums,
-    checked,
-    clean_sums,
-    damage_table,
-    expert_damage,
-    takeover,
-    takeover_table,
-)
+from analysis.overlap.removal import Removal, expert_damage, takeover
 from analysis.overlap.request import fits, metric_names
 from analysis.overlap.tables import Overlap
-from analysis.stats import ALL, APART, Bootstrap, relation
+from analysis.stats import ALL, Bootstrap, facts_of, relation
 from cartmoe.config import check_choice
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
@@ -93,12 +85,11 @@ def relate(
     names = _predictors(metrics)
     frames, heirs, overlaps = {}, [], []
     for model in models if isinstance(models, Iterable) else [models]:
-        model, chosen = checked(model, docs, sites, batch_size)
-        alone = [site.name for site in chosen if site.num_experts == 1]
+        removal = Removal(model, docs, sites, batch_size)
+        model, chosen = removal.model, removal.sites
+        alone = ", ".join(site.name for site in chosen if site.num_experts == 1)
         if alone:
-            raise ValueError(
-                f"{', '.join(alone)} of {model.name}: one expert, nobody can take over"
-            )
+            raise ValueError(f"{alone} of {model.name}: one expert, nobody can take over")
         key = model.name, model.train_seed
         if model.name == ALL:
             raise ValueError(
@@ -106,17 +97,15 @@ def relate(
             )
         if key in frames:
             raise ValueError(f"models has two called {key[0]!r} of train_seed {key[1]}; name them")
-        clean = clean_sums(model, docs, chosen, batch_size)
-        frames[key] = damage_table(model, docs, clean, batch_size, refill, bootstrap, progress)
-        heirs.append(takeover_table(model, clean))
+        columns: dict[str, Any] = dict.fromkeys(names, np.nan)
+        heirs.append(removal.takeover())
         own = [name for name in names if fits(model, chosen, name, METRICS[name])]
-        frames[key] = frames[key].assign(**dict.fromkeys(names, np.nan))
         if own:
-            how = dict(batch_size=batch_size, seed=seed, progress=progress)
-            how |= dict(confidence=bootstrap.confidence)
+            how = dict(batch_size=batch_size, confidence=bootstrap.confidence, seed=seed)
+            how |= dict(progress=progress)
             overlaps.append(measure_overlap(model, docs, own, chosen, probe, **how))
-            columns = {name: _with_heirs(clean, overlaps[-1], name) for name in own}
-            frames[key] = frames[key].assign(**columns)
+            columns |= {name: _with_heirs(removal.shares, overlaps[-1], name) for name in own}
+        frames[key] = removal.damage(refill, bootstrap, progress).assign(**columns)
     if not frames:
         raise ValueError("models is empty; give at least one")
     if not overlaps:
@@ -131,9 +120,7 @@ def _predictors(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
     good = [
         name
         for name, metric in METRICS.items()
-        if metric.table == "pairs"
-        and metric.kind != "function"
-        and name != "transition"  # whose pairs are of two sites
+        if metric.table == "pairs" and metric.kind != "function" and not facts_of(name).across
     ]
     names = metric_names(metrics, good)
     for name in names:
@@ -143,12 +130,14 @@ def _predictors(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _with_heirs(clean: Mapping[RouterSite, CleanSums], overlap: Overlap, metric: str) -> np.ndarray:
+def _with_heirs(
+    shares: Mapping[RouterSite, np.ndarray], overlap: Overlap, metric: str
+) -> np.ndarray:
     """(N,) sum_j takeover_ij overlap_ij of each site's experts; more is more in common."""
-    sign = -1.0 if metric in APART else 1.0
+    sign = -1.0 if facts_of(metric).apart else 1.0
     parts = []
-    for site, sums in clean.items():
-        share_EE, E = sums.takeover_EE, site.num_experts
+    for site, share_EE in shares.items():
+        E = site.num_experts
         # A shared expert's row and column come last.
         overlap_EE = overlap.matrix(metric, site.layer, site.stage)[:E, :E]
         # Who takes over nothing does not matter, though its overlap may not be defined.

@@ -92,7 +92,7 @@ class Removal:
         self.model = routed_adapter(model)
         check_whole("batch_size", batch_size, 1)
         check_documents(docs, self.model)
-        self.sites = sites_of(self.model, sites)
+        self.sites = sites_of(self.model, sites, "sites")
         self.docs, self.batch_size = docs, batch_size
 
     @cached_property

@@ -21,7 +21,7 @@ def check_request(
     """The model as a model under study, its sites and names of metrics that were asked for; raises
     as `measure_overlap`."""
     model = routed_adapter(model)
-    chosen = sites_of(model, sites)
+    chosen = sites_of(model, sites, "sites")
     check_choice("probe", probe, PROBES)
     return model, chosen, _wanted(model, chosen, metrics)
 

@@ -102,7 +102,7 @@ def substitution(
             "measure_overlap(model, docs, 'substitution')"
         )
     model = routed_adapter(model)
-    for chosen in sites_of(model, site):
+    for chosen in sites_of(model, site, "site"):
         if chosen.num_experts == 1:
             raise ValueError(f"site is {site!r}; {chosen.name} has no other expert to run instead")
     options = dict(batch_size=batch_size, seed=seed, progress=progress)

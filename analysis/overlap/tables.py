@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.adapters import Adapter
 from analysis.overlap.metrics import TABLES, Estimate
-from analysis.stats import INDEX, SHARED, SITE, check_choice, check_one_step, square
+from analysis.stats import INDEX, SHARED, SITE, check_choice, check_one_step, facts_of, square
 from cartmoe.hooks import RouterSite
 
 KEYS = [*SITE, "metric"]
@@ -34,11 +35,19 @@ class Overlap:
     sites: pd.DataFrame
     pairs: pd.DataFrame
 
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """By name."""
+        return {name: getattr(self, name) for name in TABLES}
+
+    def map(self, change: Callable[[pd.DataFrame], pd.DataFrame]) -> Overlap:
+        """Each table changed."""
+        return Overlap(*map(change, self.tables.values()))
+
     def __repr__(self) -> str:
         """What was measured, of which models; the tables are attributes."""
-        tables = [getattr(self, name) for name in TABLES]
-        sizes = ", ".join(f"{len(t)} rows of {n}" for n, t in zip(TABLES, tables, strict=True))
-        seen = pd.concat([table[["model", "metric"]] for table in tables])
+        sizes = ", ".join(f"{len(table)} rows of {name}" for name, table in self.tables.items())
+        seen = pd.concat([table[["model", "metric"]] for table in self.tables.values()])
         models, metrics = (", ".join(seen[name].unique()) for name in ("model", "metric"))
         return f"Overlap of {models}: {sizes}; metrics {metrics}"
 
@@ -48,10 +57,8 @@ class Overlap:
         train_seed of which the same was measured."""
         if not overlaps:
             raise ValueError("overlaps is empty: there is nothing to join")
-        tables = {name: [getattr(o, name) for o in overlaps] for name in TABLES}
-        tables = {name: [t for t in own if not t.empty] or own for name, own in tables.items()}
-        joined = {name: pd.concat(own, ignore_index=True) for name, own in tables.items()}
-        for table, rows in joined.items():
+        joined = cls(*(concat([o.tables[name] for o in overlaps]) for name in TABLES))
+        for table, rows in joined.tables.items():
             keys = [k for k in (*KEYS, *INDEX[table], "domain", "step") if k in rows]
             twice = rows[rows.duplicated(keys)]
             if len(twice):
@@ -60,14 +67,13 @@ class Overlap:
                     f"overlaps has two of {first.model!r}, train_seed {first.train_seed}, with the "
                     "same metrics; load one under another name"
                 )
-        return cls(**joined)
+        return joined
 
     def table(self, metric: str) -> pd.DataFrame:
         """The rows of one metric; `ValueError` with those that were measured for another."""
-        tables = [getattr(self, name) for name in TABLES]
-        measured = [m for table in tables for m in table.metric.unique()]
+        measured = {m: table for table in self.tables.values() for m in table.metric.unique()}
         check_choice("metric", metric, measured)
-        rows = next(table for table in tables if (table.metric == metric).any())
+        rows = measured[metric]
         return rows[rows.metric == metric].reset_index(drop=True)
 
     def matrix(self, metric: str, layer: int, stage: int = 0, column: str = "value") -> np.ndarray:
@@ -86,35 +92,35 @@ class Overlap:
         return square(rows, column).to_numpy()
 
 
+def concat(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Those that have rows, if some do: the columns of others have no types."""
+    return pd.concat([t for t in tables if not t.empty] or tables, ignore_index=True)
+
+
+def site_columns(model: Adapter, site: RouterSite) -> dict[str, Any]:
+    """The columns that name a site in every table."""
+    return dict(zip(SITE, (model.name, model.family, model.train_seed, *site.place), strict=True))
+
+
 def rows_of(
-    model: Adapter,
-    site: RouterSite,
-    metric: str,
+    columns: dict[str, Any],
     table: str,
     found: Estimate,
-    unit: str,
-    num_units: int,
-    shared: bool = False,
+    site: RouterSite,
     domains: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Rows of one metric at one site.
+    """Rows of one metric at one site, which the columns name.
 
-    shared    the last expert of the estimate is the shared one
-    domains   the estimate has one more dimension, of these
+    An expert more than the site's is the shared one. domains: the estimate has one more dimension,
+    of these.
     """
-    keys = (model.name, model.family, model.train_seed, site.layer, site.stage, metric)
-    frame = pd.DataFrame({name: np.ravel(getattr(found, name)) for name in VALUES[:4]})
-    for at, (name, key) in enumerate(zip(KEYS, keys, strict=True)):
-        frame.insert(at, name, key)
-    indices = np.indices(found.value.shape).reshape(found.value.ndim, found.value.size)
-    names = [*INDEX[table], *(["domain"] if domains else [])]
-    for at, (name, index) in enumerate(zip(names, indices, strict=True), len(KEYS)):
-        if name == "domain":
-            index = np.array(domains, dtype=object)[index]
-        elif shared:
-            index = np.where(index == found.value.shape[0] - 1, SHARED, index)
-        frame.insert(at, name, index)
-    frame = frame.assign(unit=unit, num_units=num_units)
-    if table == "pairs" and metric != "transition":
-        frame = frame[frame.expert_i != frame.expert_j]
-    return frame
+    places = np.indices(found.value.shape).reshape(found.value.ndim, found.value.size)
+    index = dict(zip([*INDEX[table], "domain"], places, strict=False))
+    within = not facts_of(columns["metric"]).across
+    for name in INDEX[table] if within else ():
+        index[name] = np.where(index[name] == site.num_experts, SHARED, index[name])
+    if domains:
+        index["domain"] = np.array(domains, dtype=object)[index["domain"]]
+    values = {name: np.ravel(values) for name, values in found._asdict().items()}
+    rows = pd.DataFrame(columns | index | values)
+    return rows[rows.expert_i != rows.expert_j] if within and table == "pairs" else rows

@@ -71,7 +71,7 @@ def saturation(
     check_whole("batch_size", batch_size, 1)
     check_confidence(confidence)
     last = routed_adapter(load(folders[-1]))
-    chosen = sites_of(last, sites)
+    chosen = sites_of(last, sites, "sites")
     check_documents(docs, last)
     unit_of = {d: number % MAX_UNITS for number, d in enumerate(dict.fromkeys(docs.document_id))}
     units = max(unit_of.values()) + 1

@@ -16,15 +16,14 @@ from scipy.stats import rankdata
 from analysis.adapters import check_documents, routed_adapter
 from analysis.overlap.metrics import usage
 from analysis.overlap.probes import routed_tokens
-from analysis.overlap.tables import KEYS, Overlap
-from analysis.stats import APART, Bootstrap
+from analysis.overlap.tables import KEYS, Overlap, site_columns
+from analysis.stats import Bootstrap, facts_of
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import Sequences
 from cartmoe.factorial import Factorial
 
 SITE = ["model", "train_seed", "layer", "stage"]
 PROFILE = "domain_specialization"
-DISTANCES = (*APART, "substitution")  # small where experts have much in common
 
 
 def profiles(overlap: Overlap) -> dict[tuple[str, int, int, int], pd.DataFrame]:
@@ -108,14 +107,14 @@ def truth_scores(
         truth = shared[site]
         value_EE = own.pivot(index="expert_i", columns="expert_j", values="value")
         value_EE = value_EE.reindex(index=truth.index, columns=truth.index).to_numpy()
-        value_EE = (value_EE + value_EE.T) * (-0.5 if row["metric"] in DISTANCES else 0.5)
+        value_EE = (value_EE + value_EE.T) * (-0.5 if facts_of(row["metric"]).apart else 0.5)
         rows.append(row | _score(value_EE, truth.to_numpy(), draws))
     return pd.DataFrame(rows)
 
 
 def _wanted(overlap: Overlap, metrics: str | Sequence[str] | None) -> list[str]:
     """Metrics of pairs whose two experts are of one set."""
-    there = [metric for metric in overlap.pairs.metric.unique() if metric != "transition"]
+    there = [metric for metric in overlap.pairs.metric.unique() if not facts_of(metric).across]
     if metrics is None:
         return there
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
@@ -199,8 +198,7 @@ def factor_information(
     factors = dict(topic=topic_D, style=style_D, pair=domain_D)
     rows = []
     for site, counts_DE in counts.items():
-        row = dict(model=model.name, family=model.family, train_seed=model.train_seed)
-        row |= dict(layer=site.layer, stage=site.stage, num_documents=len(domain_D))
+        row = site_columns(model, site) | {"num_documents": len(domain_D)}
         row["num_slots"] = int(counts_DE.sum())
         for factor, label_D in factors.items():
             one_hot_ZD = np.eye(label_D.max() + 1)[label_D].T

@@ -127,6 +127,13 @@ class UnitSums:
                 self._sums[name] = torch.zeros(self.units, *value.shape, dtype=torch.float64)
             self._sums[name][unit] += value.detach().to("cpu", torch.float64)
 
+    def add_tokens(self, unit_T: Tensor, **values_TX: Tensor) -> None:
+        """Add tokens, each to the sums of its unit; none of them leave zeros."""
+        wide_TX = {name: v.detach().to("cpu", torch.float64) for name, v in values_TX.items()}
+        for unit in unit_T.unique().tolist() or [0]:
+            own_T = (unit_T == unit).cpu()
+            self.add(unit, **{name: value_TX[own_T].sum(0) for name, value_TX in wide_TX.items()})
+
     def sums(self) -> Sums:
         """All of them."""
         return dict(self._sums)

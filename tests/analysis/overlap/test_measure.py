@@ -233,10 +233,9 @@ def test_nulls_of_shuffled_labels_by_loops(model_of, shard):
 
 def test_tokens_are_in_a_random_order(model_of, shard):
     """So that a minibatch of HSIC is not of one document."""
-    batch = probes.Probes(
-        model_of("smoe"), shard, list(range(7)), Labels.of(shard, 0), False, (0, 1, 2)
-    )
-    ((_, probe),) = batch.of(model_of("smoe").sites()[:1], 0, False)
+    model = model_of("smoe")
+    seen = probes.Probes(model, shard, model.sites()[:1], Labels.of(shard, 0))
+    ((_, probe),) = seen.of(list(range(7)), 0, (0, 1, 2))
     domain_T = probe.domain_T.tolist()
     assert sum(a != b for a, b in itertools.pairwise(domain_T)) > 10  # 3 as they stand
 
@@ -263,9 +262,9 @@ def test_batches_beyond_the_most_units_take_turns(model_of, shard, monkeypatch):
     monkeypatch.setattr(module, "MAX_UNITS", 2)
     units, real = [], module.Probes.of
 
-    def of(batch, sites, unit, gradients):
+    def of(probes, rows, unit, key):
         units.append(unit)
-        return real(batch, sites, unit, gradients)
+        return real(probes, rows, unit, key)
 
     monkeypatch.setattr(module.Probes, "of", of)
     measure_overlap(model_of("smoe"), shard, "load", **one)
@@ -301,7 +300,7 @@ def test_targets_masked_at_the_beginning(model_of, shard):
         np.testing.assert_allclose(got_EE[apart], expected_EE[apart])
     # Nor do labels of other documents come from where they have no target.
     empty_SL, rows_S = targets_SL == IGNORE, torch.arange(len(docs))
-    places_SL = probes.Probes(model, docs, rows_S.tolist(), None, False, (0,))._places(rows_S)
+    places_SL = probes.Probes(model, docs, [], None)._places(rows_S)
     assert not empty_SL.gather(-1, places_SL).any()
 
 

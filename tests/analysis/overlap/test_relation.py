@@ -16,7 +16,7 @@ from analysis.measure.sweep import sweep
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.metrics.catalogue import METRICS
 from analysis.overlap.relation import PREDICTORS, Relation, _with_heirs, relate
-from analysis.overlap.removal import CleanSums, expert_damage, halves, takeover
+from analysis.overlap.removal import expert_damage, halves, shares_of, takeover
 from analysis.perturb.condition import Condition
 from analysis.perturb.masks import DropExperts
 from analysis.stats.bootstrap import Bootstrap
@@ -330,11 +330,10 @@ def test_one_expert_has_no_heir(tiny_model, docs):
 
 def test_an_overlap_that_is_not_known_is_not_none():
     """Of those that take over; of those that do not it does not matter."""
-    gained_EE = torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 1, 0]])
-    clean = CleanSums(torch.ones(3), torch.ones(2, 3), gained_EE)
+    share_EE = shares_of(np.array([[0.0, 1, 1], [1, 0, 0], [1, 1, 0]]))
     overlap_EE = np.array([[np.nan, 0.2, np.nan], [0.4, np.nan, np.nan], [0.6, 0.2, np.nan]])
     overlap = SimpleNamespace(matrix=lambda metric, layer, stage: overlap_EE)
-    found_E = _with_heirs({RouterSite("router", 0, 0, 3, 1): clean}, overlap, "cka")
+    found_E = _with_heirs({RouterSite("router", 0, 0, 3, 1): share_EE}, overlap, "cka")
     np.testing.assert_allclose(found_E, [np.nan, 0.4, 0.4])
 
 

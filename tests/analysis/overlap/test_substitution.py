@@ -302,7 +302,7 @@ def test_the_perturbation(model_of, docs):
         (dict(random=2.5), "random is 2.5"),
         (dict(lowest=0, random=0), "lowest and random are 0"),
         (dict(downstream="clean"), "downstream is 'clean'; choose one of"),
-        (dict(site="layer 9"), "sites is 'layer 9'"),
+        (dict(site="layer 9"), "site is 'layer 9'"),
     ],
 )
 def test_wrong_arguments(model_of, docs, options, message):

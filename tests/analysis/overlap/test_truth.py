@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 
 from analysis.overlap.tables import Overlap
 from analysis.overlap.truth import _score, factor_information, profiles, shared_truth, truth_scores
+from analysis.stats import Bootstrap
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.factorial import Factorial
 from cartmoe.hooks import capture_routing
@@ -225,7 +226,7 @@ def sequences_of(token_SL, domain):
 
 def test_truth_that_is_one_number_has_no_score():
     values_EE = np.random.default_rng(0).random((5, 5))
-    found = _score(values_EE + values_EE.T, np.ones((5, 5)), 9, 0)
+    found = _score(values_EE + values_EE.T, np.ones((5, 5)), Bootstrap(resamples=9))
     assert np.isnan([found["score"], found["p"]]).all()
 
 
