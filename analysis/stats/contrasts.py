@@ -98,19 +98,20 @@ def _test(
     mine: list[Pairs], theirs: list[Pairs], condition: str, bootstrap: Bootstrap
 ) -> dict[str, object]:
     check_documents([*mine, *theirs])
-    sides = [runs_of(side, condition) for side in (mine, theirs)]
+    a, b = runs_of(mine, condition), runs_of(theirs, condition)
     one_sided = replace(bootstrap, confidence=2 * bootstrap.confidence - 1)  # two tests at it
     if len(mine) > 1 and len(theirs) > 1:
         named = {"speaks_for": SEEDS, "train_seed": None}
-        (value, low, high), (_, *inner) = (two_level(*sides, b) for b in (bootstrap, one_sided))
-        p, min_p = permutation_test(*map(ratios, sides), bootstrap)
+        value, low, high = two_level(a, b, bootstrap)
+        _, *inner = two_level(a, b, one_sided)
+        p, min_p = permutation_test(ratios(a), ratios(b), bootstrap)
     else:
         numbers = dict.fromkeys(str(p.checkpoint["train_seed"]) for p in (*mine, *theirs))
         named = {"speaks_for": CHECKPOINTS, "train_seed": " and ".join(numbers)}
-        delta_CD, tokens_CD = (np.concatenate(arrays) for arrays in zip(*sides, strict=True))
+        delta_CD, tokens_CD = (np.concatenate(arrays) for arrays in zip(a, b, strict=True))
         (value, low, high), (_, *inner) = (
-            (float(array[0]) for array in b.intervals(delta_CD, tokens_CD, DIFFERENCE))
-            for b in (bootstrap, one_sided)
+            (float(array[0]) for array in asked.intervals(delta_CD, tokens_CD, DIFFERENCE))
+            for asked in (bootstrap, one_sided)
         )
         per_token = [d / t.sum() for d, t in zip(delta_CD, tokens_CD, strict=True)]
         p, min_p = sign_flip_test(per_token[0] - per_token[1], bootstrap)

@@ -150,11 +150,11 @@ def _contrast(p: Pairs, a: str, q: Pairs, b: str, bootstrap: Bootstrap) -> dict[
     deltas_CD = np.array([p.delta_D(a), q.delta_D(b)])
     tokens_CD, bytes_CD = np.array([p.tokens_D, q.tokens_D]), np.array([p.bytes_D, q.bytes_D])
     nats, bits = _in_both_units(deltas_CD, tokens_CD, bytes_CD, bootstrap, DIFFERENCE)
-    return (
-        {"num_documents": len(p.documents_D)}
-        | nats.columns("delta_nats", "low", "high")
-        | bits.columns("delta_bits_per_byte", "bpb_low", "bpb_high")
-    )
+    return {
+        "num_documents": len(p.documents_D),
+        **nats.columns("delta_nats", "low", "high"),
+        **bits.columns("delta_bits_per_byte", "bpb_low", "bpb_high"),
+    }
 
 
 def _in_both_units(

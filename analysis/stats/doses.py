@@ -78,8 +78,8 @@ def per_dose(
                 found = np.array(bootstrap.intervals(p.delta_CD, dose_CD))
             missing = ~(dose_CD.sum(axis=1) > LEAST * p.tokens_D.sum())
             found[1:, ~np.isfinite(found[1:]).all(axis=0)] = np.nan
-            found = Intervals(*np.where(missing, np.nan, found))
-            table = table.assign(**found.columns(name))
+            shown = Intervals(*np.where(missing, np.nan, found))
+            table = table.assign(**shown.columns(name))
         if sites is not None:
             table = table.assign(**router_columns(sites, p.checkpoint))
             table["experts_off"] = _experts_off(table, of_checkpoint(sites, p.checkpoint))

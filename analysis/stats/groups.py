@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ import pandas as pd
 from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns, check_conditions, pair
 from analysis.stats.parts import stack
-from analysis.stats.tokens import CleanTokens, Tokens, check_tokens, rises
+from analysis.stats.tokens import CleanTokens, Tokens, rises
 
 COLUMNS = [
     *CHECKPOINT, "condition", "by", "group", "order", "num_documents", "num_tokens",
@@ -70,7 +70,7 @@ def damage_by(
 class Sums(NamedTuple):
     """Of one checkpoint's C conditions over the tokens of G groups in D documents."""
 
-    checkpoint: dict[str, object]
+    checkpoint: dict[str, Any]
     labels: list[str]
     names: list[str]  # of the groups
     delta_CGD: np.ndarray  # nats
@@ -80,7 +80,6 @@ class Sums(NamedTuple):
 def _by_tokens(
     losses: pd.DataFrame, tokens: Tokens | None, conditions: Collection[str] | None, group: Group
 ) -> Iterator[Sums]:
-    check_tokens(tokens)
     of_checkpoint = groupby(rises(losses, tokens, conditions), key=lambda item: item[0].name)
     for _, items in of_checkpoint:
         labels, sums, cell_N = [], [], None

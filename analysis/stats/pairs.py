@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -87,7 +88,7 @@ class Pairs:
     Sums over a document's tokens; those of a condition are averaged over its eval_seeds.
     """
 
-    checkpoint: dict[str, object]
+    checkpoint: dict[str, Any]
     documents_D: np.ndarray
     tokens_D: np.ndarray
     bytes_D: np.ndarray
@@ -112,7 +113,7 @@ class Pairs:
         return table[[*self.checkpoint, *named, *columns]]
 
     @functools.cached_property
-    def by_label(self) -> dict[str, dict[str, object]]:
+    def by_label(self) -> dict[str, dict[str, Any]]:
         """label -> the columns `CONDITION` of that condition."""
         rows = self.conditions[CONDITION].to_dict("records")
         return dict(zip(self.conditions.label, rows, strict=True))
@@ -122,7 +123,7 @@ class Pairs:
         return label_of(**(self.by_label[condition] | options))
 
 
-Losses = pd.DataFrame | list[Pairs]  # the table, or what `pair` made of it
+Losses: TypeAlias = "pd.DataFrame | list[Pairs]"  # the table, or what `pair` made of it
 
 
 def pair(losses: Losses) -> list[Pairs]:
@@ -162,7 +163,7 @@ def _name(checkpoint: Mapping[str, object]) -> str:
     return f"{checkpoint['model']} (train_seed {checkpoint['train_seed']})"
 
 
-def _pair_one(checkpoint: dict[str, object], rows: pd.DataFrame) -> Pairs:
+def _pair_one(checkpoint: dict[str, Any], rows: pd.DataFrame) -> Pairs:
     name = _name(checkpoint)
     is_clean = rows.perturbation == "clean"
     clean = rows[is_clean]

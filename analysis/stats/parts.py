@@ -44,7 +44,8 @@ def choose(
     """
     pairs = pair(losses)
     check_conditions(pairs, [] if condition is None else [condition])
-    found, missing = False, {}
+    found = False
+    missing: dict[str, None] = {}
     for p in pairs:
         for name in p.by_label if condition is None else {condition} & p.by_label.keys():
             parts = parts_of(p, name)
@@ -54,8 +55,8 @@ def choose(
                 found = True
                 yield p, name, parts
     if condition is not None and not found:
-        lacks = f"lacks {', '.join(map(repr, missing))}" if missing else "is no such condition"
-        raise ValueError(f"condition {condition!r} {lacks}; measure {how}")
+        said = f"lacks {', '.join(map(repr, missing))}" if missing else "is no such condition"
+        raise ValueError(f"condition {condition!r} {said}; measure {how}")
 
 
 def combine(

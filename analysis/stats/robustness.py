@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -121,7 +123,8 @@ def format_robustness(table: pd.DataFrame, width: int = 140) -> str:
     for name in table.columns:
         if f"{name} low" in table:
             columns[name] = interval_texts(table, name, f"{name} low", f"{name} high")
-    blocks, used = [[]], 0
+    blocks: list[list[list[str]]] = [[]]
+    used = 0
     first, *rest = (_aligned(title, cells) for title, cells in columns.items())
     for column in rest:
         full = len(first[0]) + used + 2 + len(column[0]) > width
@@ -143,7 +146,7 @@ def _aligned(title: str, cells: list[str]) -> list[str]:
     return [text.rjust(size) for text in (title, *cells)]
 
 
-def _number(value: object, form: str) -> str:
+def _number(value: Any, form: str) -> str:
     if isinstance(value, str):
         return value
     return "-" if value is None or np.isnan(value) else format(value, form)

@@ -40,9 +40,9 @@ def over_seeds(
     a = list(by_seed(pairs, "model_a", model_a).values())
     b = list(by_seed(pairs, "model_b", model_b).values())
     check_documents(a + b)
-    sides = [runs_of(side, condition) for side in (a, b)]
-    delta, low, high = two_level(*sides, bootstrap)
-    p, min_p = permutation_test(*map(ratios, sides), bootstrap)
+    runs_a, runs_b = runs_of(a, condition), runs_of(b, condition)
+    delta, low, high = two_level(runs_a, runs_b, bootstrap)
+    p, min_p = permutation_test(ratios(runs_a), ratios(runs_b), bootstrap)
     row = {
         **{"model_a": model_a, "model_b": model_b, "condition": condition},
         **{"seeds_a": len(a), "seeds_b": len(b), "num_documents": len(a[0].documents_D)},

@@ -25,23 +25,25 @@ class CleanTokens:
     document_N: np.ndarray  # index into `Pairs.documents_D`
 
 
-def check_tokens(tokens: Tokens | None) -> None:
-    """Raise `ValueError` saying how to keep tokens where they were not kept."""
+def _kept(tokens: Tokens | None) -> Tokens:
+    """The same; `ValueError` saying how to keep tokens where they were not kept."""
     if tokens is None:
         raise ValueError(
             "every token's loss is needed and was not kept: give tokens=True to sweep, or write "
             "tokens = true under [measure] of the study"
         )
+    return tokens
 
 
 def rises(
-    losses: pd.DataFrame, tokens: Tokens, conditions: Collection[str] | None = None
+    losses: pd.DataFrame, tokens: Tokens | None, conditions: Collection[str] | None = None
 ) -> Iterator[tuple[Pairs, CleanTokens, str, np.ndarray]]:
     """(checkpoint, its clean tokens, label, rise of nll in nats (V, N)) of V eval_seeds.
 
     conditions   labels; None: all. Raises `ValueError` for one that no checkpoint has, and for
-                 tokens that are not those of `losses`.
+                 tokens that are not those of `losses`, or were not kept.
     """
+    rows_of = _kept(tokens)
     pairs = pair(losses)
     check_conditions(pairs, conditions or ())
     for p in pairs:
@@ -52,12 +54,12 @@ def rises(
             continue
         key = p.checkpoint["model"], p.checkpoint["train_seed"]
         order = _sequences(losses, p)
-        frame = _rows(tokens(*key, "clean"), order, p, "clean")
+        frame = _rows(rows_of(*key, "clean"), order, p, "clean")
         clean = _clean(frame, p)
         for name, ids in wanted[["label", "ids"]].itertuples(index=False):
             rows = []
             for condition in ids:
-                frame = _rows(tokens(*key, condition), order, p, name)
+                frame = _rows(rows_of(*key, condition), order, p, name)
                 nll_N = _joined(frame.nll, np.float32)
                 if len(nll_N) != len(clean.nll_N):
                     raise ValueError(
@@ -151,7 +153,6 @@ def _falling(
 ) -> Iterator[tuple[dict[str, object], np.ndarray, float]]:
     """(what names a checkpoint and condition, its tokens' rises from the greatest down, their sum:
     NaN where it is but rounding)."""
-    check_tokens(tokens)
     for p, clean, name, rise_VN in rises(losses, tokens, conditions):
         fall_N = np.sort(rise_VN, axis=None)[::-1]
         shown = fall_N.mean() > ROUNDING * clean.nll_N.mean()
