@@ -7,7 +7,7 @@ shard.py, reuse.py                the unit of work; expert outputs that many con
 results.py, sweep.py              tables; one model in memory
 compare.py, comparison.py         checkpoints side by side
 generate.py, regret.py, margins.py   text, better routes, flips that margins predict
-document_sums.py                  means over tokens with intervals over documents
+rows.py                           sums of sequences, means over tokens with intervals over documents
 """
 
 from analysis.measure.calibrate import calibrate

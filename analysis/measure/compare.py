@@ -25,7 +25,7 @@ def compare(
     perturbations: Asked,
     *,
     where: str = "all",
-    point: str = "logits",
+    point: Literal["logits", "scores"] = "logits",
     seed: int = 0,
     controls: bool = True,
     calibration: Sequences | None = None,
@@ -48,7 +48,7 @@ def compare(
     conditions = conditions_of(perturbations, where, point, seed, controls)
     imposed = {name for c in conditions for name in _sources(c.perturbation, under_study)}
     _check_sites(conditions, under_study)
-    options = dict(batch_size=batch_size, progress=progress)
+    options: dict[str, Any] = dict(batch_size=batch_size, progress=progress)
     with TemporaryDirectory(prefix="routing-") as folder:
         traces = {
             name: Trace.record(model, docs, Path(folder) / name, **options)
@@ -99,6 +99,7 @@ def _named(models: Mapping[str, object]) -> dict[str, Adapter]:
 def _sources(p: Perturbation, models: Mapping[str, Adapter]) -> list[tuple[type, str]]:
     """The models' names in it; `ValueError` for a name that is none, and no path either."""
     found = []
+    part: Any
     for part in parts_of(p):
         name = {Replay: "trace", GateSwap: "checkpoint"}.get(type(part))
         value = getattr(part, name) if name else None

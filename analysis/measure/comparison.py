@@ -11,9 +11,9 @@ from torch import Tensor
 
 from analysis import stats
 from analysis.adapters import Adapter, DenseRouting, batches, clean_routing
-from analysis.measure.document_sums import DocumentSums
 from analysis.measure.doses import change_of
 from analysis.measure.results import Results
+from analysis.measure.rows import SequenceRows, means
 from analysis.stats import Bootstrap, pair
 from cartmoe.data import Sequences
 from cartmoe.routing import Routing
@@ -29,7 +29,7 @@ class Comparison:
 
     results: Results
     models: tuple[str, ...]
-    drifts: Mapping[str, DocumentSums]
+    drifts: Mapping[str, SequenceRows]
 
     def drift(self, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:
         """How far the clean decisions of each other model lie from the reference's on the same
@@ -50,8 +50,8 @@ class Comparison:
                 "stage with as many experts, so their decisions cannot be compared"
             )
         tables = [
-            sums.table(bootstrap).assign(model=name, reference=self.models[0])
-            for name, sums in self.drifts.items()
+            means(rows.frame(), ["where"], bootstrap).assign(model=name, reference=self.models[0])
+            for name, rows in self.drifts.items()
         ]
         table = pd.concat(tables, ignore_index=True)
         return table[["model", "reference", *table.columns[:-2]]]
@@ -130,25 +130,24 @@ class Comparison:
 
 def drifts_of(
     models: Mapping[str, Adapter], docs: Sequences, batch_size: int
-) -> dict[str, DocumentSums]:
+) -> dict[str, SequenceRows]:
     """Of every model but the first, how its clean decisions differ from the first one's."""
     (_, reference), *others = models.items()
-    sums: dict[str, DocumentSums] = {}
+    rows: dict[str, SequenceRows] = {}
     for batch in batches(reference, docs, batch_size):
         decisions = clean_routing(reference, batch.tokens_SL).items()
         own = {site.place: (site, routing) for site, routing in decisions}
         for name, model in others:
             theirs = clean_routing(model, batch.tokens_SL.to(model.device))
             for site, routing in theirs.items():
-                mine, base = own.get(site.place, (None, None))
-                if mine is None or mine.num_experts != site.num_experts:
+                if site.place not in own or own[site.place][0].num_experts != site.num_experts:
                     continue
+                _, base = own[site.place]
                 here = Routing(*(t.to(reference.device) for t in routing))
                 differences = _differences(base, here)
-                table = sums.setdefault(name, DocumentSums("where"))
-                for row in ("all", str(site)):
-                    table.add(batch, (row,), differences)
-    return sums
+                for where in ("all", str(site)):
+                    rows.setdefault(name, SequenceRows()).add(batch, differences, where=where)
+    return rows
 
 
 def _differences(base: Routing, other: Routing) -> dict[str, Tensor]:

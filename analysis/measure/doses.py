@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analysis.adapters import DenseRouting
-from cartmoe.routing import Router, Routing
+from analysis.adapters import DenseRouting, Router
+from cartmoe.routing import Routing
 
 
 def flip_share(before: DenseRouting, after: DenseRouting) -> Tensor:

@@ -36,7 +36,7 @@ def generation_agreement(
     new: int = 64,
     phases: tuple[str, ...] = PHASES,
     where: str = "all",
-    point: str = "logits",
+    point: Literal["logits", "scores"] = "logits",
     seed: int = 0,
     calibration: Sequences | None = None,
     batch_size: int = 16,
@@ -112,7 +112,7 @@ def _in_phase(condition: Condition, phase: str, prompt: int) -> Condition:
 def _prompts(docs: Sequences, prompt: int) -> Sequences:
     """The first sequence of each document that has so many tokens."""
     long_S = ((docs.targets_SL != IGNORE).sum(-1) >= prompt).tolist()
-    first = {}
+    first: dict[str, int] = {}
     for row, document in enumerate(docs.document_id):
         if long_S[row]:
             first.setdefault(document, row)

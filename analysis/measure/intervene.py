@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, Experts, State, as_adapter, run
+from analysis.adapters import Adapter, Experts, Router, State, as_adapter, run
 from analysis.measure.clean import CleanPass
 from analysis.measure.reuse import Table
 from analysis.perturb import (
@@ -26,7 +26,7 @@ from analysis.perturb import (
 )
 from cartmoe.hooks import RouterSite
 from cartmoe.interrupt import restoring
-from cartmoe.routing import Router, Routing
+from cartmoe.routing import Routing
 
 # What an observer is told at each perturbed site: the site, R, R'.
 Observer = Callable[[RouterSite, Routing, Routing], None]
@@ -156,7 +156,7 @@ def perturbed(
     perturbation: Perturbation,
     where: str | Where | Callable[[RouterSite], bool] = "all",
     *,
-    point: str = "logits",
+    point: Literal["logits", "scores"] = "logits",
     effect: str = "full",
     seed: int = 0,
     sequence_ids: Tensor | None = None,

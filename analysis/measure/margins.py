@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr, ndtr
 
-from analysis.adapters import DenseRouting, batches, check_documents, routed_adapter
+from analysis.adapters import DenseRouting, Router, batches, check_documents, routed_adapter
 from analysis.measure.calibrate import calibrate
 from analysis.measure.clean import CleanPass
-from analysis.measure.document_sums import DocumentSums
+from analysis.measure.rows import SequenceRows, means
 from analysis.measure.sweep import CALIBRATION
 from analysis.perturb import Condition, GaussianNoise, Noise, RouterContext, sites_of
 from analysis.stats import Bootstrap
 from cartmoe.data import Sequences
-from cartmoe.routing import Router, Routing, stable_topk
+from cartmoe.routing import Routing, stable_topk
 
 STEP, REACH = 0.25, 9.0  # of the quadrature, in standard deviations of the noise
 
@@ -76,7 +76,7 @@ def flip_prediction(
     sites = sites_of(model, where)
     check_documents(docs, model)
     stats = calibrate(model, calibration or docs[:CALIBRATION]).sites
-    sums = DocumentSums("where", "sigma", "predicted_by")
+    rows = SequenceRows()
     for batch in batches(model, docs, batch_size):
         clean = CleanPass.of(model, batch)
         for site in sites:
@@ -86,16 +86,14 @@ def flip_prediction(
             by = "margins" if router.by_logits else "simulation"
             for noise in noises:
                 columns = _flips(routing, router, ctx, noise, draws)
-                for row in ("all", str(site)):
-                    sums.add(batch, (row, noise.sigma, by), columns)
-    table = sums.table(bootstrap).sort_values("sigma", kind="stable")
-    table = table.reset_index(drop=True)
-    for at, (name, value) in enumerate(
-        dict(model=model.name, family=model.family, train_seed=model.train_seed).items()
-    ):
-        table.insert(at, name, value)
-    table.insert(4, "scale", scale)
-    return table
+                for place in ("all", str(site)):
+                    rows.add(batch, columns, where=place, sigma=noise.sigma, predicted_by=by)
+    table = means(rows.frame(), ["where", "sigma", "predicted_by"], bootstrap)
+    table = table.sort_values("sigma", kind="stable", ignore_index=True).assign(
+        model=model.name, family=model.family, train_seed=model.train_seed, scale=scale
+    )
+    first = ["model", "family", "train_seed", "where", "scale"]
+    return table[[*first, *(name for name in table if name not in first)]]
 
 
 def _flips(

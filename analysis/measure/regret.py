@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import Adapter, batches, check_documents, route, routed_adapter
+from analysis.adapters import Adapter, Router, batches, check_documents, route, routed_adapter
 from analysis.measure.clean import CleanPass
-from analysis.measure.document_sums import DocumentSums
 from analysis.measure.intervene import Intervention
 from analysis.measure.losses import CHUNK_LOGITS
 from analysis.measure.reuse import Table, fits
+from analysis.measure.rows import SequenceRows, means
 from analysis.perturb import (
     Condition,
     GumbelNoise,
@@ -35,7 +35,7 @@ from cartmoe.config import check_whole
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.fields import Count, NonNegative, Positive, declared
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import Router, Routing
+from cartmoe.routing import Routing
 
 SEEDS = 2**20  # alternatives of one seed are those of no other
 
@@ -112,7 +112,7 @@ def regret(
         check_whole(name, number, 1)
     check_documents(docs, model)
     sizes = sorted({*(2**i for i in range(n.bit_length())), n})
-    sums = DocumentSums("n")
+    rows = SequenceRows()
     forwards = -(-len(docs) // batch_size) * n * every
     with tqdm(total=forwards, unit="batch", disable=not progress) as bar:
         for batch in batches(model, docs, batch_size):
@@ -127,9 +127,9 @@ def regret(
                 if number in sizes:
                     regret_T, null_T = own_2T - best_2T
                     columns = {"regret": regret_T, "null": null_T, "excess": regret_T - null_T}
-                    sums.add(batch, (number,), columns | {"cost": total_T / number})
-    table = sums.table(bootstrap)
-    table.insert(0, "where", str(Where.parse(site)))
+                    rows.add(batch, columns | {"cost": total_T / number}, n=number)
+    table = means(rows.frame(), ["n"], bootstrap)
+    table.insert(0, "where", str(site))
     table.insert(2, "tau", float(tau))
     table.insert(3, "every", every)
     return table

@@ -23,10 +23,15 @@ from analysis.measure.doses import certainty_of, change_of
 from analysis.measure.intervene import Intervention
 from analysis.measure.prepare import prepared
 from analysis.measure.reuse import Table, worth_tabulating
+from analysis.measure.rows import SequenceRows
 from analysis.perturb import CLEAN, Calibration, Condition, sites_of, token_kinds
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.losses import IGNORE
+
+
+LOSSES = ["document_id", "domain", "sequence_id", "num_tokens", "num_bytes"]
+LOSSES += ["nll_sum", "kl_sum", "num_agree", "delta_max"]
 
 
 class Cell(NamedTuple):
@@ -152,9 +157,7 @@ class _Collector:
 
     def __init__(self, condition: Condition, keep_tokens: bool):
         self.condition, self.keep_tokens, self.seconds = condition, keep_tokens, 0.0
-        self.losses: list[tuple[dict, np.ndarray]] = []
-        self.routing: list[tuple[dict, np.ndarray]] = []
-        self.tokens: list[dict] = []
+        self.losses, self.routing, self.tokens = SequenceRows(), SequenceRows(), SequenceRows()
 
     @contextmanager
     def timed(self):
@@ -163,58 +166,34 @@ class _Collector:
         self.seconds += time.perf_counter() - start
 
     def add_losses(self, batch: Sequences, losses: dict[str, Tensor], clean_T: Tensor) -> None:
-        keys = {
-            "document_id": batch.document_id,
-            "domain": batch.domain,
-            "sequence_id": batch.sequence_id_S.tolist(),
-            "num_tokens": (batch.targets_SL != IGNORE).sum(-1).tolist(),
-            "num_bytes": batch.num_bytes_S.tolist(),
-        }
-        nll_T = losses["nll"]
         used_SL = batch.targets_SL != IGNORE
-        rise_SL = (nll_T - clean_T).view_as(used_SL).masked_fill(~used_SL, -torch.inf)
-        sums = {"nll_sum": nll_T, "kl_sum": losses["kl"], "num_agree": losses["agree"]}
-        columns = _sums(batch, sums) | {"delta_max": rise_SL.amax(-1).double().cpu().numpy()}
-        self.losses.append(keys | columns)
+        nll_SL = losses["nll"].view_as(used_SL)
+        rise_SL = (nll_SL - clean_T.view_as(used_SL)).masked_fill(~used_SL, -torch.inf)
+        sums = {"nll_sum": losses["nll"], "kl_sum": losses["kl"], "num_agree": losses["agree"]}
+        self.losses.add(
+            batch,
+            sums,
+            domain=batch.domain,
+            num_bytes=batch.num_bytes_S.cpu().numpy(),
+            delta_max=rise_SL.amax(-1).double().cpu().numpy(),
+        )
         if self.keep_tokens:
-            nll_SL, used_SL = nll_T.view_as(used_SL).cpu().numpy(), used_SL.cpu().numpy()
-            targets_SL = batch.targets_SL.cpu().numpy().astype(np.int32)
-            pairs = list(zip(nll_SL, targets_SL, used_SL, strict=True))
-            rows = {
-                "document_id": batch.document_id,
-                "sequence_id": batch.sequence_id_S.tolist(),
-                # As objects: numpy's own strings of bytes lose the zeros at their end.
-                "nll": np.array([n_L[u_L].tobytes() for n_L, _, u_L in pairs], dtype=object),
-            }
+            kept = {"nll": nll_SL}
             if self.condition == CLEAN:
-                targets = [t_L[used_L].tobytes() for _, t_L, used_L in pairs]
-                rows["targets"] = np.array(targets, dtype=object)
-            self.tokens.append(rows)
+                kept["targets"] = batch.targets_SL.to(torch.int32)
+            self.tokens.append(batch, **{n: _as_bytes(v, used_SL) for n, v in kept.items()})
 
     def add_site(self, batch: Sequences, site: RouterSite, doses: dict[str, Tensor]) -> None:
-        keys = {
-            "document_id": batch.document_id,
-            "sequence_id": batch.sequence_id_S.tolist(),
-            "layer": [site.layer] * len(batch),
-            "stage": [site.stage] * len(batch),
-            "num_tokens": (batch.targets_SL != IGNORE).sum(-1).tolist(),
-        }
-        self.routing.append(keys | _sums(batch, doses))
+        self.routing.add(batch, doses, layer=site.layer, stage=site.stage)
 
     def cell(self) -> Cell:
-        routing = _frame(self.routing) if self.routing else pd.DataFrame()
-        tokens = _frame(self.tokens) if self.tokens else None
-        return Cell(self.condition, _frame(self.losses), routing, self.seconds, tokens)
+        tokens = self.tokens.frame() if self.keep_tokens else None
+        losses, routing = self.losses.frame()[LOSSES], self.routing.frame()
+        return Cell(self.condition, losses, routing, self.seconds, tokens)
 
 
-def _frame(parts: list[dict]) -> pd.DataFrame:
-    """Batches one below the other."""
-    return pd.DataFrame({name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
-
-
-def _sums(batch: Sequences, per_token: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Per sequence: fp64 sums over the tokens that have a target."""
-    used_SL = batch.targets_SL != IGNORE
-    stacked = torch.stack([v.to(torch.float32) for v in per_token.values()])
-    sums = (stacked.view(-1, *used_SL.shape).double() * used_SL).sum(-1).cpu().numpy()
-    return dict(zip(per_token, sums, strict=True))
+def _as_bytes(values_SL: Tensor, used_SL: Tensor) -> np.ndarray:
+    """(S,) the used values of each sequence; as objects, since numpy's own strings of bytes lose
+    the zeros at their end."""
+    pairs = zip(values_SL.cpu().numpy(), used_SL.cpu().numpy(), strict=True)
+    return np.array([values_L[used_L].tobytes() for values_L, used_L in pairs], dtype=object)

@@ -39,7 +39,7 @@ def sweep(
     perturbations: Asked,
     *,
     where: str = "all",
-    point: str = "logits",
+    point: Literal["logits", "scores"] = "logits",
     seed: int = 0,
     controls: bool = True,
     calibration: Sequences | None = None,
@@ -70,7 +70,7 @@ def sweep(
 def conditions_of(
     perturbations: Asked,
     where: str = "all",
-    point: str = "logits",
+    point: Literal["logits", "scores"] = "logits",
     seed: int = 0,
     controls: bool = False,
 ) -> list[Condition]:
@@ -84,7 +84,7 @@ def conditions_of(
             "list of them"
         )
     asked = [
-        p if isinstance(p, Condition) else Condition(p, where, point, eval_seed=seed)
+        p if isinstance(p, Condition) else Condition(p, Where.parse(where), point, eval_seed=seed)
         for p in (*perturbations, *(CONTROLS if controls else ()))
     ]
     for condition in asked:
