@@ -17,7 +17,7 @@ from analysis.adapters.base import (
     routed_adapter,
 )
 from analysis.adapters.cartmoe import CartMoEAdapter
-from analysis.adapters.load import adapt, documents, load
+from analysis.adapters.load import adapt, documents, load, skeleton
 from analysis.adapters.running import (
     DenseRouting,
     RoutedFlow,

@@ -15,33 +15,49 @@ from cartmoe.checkpoint import (
     read_tokenizer,
 )
 from cartmoe.checkpoint import load as load_checkpoint
+from cartmoe.config import ModelConfig
 from cartmoe.corpora import is_built_in, read_corpus
 from cartmoe.data import Sequences, prepare, sequences, sequences_from
 from cartmoe.model import LanguageModel
+from cartmoe.skeleton import skeleton as model_skeleton
 from cartmoe.tokenizers import ByteTokenizer, Tokenizer
 
 
-def load(path: str | Path, *, name: str | None = None) -> CartMoEAdapter:
+def load(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    train_seed: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    device: str = "cpu",
+) -> CartMoEAdapter:
     """The model of a checkpoint, or of the newest good checkpoint of a run.
 
     Without a name it has that of the run's folder where a study trained it (NAME-sSEED), and that
-    of its family elsewhere.
+    of its family elsewhere; without seed and tokenizer those that the checkpoint knows.
 
     Raises `FileNotFoundError` where there is none, `cartmoe.checkpoint.CheckpointError` naming the
     file of a damaged one.
     """
     folder = newest(path).resolve()
-    train_seed = read_meta(folder).get("train_seed", 0)
-    run, ending = folder.parent.parent, f"-s{train_seed}"
+    trained = read_meta(folder).get("train_seed", 0)
+    run, ending = folder.parent.parent, f"-s{trained}"
     if name is None and folder.parent.name == CHECKPOINTS and run.name.endswith(ending):
         name = run.name.removesuffix(ending) or None
     return CartMoEAdapter(
-        load_checkpoint(folder).eval(),
-        read_tokenizer(folder),
+        load_checkpoint(folder).to(device).eval(),
+        tokenizer or read_tokenizer(folder),
         name=name,
-        train_seed=train_seed,
+        train_seed=trained if train_seed is None else train_seed,
         identity=checkpoint_sha256(folder),
     )
+
+
+def skeleton(
+    config: ModelConfig, *, name: str | None = None, train_seed: int = 0
+) -> CartMoEAdapter:
+    """The model without any weights: its sites and what is fixed by the architecture."""
+    return CartMoEAdapter(model_skeleton(config), name=name, train_seed=train_seed)
 
 
 def adapt(model: LanguageModel, tokenizer: Tokenizer | None = None, *, name: str | None = None):
@@ -68,7 +84,8 @@ def documents(
     length   tokens of a sequence;  limit   documents, spread over the domains
     """
     tokenizer: Any = (model and as_adapter(model).tokenizer) or ByteTokenizer()
-    limits = dict(length=length, limit=limit, max_tokens_per_document=max_tokens_per_document)
+    limits: dict[str, Any] = dict(length=length, limit=limit)
+    limits["max_tokens_per_document"] = max_tokens_per_document
     if not is_built_in(corpus):
         return sequences_from(read_corpus(corpus), tokenizer, **limits)
     prepared = prepare(corpus, tokenizer.name)

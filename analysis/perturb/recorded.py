@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from analysis.adapters import Router, as_adapter, load
+from analysis.adapters import Router, as_adapter, load, skeleton
 from analysis.perturb.base import Identity, Perturbation
 from analysis.perturb.context import RouterContext
 from analysis.perturb.decisions import where_tokens
@@ -18,13 +18,62 @@ from analysis.perturb.trace import Trace
 from analysis.perturb.trace_files import trace_sha256
 from cartmoe.checkpoint import CheckpointError, checkpoint_sha256, read_config
 from cartmoe.fields import declared
-from cartmoe.hooks import RouterSite, router_sites
+from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
-from cartmoe.skeleton import skeleton
+
+
+class OfAnotherRun(Perturbation):
+    """Needs what another run has left.
+
+    needed   what must be where `source` says; sha256 is that by which it is known
+    """
+
+    needed: ClassVar[str]
+    sha256: str | None
+
+    @property
+    def label(self) -> str:
+        """ "Replay(NAME)", the name of the directory, or of the model."""
+        where = getattr(self, self.source)
+        return (
+            f"{type(self).__name__}({Path(where).name if isinstance(where, str) else where.name})"
+        )
+
+    def identity(self) -> Perturbation:
+        """The router's own decisions."""
+        return Identity()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Where it is (of a model in memory its name), and its SHA-256."""
+        where = getattr(self, self.source)
+        named = where if isinstance(where, str) else where.name
+        return {"name": type(self).__name__, self.source: named, "sha256": self.known()}
+
+    def known(self) -> str:
+        """The SHA-256; `ValueError` where there is nothing."""
+        where = getattr(self, self.source)
+        found = self.sha256 if isinstance(where, str) else where.identity
+        if found is None:
+            raise ValueError(
+                f"{self.source} is {where!r}, and there is no {self.needed} (in analysis.compare "
+                "also a model's name)"
+            )
+        return found
+
+    def pin(self, where: object, found: str | None) -> None:
+        """Keep where it is, and the hash of what is there now, so that it is never taken for what
+        comes later; if one was given, what is there must have it."""
+        if found is not None and self.sha256 not in (None, found):
+            raise ValueError(
+                f"the {self.source} at {where} is another one than it was: its SHA-256 is {found}, "
+                f"and {self.sha256} was asked for"
+            )
+        object.__setattr__(self, self.source, where)
+        object.__setattr__(self, "sha256", self.sha256 or found)
 
 
 @declared
-class Replay(Perturbation):
+class Replay(OfAnotherRun):
     """Another run's recorded decisions are imposed: another checkpoint's, precision's or kernel's
     (rollout routing replay, arXiv 2510.11370).
 
@@ -38,6 +87,8 @@ class Replay(Perturbation):
     """
 
     anew: ClassVar[bool] = True
+    source: ClassVar[str] = "trace"
+    needed: ClassVar[str] = "trace; give an analysis.Trace, or the directory of one"
     trace: Any = None
     sha256: str | None = None
 
@@ -45,33 +96,13 @@ class Replay(Perturbation):
         trace = self.trace
         if not isinstance(trace, str | Path | Trace) or trace == "":
             raise ValueError(f"trace is {trace!r}; give an analysis.Trace, or the directory of one")
-        object.__setattr__(self, "trace", str(trace.path if isinstance(trace, Trace) else trace))
-        _pin(self, "trace", trace.sha256 if isinstance(trace, Trace) else _trace_sha256(self.trace))
-
-    @property
-    def label(self) -> str:
-        """ "Replay(NAME)", the name of the trace's directory."""
-        return f"Replay({Path(self.trace).name})"
-
-    def identity(self) -> Perturbation:
-        """The router's own decisions."""
-        return Identity()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The directory, and the SHA-256 of what is recorded there."""
-        return {"name": "Replay", "trace": self.trace, "sha256": self._known()}
-
-    def _known(self) -> str:
-        if self.sha256 is None:
-            raise ValueError(
-                f"trace is {self.trace!r}, and there is no trace; give an analysis.Trace, or the "
-                "directory of one (in analysis.compare also a model's name)"
-            )
-        return self.sha256
+        recorded = isinstance(trace, Trace)
+        where = str(trace.path if recorded else trace)
+        self.pin(where, trace.sha256 if recorded else trace_sha256(Path(where)))
 
     def opened(self) -> Trace:
         """The trace; opened, and checked byte by byte, once a process."""
-        return _opened(self.trace, self._known())
+        return _opened(self.trace, self.known())
 
     def check(self, sites: Sequence[RouterSite]) -> None:
         """`ValueError` for a router that was not recorded, or has other experts."""
@@ -98,7 +129,7 @@ class Replay(Perturbation):
         ids_TK = ids_TK.clamp(min=0)  # of padding, which keeps the router's own below
         if weights_TK is None:
             weights_TK = router.weigh(
-                routing.scores_TE, ids_TK, torch.ones_like(ids_TK, dtype=bool)
+                routing.scores_TE, ids_TK, torch.ones_like(ids_TK, dtype=torch.bool)
             )
         weights_TK = weights_TK.to(routing.weights_TK.dtype)
         imposed = routing._replace(ids_TK=ids_TK, weights_TK=weights_TK)
@@ -106,7 +137,7 @@ class Replay(Perturbation):
 
 
 @declared
-class GateSwap(Perturbation):
+class GateSwap(OfAnotherRun):
     """The gates of another checkpoint in place of this one's: did tuning change the routers, or
     the experts? Both must have the same routers.
 
@@ -117,14 +148,15 @@ class GateSwap(Perturbation):
 
     points: ClassVar[tuple[str, ...]] = ("logits",)
     needs_input: ClassVar[bool] = True
+    source: ClassVar[str] = "checkpoint"
+    needed: ClassVar[str] = "whole one; give the path of one, or a model under study"
     checkpoint: Any = None
     sha256: str | None = None
 
     def __post_init__(self) -> None:
         given = self.checkpoint
         if isinstance(given, str | Path) and given != "":
-            object.__setattr__(self, "checkpoint", str(given))
-            _pin(self, "checkpoint", _checkpoint_sha256(str(given)))
+            self.pin(str(given), _checkpoint_sha256(str(given)))
         elif isinstance(given, nn.Module) or hasattr(given, "segments"):
             object.__setattr__(self, "checkpoint", as_adapter(given))
         else:
@@ -132,7 +164,7 @@ class GateSwap(Perturbation):
                 f"checkpoint is {given!r}; give the path of one, or a model under study"
             )
 
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         if not isinstance(self.checkpoint, str):
             raise ValueError(
                 f"{self.label} holds a model in memory, which does not go to other processes; give "
@@ -140,37 +172,11 @@ class GateSwap(Perturbation):
             )
         return super().__reduce_ex__(protocol)
 
-    @property
-    def label(self) -> str:
-        """ "GateSwap(NAME)"."""
-        name = self.checkpoint
-        return f"GateSwap({Path(name).name if isinstance(name, str) else name.name})"
-
-    def identity(self) -> Perturbation:
-        """The model's own gates."""
-        return Identity()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The path (or name), and the identity of the model."""
-        if not isinstance(self.checkpoint, str):
-            where, sha256 = self.checkpoint.name, self.checkpoint.identity
-        else:
-            where, sha256 = self.checkpoint, self._known()
-        return {"name": "GateSwap", "checkpoint": where, "sha256": sha256}
-
-    def _known(self) -> str:
-        if self.sha256 is None:
-            raise ValueError(
-                f"checkpoint is {self.checkpoint!r}, and there is no whole one; give the path of "
-                "one, or a model under study (in analysis.compare also a model's name)"
-            )
-        return self.sha256
-
     def check(self, sites: Sequence[RouterSite]) -> None:
         """`ValueError` for a router that the other model does not have, or not with as many
         experts."""
         if isinstance(self.checkpoint, str):
-            have = _sites_of(self.checkpoint, self._known())
+            have = _sites_of(self.checkpoint, self.known())
         else:
             have = tuple(self.checkpoint.sites())
         experts = {site.place: site.num_experts for site in have}
@@ -186,32 +192,17 @@ class GateSwap(Perturbation):
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """The other gate's logits of the same input."""
+        assert ctx.x_TD is not None  # for `needs_input`
         self.check([ctx.site])
         device = ctx.x_TD.device
         if isinstance(self.checkpoint, str):
-            gates = _loaded_gates(self.checkpoint, self._known(), device)
+            gates = _loaded_gates(self.checkpoint, self.known(), device)
         else:
             gates = _gates(self.checkpoint)
         gate = gates[ctx.site.place]
         with torch.no_grad():
             other_TE = gate(ctx.x_TD, ctx.tokens.token_ids_T).to(logits_TE)
         return other_TE.where(logits_TE != -torch.inf, -torch.inf)  # after a mask, in a Compose
-
-
-def _pin(perturbation: Perturbation, what: str, found: str | None) -> None:
-    """Keep the hash of what is there now, so that it is never taken for what comes later; if one
-    was given, what is there must have it."""
-    path, expected = getattr(perturbation, what), perturbation.sha256
-    if found is not None and expected not in (None, found):
-        raise ValueError(
-            f"the {what} at {path} is another one than it was: its SHA-256 is {found}, and "
-            f"{expected} was asked for"
-        )
-    object.__setattr__(perturbation, "sha256", expected or found)
-
-
-def _trace_sha256(path: str) -> str | None:
-    return trace_sha256(Path(path))
 
 
 def _checkpoint_sha256(path: str) -> str | None:
@@ -232,7 +223,7 @@ def _opened(path: str, sha256: str) -> Trace:
 @functools.lru_cache(maxsize=16)
 def _sites_of(path: str, sha256: str) -> tuple[RouterSite, ...]:
     """The routers of a checkpoint, told from its configuration alone."""
-    return tuple(router_sites(skeleton(read_config(path))))
+    return tuple(skeleton(read_config(path)).sites())
 
 
 Gates = dict[tuple[int, int], Callable[[Tensor, Tensor], Tensor]]

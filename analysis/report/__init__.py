@@ -3,6 +3,7 @@
 text.py      what a study found, in words
 study.py     the tables and figures that a study leaves in its directory
 overlap.py   those that `python -m analysis overlap` leaves
+made.py      what a folder was made from; pictures drawn into it
 export.py    a study's tables as files that other programs read
 """
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,6 +17,8 @@ from analysis.adapters import Adapter, load
 from analysis.overlap import Overlap
 from analysis.overlap.metrics import METRICS, TABLES
 from analysis.plots import SHARES, SIMILAR
+from analysis.report.made import are_there, draw, record, recorded
+from analysis.stats import facts_of
 from analysis.study import manifest
 from cartmoe.files import write_atomically
 
@@ -53,42 +53,27 @@ def finished(out: Path, asked: dict[str, Any]) -> list[Path] | None:
     """
     if not out.exists() or not any(out.iterdir()):
         return None
-    try:
-        known = dict(json.loads((out / MANIFEST).read_text()))
-    except (FileNotFoundError, ValueError, TypeError):  # not there, damaged, somebody else's
-        known = {}
-    now = json.loads(json.dumps(asked))
-    other = [name for name, value in now.items() if known.get(name) != value]
+    other, files = recorded(out / MANIFEST, asked)
     if other:
         raise ValueError(
             f"out is {str(out)!r}, which holds other results ({', '.join(other)}); choose another"
         )
-    files = [out / name for name in known.get("files") or []]
-    return files if files and all(path.is_file() for path in files) else None
+    return files if files and are_there(files) else None
 
 
 def write_overlap(overlap: Overlap, out: Path, asked: dict[str, Any]) -> list[Path]:
     """Write experts.csv, sites.csv, pairs.csv, manifest.json (`asked` in it) and figures/, each
     whole or not at all; returns their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    files = [out / MANIFEST]
-
-    def note(written: list[Path]) -> None:
-        said = asked | manifest() | {"files": [str(path.relative_to(out)) for path in written]}
-        write_atomically(files[0], json.dumps(said, indent=1) + "\n")
-
-    note([])
+    said, files = asked | manifest(), [out / MANIFEST]
+    record(files[0], said, [])
     for name in TABLES:
         table = getattr(overlap, name)
         if not table.empty:
             files.append(out / f"{name}.csv")
             write_atomically(files[-1], table.to_csv(index=False))
     for name, picture in _pictures(overlap):
-        with plots.paper_style():
-            drawing = picture()
-            files += plots.save(drawing, out / "figures" / name)
-            plt.close(getattr(drawing, "figure", drawing))
-    note(files)
+        files += draw(picture, out / "figures" / name)
+    record(files[0], said, files)
     return files
 
 
@@ -116,7 +101,7 @@ def _pictures(overlap: Overlap) -> Iterator[tuple[str, Picture]]:
 
 def _within_sites(overlap: Overlap) -> list[str]:
     """Metrics of pairs of experts of one site."""
-    return [name for name in overlap.pairs.metric.unique() if name != "transition"]
+    return [name for name in overlap.pairs.metric.unique() if not facts_of(name).across]
 
 
 def _first_site(overlap: Overlap, metric: str) -> dict[str, int]:

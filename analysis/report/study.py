@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from analysis import plots
 from analysis.measure import Results
+from analysis.report.made import are_there, draw, record, recorded
 from analysis.report.text import describe, tables
 from analysis.study import STORE, Store, read, read_plan
 from cartmoe.files import write_atomically
 
-STAMP = ".made_from"  # what tables or figures were made from, and their names
+NOTE = ".made.json"  # what tables or figures were made from, and their names
+CODE = ("measure", "stats", "plots", "report")  # rooms that decide what they look like
 # The table a picture is drawn from, empty where the study has nothing of it; and the picture.
 Picture = tuple[Callable[[Results], pd.DataFrame], Callable[[pd.DataFrame], Axes | Figure]]
 
@@ -74,57 +76,53 @@ def summarize(out: Path) -> str:
 
     What was summarized already, from the same cells by the same code, is not done again.
     """
-    folder, text, made_from = out / "tables", out / "robustness.txt", _fingerprint(out)
-    if _made(folder, made_from) is None or not text.is_file():
-        results = read(out)
-        folder.mkdir(exist_ok=True)
-        contrasts = read_plan(out)["contrasts"]
+    text = out / "robustness.txt"
+
+    def write(folder: Path) -> list[Path]:
+        results, contrasts = read(out), read_plan(out)["contrasts"]
         made = tables(results, contrasts)
-        for name, table in made.items():
-            write_atomically(folder / f"{name}.csv", table.to_csv(index=False))
+        files = [folder / f"{name}.csv" for name in made]
+        for file, table in zip(files, made.values(), strict=True):
+            write_atomically(file, table.to_csv(index=False))
         write_atomically(text, describe(results, made, contrasts))
-        _note(folder, made_from, [f"{name}.csv" for name in made])
+        return files
+
+    _once(out, "tables", write, [text])
     return text.read_text()
 
 
 def plot(out: Path, progress: bool = False) -> list[Path]:
     """Draw every figure that the study has the conditions for: PNG and PDF in figures/."""
-    folder, made_from = out / "figures", _fingerprint(out)
-    files = _made(folder, made_from)
-    if files is None:
-        results = read(out)
-        folder.mkdir(exist_ok=True)
-        files = []
+
+    def write(folder: Path) -> list[Path]:
+        results, files = read(out), []
         drawn = FIGURES.items() if results.has_conditions else ()
-        for name, (table_of, picture) in tqdm(
-            drawn, desc="drawing", unit="figure", disable=not progress
-        ):
+        bar = tqdm(drawn, desc="drawing", unit="figure", disable=not progress)
+        for name, (table_of, picture) in bar:
             table = table_of(results)
-            if table.empty:
-                continue
-            with plots.paper_style():
-                drawing = picture(table)
-                files += plots.save(drawing, folder / name)
-                plt.close(getattr(drawing, "figure", drawing))
-        _note(folder, made_from, [file.name for file in files])
+            if not table.empty:
+                files += draw(partial(picture, table), folder / name)
+        return files
+
+    return _once(out, "figures", write)
+
+
+def _once(
+    out: Path, name: str, write: Callable[[Path], list[Path]], beside: Sequence[Path] = ()
+) -> list[Path]:
+    """The files of that folder of the study, which `write` makes unless they are there already,
+    made from the same. What was made from something else and is not made now is removed."""
+    folder = out / name
+    note, asked = folder / NOTE, {"made_from": _fingerprint(out)}
+    differing, before = recorded(note, asked)
+    if not differing and are_there([*before, *beside]):
+        return before
+    folder.mkdir(exist_ok=True)
+    files = write(folder)
+    for path in set(before) - set(files):
+        path.unlink(missing_ok=True)
+    record(note, asked, files)
     return files
-
-
-def _made(folder: Path, made_from: str) -> list[Path] | None:
-    """What was made there, unless it was from something else or is not all there anymore."""
-    stamp = folder / STAMP
-    known, *names = stamp.read_text().splitlines() if stamp.is_file() else [None]
-    files = [folder / name for name in names]
-    return files if known == made_from and all(file.is_file() for file in files) else None
-
-
-def _note(folder: Path, made_from: str, names: list[str]) -> None:
-    """Note what was made; what an earlier study made here and this one does not have is removed."""
-    stamp = folder / STAMP
-    for name in stamp.read_text().splitlines()[1:] if stamp.is_file() else []:
-        if name not in names:
-            (folder / name).unlink(missing_ok=True)
-    write_atomically(stamp, "\n".join([made_from, *names]) + "\n")
 
 
 def _fingerprint(out: Path) -> str:
@@ -134,8 +132,7 @@ def _fingerprint(out: Path) -> str:
     with Store(out / STORE) as store:
         digest.update("".join(sorted(store.keys())).encode())
         digest.update(store.failures().sort_values("key").to_csv().encode())
-    here = Path(__file__).parent
-    own = [here / f"{name}.py" for name in ("report", "describe", "results")]
-    for path in (*own, *sorted(here.glob("[ps][lt]*/*.py"))):
+    rooms = Path(__file__).parents[1]
+    for path in sorted(path for room in CODE for path in (rooms / room).glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -8,18 +8,20 @@ weights, since the time does not depend on them. Nothing is written.
 
 from __future__ import annotations
 
+import itertools
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 
-from analysis.adapters import CartMoEAdapter
+from analysis.adapters import Adapter, adapt, load
 from analysis.measure import calibrate, measure
 from analysis.perturb import CLEAN, Condition
 from analysis.study.folder import STORE
-from analysis.study.models import Checkpoint, check_sources, configs, find, run_folder
+from analysis.study.models import Checkpoint, run_folder
 from analysis.study.plan import Plan
 from analysis.study.provenance import default_device
 from analysis.study.run import threads_of
@@ -27,7 +29,7 @@ from analysis.study.specs import ModelSpec
 from analysis.study.store import Store
 from analysis.study.study import Study
 from analysis.study.worker import autocast, numerics
-from cartmoe.checkpoint import load, read_meta, run_checkpoints
+from cartmoe.checkpoint import read_meta, run_checkpoints
 from cartmoe.distributed import Ranks
 from cartmoe.folders import check_directory
 from cartmoe.model import LanguageModel
@@ -37,15 +39,13 @@ from cartmoe.precision import probe_precision
 PROBE = 4  # sequences
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Of one model: cells, and seconds in one process.
 
     steps   that are left to train, and seconds of all of them
     """
 
-    model: str
-    train_seed: int
+    spec: ModelSpec
     shards: int
     arms: int
     missing: int
@@ -63,10 +63,8 @@ def dry_run(study: Study, out: str | Path, workers: int = 1, threads: int | None
     """What `run` would do with so many workers, as text. Raises as `run` does for mistakes."""
     out = Path(out)
     check_directory(out)
-    check_sources(study)
     plan = Plan.of(study, threads_of(study, None, threads))
-    found = [find(study, spec, plan.corpus, out) for spec in study.models]
-    plan.check(zip(study.models, configs(study, found), strict=True))
+    found = plan.find(out)
     finished: set[str] = set()
     if (out / STORE).is_file():
         with Store(out / STORE) as store:
@@ -82,50 +80,43 @@ def dry_run(study: Study, out: str | Path, workers: int = 1, threads: int | None
 def _estimate(
     plan: Plan, spec: ModelSpec, checkpoint: Checkpoint | None, out: Path, finished: set[str]
 ) -> Estimate:
-    config = checkpoint.config if checkpoint else spec.config
-    arms = plan.arms(spec, config)[1]
-    missing = [(shard, arm) for shard in range(len(plan.shards)) for arm in arms]
+    arms = plan.arms(spec, checkpoint)[1]
     if checkpoint:
         cells = plan.work(checkpoint).cells
-        missing = [(c.shard, c.condition) for c in cells if c.key not in finished]
+        missing = [(cell.shard, cell.condition) for cell in cells if cell.key not in finished]
+        steps, training = 0, 0.0
+    else:
+        missing = list(itertools.product(range(len(plan.shards)), arms))
+        steps, training = _training(spec, run_folder(out, spec))
     seconds = 0.0
     if missing:
-        model = load(checkpoint.path) if checkpoint else LanguageModel(config)
-        model = CartMoEAdapter(model.to(default_device()).eval(), plan.corpus.tokenizer)
+        device, tokenizer = default_device(), plan.corpus.tokenizer
+        if checkpoint:
+            model = load(checkpoint.path, tokenizer=tokenizer, device=device)
+        else:
+            model = adapt(LanguageModel(spec.config).to(device).eval(), tokenizer)
         once, each = _probe(plan, model, arms)
         seconds = once + sum(each[arm] * len(plan.shards[shard]) for shard, arm in missing)
-    steps, training = (0, 0.0) if checkpoint else _training(spec, run_folder(out, spec))
-    return Estimate(
-        model=spec.name,
-        train_seed=spec.train_seed,
-        shards=len(plan.shards),
-        arms=len(arms),
-        missing=len(missing),
-        seconds=seconds,
-        steps=steps,
-        training=training,
-    )
+    return Estimate(spec, len(plan.shards), len(arms), len(missing), seconds, steps, training)
 
 
 def _probe(
-    plan: Plan, model: CartMoEAdapter, arms: dict[Condition, bool]
+    plan: Plan, model: Adapter, arms: dict[Condition, bool]
 ) -> tuple[float, dict[Condition, float]]:
     """(seconds of calibration, seconds a sequence of every arm)."""
     batch = plan.shards[0][: min(PROBE, plan.study.measure.batch_size)]
-    first = [i for i, segment in enumerate(model.segments()) for _ in segment.sites]
-    sites = model.sites()
+    depth = {site: i for i, segment in enumerate(model.segments()) for site in segment.sites}
 
     def kind(arm: Condition) -> tuple:
-        segment = next(i for i, site in zip(first, sites, strict=True) if arm.where(site))
+        segment = min(depth[site] for site in depth if arm.where(site))
         return (type(arm.perturbation), segment, arm.effect, arm.downstream, arms[arm])
 
-    of_kind = {kind(arm): arm for arm in arms if arm != CLEAN}
-    tabulate = frozenset(arm for arm in of_kind.values() if arms[arm])
+    kinds = {arm: kind(arm) for arm in arms if arm != CLEAN}
+    of_kind = {kind: arm for arm, kind in kinds.items()}
     measure(model, [], batch, batch_size=len(batch))  # warms up
     calibration, start = None, time.perf_counter()
-    if sites:
-        slice_ = plan.calibration[: len(batch)]
-        calibration = calibrate(model, slice_, batch_size=len(batch))
+    if depth:
+        calibration = calibrate(model, plan.calibration[: len(batch)], batch_size=len(batch))
     once = (time.perf_counter() - start) * len(plan.calibration) / len(batch)
     cells = measure(
         model,
@@ -133,11 +124,11 @@ def _probe(
         batch,
         batch_size=len(batch),
         calibration=calibration,
-        tabulate=tabulate,
+        tabulate=frozenset(arm for arm in of_kind.values() if arms[arm]),
         keep_tokens=plan.study.measure.tokens,
     )
     seconds = {cell.condition: cell.seconds / len(batch) for cell in cells}
-    return once, {arm: seconds[arm if arm == CLEAN else of_kind[kind(arm)]] for arm in arms}
+    return once, {arm: seconds[of_kind[kinds[arm]] if arm in kinds else CLEAN] for arm in arms}
 
 
 def _training(spec: ModelSpec, folder: Path) -> tuple[int, float]:
@@ -163,33 +154,30 @@ def _training(spec: ModelSpec, folder: Path) -> tuple[int, float]:
 
 
 def _describe(plan: Plan, rows: list[Estimate], workers: int) -> str:
-    name = plan.study.name
     table = pd.DataFrame(
         {
-            "model": [f"{row.model} (seed {row.train_seed})" for row in rows],
-            "cells": [f"{row.shards} shards x {row.arms} = {row.cells}" for row in rows],
-            "finished": [row.cells - row.missing for row in rows],
-            "missing": [row.missing for row in rows],
-            "measuring": [spoken(row.seconds) for row in rows],
-            "steps": [row.steps for row in rows],
-            "training": [spoken(row.training) for row in rows],
+            "model": f"{row.spec.name} (seed {row.spec.train_seed})",
+            "cells": f"{row.shards} shards x {row.arms} = {row.cells}",
+            "finished": row.cells - row.missing,
+            "missing": row.missing,
+            "measuring": spoken(row.seconds),
+            "steps": row.steps,
+            "training": spoken(row.training),
         }
+        for row in rows
     )
-    cells, missing = sum(row.cells for row in rows), sum(row.missing for row in rows)
+    cells, missing = sum(row.cells for row in rows), table.missing.sum()
     measuring, training = sum(row.seconds for row in rows), sum(row.training for row in rows)
     probe = f"{min(PROBE, plan.study.measure.batch_size)} sequences"
-    return "\n".join(
-        [
-            f"Study {name!r}: {len(rows)} models, {cells} cells, {cells - missing} finished, "
-            f"{missing} missing",
-            table.to_string(index=False),
-            f"Training, one model after the other: about {spoken(training)}",
-            f"Measuring with {workers} process{'es' * (workers > 1)} of {plan.threads} "
-            f"thread{'s' * (plan.threads > 1)}: about {spoken(measuring / workers)}",
-            f"Estimated from one batch of {probe} a model and kind of condition, and one training "
-            "step of as many (models not trained yet: with random weights); nothing was written.",
-        ]
-    )
+    return f"""\
+Study {plan.study.name!r}: {len(rows)} models, {cells} cells, {cells - missing} finished, \
+{missing} missing
+{table.to_string(index=False)}
+Training, one model after the other: about {spoken(training)}
+Measuring with {workers} process{"es" * (workers > 1)} of {plan.threads} \
+thread{"s" * (plan.threads > 1)}: about {spoken(measuring / workers)}
+Estimated from one batch of {probe} a model and kind of condition, and one training step of as \
+many (models not trained yet: with random weights); nothing was written."""
 
 
 def spoken(seconds: float) -> str:

@@ -15,17 +15,14 @@ from analysis.study.store import Store
 STORE, PLAN = "results.sqlite", "plan.json"
 
 
-def plan_path(out: Path) -> Path:
-    """Where the plan of a study's directory is; `FileNotFoundError` if there is none."""
+def read_plan(out: Path) -> dict[str, Any]:
+    """What `run` has written: study, contrasts, manifest, facts, cells.
+
+    Raises `FileNotFoundError` where there is no study, `ValueError` for a damaged file.
+    """
     path = out / PLAN
     if not path.is_file():
         raise FileNotFoundError(f"{out} holds no study (no {PLAN}); run one with --out {out}")
-    return path
-
-
-def read_plan(out: Path) -> dict[str, Any]:
-    """What `run` has written: study, contrasts, manifest, facts, cells."""
-    path = plan_path(out)
     try:
         return json.loads(path.read_text())
     except ValueError as error:

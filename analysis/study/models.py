@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from analysis.adapters import CartMoEAdapter
 from analysis.study.specs import ModelSpec
 from analysis.study.study import Study
 from cartmoe.checkpoint import (
@@ -28,7 +27,6 @@ from cartmoe.config import ModelConfig
 from cartmoe.corpora import CORPORA, is_built_in
 from cartmoe.data import Corpus
 from cartmoe.run import RUN, read_run
-from cartmoe.skeleton import skeleton as model_skeleton
 from cartmoe.tokenizers import tokenizer_key
 from cartmoe.train import train
 
@@ -50,11 +48,6 @@ class Checkpoint:
     def config(self) -> ModelConfig:
         """Of the model."""
         return read_config(self.path)
-
-
-def skeleton(spec: ModelSpec, config: ModelConfig) -> CartMoEAdapter:
-    """The model without any weights: its sites and what is fixed by the architecture."""
-    return CartMoEAdapter(model_skeleton(config), name=spec.name, train_seed=spec.train_seed)
 
 
 def check_sources(study: Study) -> None:
@@ -89,14 +82,6 @@ def find(study: Study, spec: ModelSpec, corpus: Corpus, out: Path) -> Checkpoint
     return path and Checkpoint.of(spec, path)
 
 
-def configs(study: Study, found: list[Checkpoint | None]) -> list[ModelConfig]:
-    """Of every model, there already or not."""
-    return [
-        checkpoint.config if checkpoint else spec.config
-        for spec, checkpoint in zip(study.models, found, strict=True)
-    ]
-
-
 def check_bytes(study: Study, checkpoint: Checkpoint) -> Checkpoint:
     """The same with every byte read: of a run whose newest checkpoint is damaged the one before.
 
@@ -109,8 +94,8 @@ def check_bytes(study: Study, checkpoint: Checkpoint) -> Checkpoint:
 
 def make(spec: ModelSpec, out: Path, progress: bool) -> Checkpoint:
     """Train the model, going on where an earlier process ended."""
-    return Checkpoint.of(spec, newest(train(spec.config, spec.train, run_folder(out, spec),
-                                            progress=progress)))  # fmt: skip
+    run = train(spec.config, spec.train, run_folder(out, spec), progress=progress)
+    return Checkpoint.of(spec, newest(run))
 
 
 def run_folder(out: Path, spec: ModelSpec) -> Path:

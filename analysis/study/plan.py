@@ -7,18 +7,18 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from analysis.adapters import Adapter
+from analysis.adapters import Adapter, skeleton
 from analysis.measure import facts_of, worth_tabulating
 from analysis.perturb import CLEAN, Condition, Where
-from analysis.study.models import Checkpoint, skeleton
+from analysis.study.models import Checkpoint, check_sources, find
 from analysis.study.provenance import default_device, platform_identity
 from analysis.study.specs import ModelSpec
 from analysis.study.store import cell_key
 from analysis.study.study import Study
 from analysis.study.worker import PlannedCell, Source, Task
-from cartmoe.config import ModelConfig
 from cartmoe.corpora import is_built_in
 from cartmoe.data import Corpus, Sequences, prepare, sequences
 
@@ -52,6 +52,7 @@ class Plan:
     @classmethod
     def of(cls, study: Study, threads: int) -> Plan:
         """Raises `ValueError` or `OSError` for documents that cannot be read."""
+        check_sources(study)
         corpus, docs = documents_of(study)
         size = study.data.shard
         shards = [docs[i : i + size] for i in range(0, len(docs), size)]
@@ -59,13 +60,17 @@ class Plan:
         calibration = sequences(corpus, split="train", limit=limit, **_limits(study))
         return cls(study, corpus, shards, calibration, threads)
 
-    def check(self, models: Iterable[tuple[ModelSpec, ModelConfig]]) -> None:
-        """Raise `ValueError`, a line a mistake, for conditions that do not fit one of them, and for
-        layers that none has. (Stages may be missing: most families have but one.)"""
+    def find(self, out: Path) -> list[Checkpoint | None]:
+        """Every model's checkpoint that is there, given or trained in `out`.
+
+        Raises `ValueError` as `models.find` does, and, a line a mistake, for conditions that do not
+        fit a model, and for layers that none has. (Stages may be missing: most families have one.)
+        """
+        found = [find(self.study, spec, self.corpus, out) for spec in self.study.models]
         mistakes: dict[str, None] = {}
         layers: set[int] = set()
-        for spec, config in models:
-            model, arms = self.arms(spec, config)
+        for spec, checkpoint in zip(self.study.models, found, strict=True):
+            model, arms = self.arms(spec, checkpoint)
             mistakes |= dict.fromkeys(self._misfits(model, arms))
             layers |= {site.layer for site in model.sites()}
         for place in dict.fromkeys(condition.where for condition in self.study.conditions):
@@ -74,11 +79,12 @@ class Plan:
                 mistakes[f"conditions: where is '{place}'; layers with a router are {have}"] = None
         if mistakes:
             raise ValueError("\n".join(f"{self.study.origin}: {m}" for m in mistakes))
+        return found
 
     def _misfits(self, model: Adapter, conditions: Iterable[Condition]) -> Iterator[str]:
         for condition in conditions:
             try:
-                condition.perturbation.check(list(filter(condition.where, model.sites())))
+                condition.perturbation.check([s for s in model.sites() if condition.where(s)])
             except ValueError as error:
                 yield f"conditions: {condition.perturbation.label}, model {model.name!r}: {error}"
 
@@ -87,21 +93,8 @@ class Plan:
         """What of this machine changes bits."""
         return platform_identity(default_device(), self.threads)
 
-    @cached_property
-    def _shard_sha256(self) -> list[str]:
-        return [shard.sha256 for shard in self.shards]
-
-    @cached_property
-    def _calibration(self) -> dict[str, Any]:
-        size = self.study.measure.batch_size
-        return {"sequences": self.calibration.sha256, "batch_size": size}
-
-    @cached_property
-    def _condition_dicts(self) -> dict[Condition, dict[str, Any]]:
-        return {condition: condition.to_dict() for condition in self.study.conditions}
-
     def arms(
-        self, spec: ModelSpec, config: ModelConfig
+        self, spec: ModelSpec, checkpoint: Checkpoint | None
     ) -> tuple[Adapter, dict[Condition, bool]]:
         """(the model without weights, what it is measured under: the clean run, and every
         condition that it has a router for -> whether experts' outputs come from a table).
@@ -109,40 +102,36 @@ class Plan:
         The latter is decided here, by all conditions of the study, so that it does not depend on
         which of them are measured together.
         """
-        if spec not in self._arms:
-            model, measure = skeleton(spec, config), self.study.measure
-            conditions = conditions_for(model, self.study.conditions_of(spec))
-            tokens = measure.batch_size * self.study.data.length
-            tabulated = worth_tabulating(model, conditions, tokens)
-            self._arms[spec] = model, {c: c in tabulated for c in (CLEAN, *conditions)}
-        return self._arms[spec]
-
-    @cached_property
-    def _arms(self) -> dict[ModelSpec, tuple[Adapter, dict[Condition, bool]]]:
-        return {}
+        config = checkpoint.config if checkpoint else spec.config
+        model = skeleton(config, name=spec.name, train_seed=spec.train_seed)
+        conditions = conditions_for(model, self.study.conditions_of(spec))
+        tokens = self.study.measure.batch_size * self.study.data.length
+        tabulated = worth_tabulating(model, conditions, tokens)
+        return model, {c: c in tabulated for c in (CLEAN, *conditions)}
 
     def work(self, checkpoint: Checkpoint) -> Work:
         """The cells of one model."""
-        model, arms = self.arms(checkpoint.spec, checkpoint.config)
+        model, arms = self.arms(checkpoint.spec, checkpoint)
         measure = self.study.measure
+        size = measure.batch_size
+        calibration = {"sequences": self.calibration.sha256, "batch_size": size}
+        # The clean run has neither.
+        own = {c: {"condition": c.to_dict(), "calibration": calibration} for c in arms}
+        own[CLEAN] = {"condition": None, "calibration": None}
         common = self.platform | {
             "model": checkpoint.identity,
             "tokenizer": self.corpus.tokenizer.identity,
-            "batch_size": measure.batch_size,
+            "batch_size": size,
             "precision": measure.precision,
             "keep_tokens": measure.tokens,
         }
         cells = []
-        for shard, data in enumerate(self._shard_sha256):
+        for number, shard in enumerate(self.shards):
             for condition, tabulated in arms.items():
-                identity = common | {
-                    "data": data,
-                    "condition": self._condition_dicts.get(condition),
-                    "calibration": None if condition == CLEAN else self._calibration,
-                    "tabulated": tabulated,
-                }
+                of_cell = {"data": shard.sha256, "tabulated": tabulated} | own[condition]
+                identity = common | of_cell
                 key = cell_key(identity)
-                cells.append(PlannedCell(key, shard, condition, tabulated, identity))
+                cells.append(PlannedCell(key, number, condition, tabulated, identity))
         return Work(checkpoint, model.family, facts_of(model), cells)
 
     def tasks(self, work: Sequence[Work], keys: Collection[str], workers: int) -> list[Task]:
@@ -174,7 +163,7 @@ class Plan:
             train_seed=checkpoint.spec.train_seed,
             tokenizer=(tokenizer.name, getattr(tokenizer, "json", None)),
             calibration=self.calibration,
-            calibration_sha256=self._calibration["sequences"],
+            calibration_sha256=self.calibration.sha256,
             batch_size=measure.batch_size,
             precision=measure.precision,
             platform=tuple(self.platform.items()),

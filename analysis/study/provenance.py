@@ -18,7 +18,7 @@ import torch
 COMPUTES = (
     *(f"cartmoe/{name}" for name in ("config", "routing", "experts", "ffn", "losses", "model")),
     *("cartmoe/hooks", "cartmoe/tokenizers", "analysis/adapters", "analysis/perturb"),
-    *(f"analysis/measure/{name}" for name in ("clean", "losses", "doses", "calibrate")),
+    *(f"analysis/measure/{name}" for name in ("clean", "losses", "doses", "calibrate", "rows")),
     *(f"analysis/measure/{name}" for name in ("intervene", "prepare", "search", "shard", "reuse")),
     "analysis/study/worker",
 )
@@ -72,15 +72,7 @@ def manifest() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """Of the checkout that the package lies in, "-dirty" appended if it was changed."""
-    command = [
-        "git",
-        "-C",
-        str(ROOT / "analysis"),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

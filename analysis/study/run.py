@@ -14,16 +14,8 @@ import torch
 from tqdm import tqdm
 
 from analysis.measure import Results, key_columns
-from analysis.study.folder import PLAN, STORE, plan_path, read
-from analysis.study.models import (
-    Checkpoint,
-    check_bytes,
-    check_sources,
-    configs,
-    find,
-    make,
-    run_folder,
-)
+from analysis.study.folder import PLAN, STORE, read
+from analysis.study.models import Checkpoint, check_bytes, make, run_folder
 from analysis.study.plan import Plan, Work
 from analysis.study.pool import Failure, InProcess, Pool
 from analysis.study.provenance import manifest
@@ -32,8 +24,6 @@ from analysis.study.study import Study, study_dict
 from analysis.study.worker import Task
 from cartmoe.files import write_atomically
 from cartmoe.folders import check_directory
-
-__all__ = ["plan_path", "read", "run"]
 
 
 def run(
@@ -60,9 +50,8 @@ def run(
     say = (lambda text: tqdm.write(text)) if progress else (lambda text: None)
     # What can fail at once comes before training, which may take hours.
     check_directory(out)
-    check_sources(study)
-    out.mkdir(parents=True, exist_ok=True)
     plan = Plan.of(study, threads_of(study, executor, threads))
+    out.mkdir(parents=True, exist_ok=True)
     with Store(out / STORE) as store:
         finished = store.keys()
         work = _ready(plan, out, finished, say, progress)
@@ -96,13 +85,11 @@ def _ready(
             return work if good == checkpoint else plan.work(good)
         return work
 
-    found = [find(study, spec, plan.corpus, out) for spec in study.models]
-    plan.check(zip(study.models, configs(study, found), strict=True))
-    works = [checkpoint and checked(checkpoint) for checkpoint in found]
+    works = [checkpoint and checked(checkpoint) for checkpoint in plan.find(out)]
     for i, spec in enumerate(study.models):
         if not spec.path:
-            say(f"[{i + 1}/{len(works)}] {spec.name}, seed {spec.train_seed}: "
-                f"{run_folder(out, spec)}")  # fmt: skip
+            where = run_folder(out, spec)
+            say(f"[{i + 1}/{len(works)}] {spec.name}, seed {spec.train_seed}: {where}")
         if not works[i]:
             works[i] = plan.work(make(spec, out, progress))
     return works

@@ -16,7 +16,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -61,27 +61,23 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(self.path, timeout=120, isolation_level=None)
-        except sqlite3.OperationalError as error:
+            try:
+                self._open()
+            except BaseException:
+                self._db.close()
+                raise
+        except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.path} is not a result store: {error}") from error
-        try:
-            self._open()
-        except BaseException as error:
-            self._db.close()
-            if isinstance(error, sqlite3.DatabaseError):
-                raise ValueError(f"{self.path} is not a result store: {error}") from error
-            raise
 
     def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
-        with closing(self._db.cursor()) as cursor:
-            if cursor.execute("PRAGMA user_version").fetchone() == (SCHEMA,):
-                return  # without writing to it
-            cursor.execute("BEGIN IMMEDIATE")
+        if self._db.execute("PRAGMA user_version").fetchone() == (SCHEMA,):
+            return  # without writing to it
+        with self._transaction() as cursor:
             (version,) = cursor.execute("PRAGMA user_version").fetchone()
-            tables = cursor.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            (tables,) = cursor.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if version not in (0, SCHEMA) or (version == 0 and tables):
-                cursor.execute("ROLLBACK")
                 raise ValueError(
                     f"{self.path} has schema version {version}; this program reads {SCHEMA}. "
                     "Use the version that wrote it, or another --out"
@@ -99,7 +95,6 @@ class Store:
                 cursor.execute(f"CREATE TABLE IF NOT EXISTS {name} (cell INTEGER, {typed})")
                 cursor.execute(f"CREATE INDEX IF NOT EXISTS {name}_cell ON {name} (cell)")
             cursor.execute(f"PRAGMA user_version={SCHEMA}")
-            cursor.execute("COMMIT")
 
     def __enter__(self) -> Store:
         return self
@@ -113,7 +108,7 @@ class Store:
 
     def keys(self) -> set[str]:
         """Of all finished cells."""
-        return {key for (key,) in self._db.execute("SELECT key FROM cells")}
+        return set(self.seconds())
 
     def __contains__(self, key: str) -> bool:
         """Whether a cell of that key is finished."""
@@ -161,8 +156,7 @@ class Store:
 
     def failures(self) -> pd.DataFrame:
         """key, reason, attempts of every cell that failed and was not measured since."""
-        rows = self._db.execute("SELECT key, reason, attempts FROM failures").fetchall()
-        return pd.DataFrame(rows, columns=["key", "reason", "attempts"])
+        return pd.read_sql_query("SELECT key, reason, attempts FROM failures", self._db)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Cursor]:
@@ -185,15 +179,12 @@ class Store:
         cursor.executemany("INSERT OR IGNORE INTO wanted VALUES (?)", ((k,) for k in keys))
         cells = dict(cursor.execute("SELECT id, key FROM cells JOIN wanted USING (key)"))
         names = ", ".join(f"{table}.{c}" for c in columns)
-        cursor.execute(
-            f"SELECT cell, {names} FROM {table} WHERE cell IN (SELECT id FROM cells JOIN wanted "
-            f"USING (key)) ORDER BY {table}.rowid"
+        query = (
+            f"SELECT cell AS key, {names} FROM {table} WHERE cell IN (SELECT id FROM cells JOIN "
+            f"wanted USING (key)) ORDER BY {table}.rowid"
         )
         # Tuples take several times the memory of columns, so not all of them are held at once.
-        parts: list[pd.DataFrame] = []
-        while not parts or len(parts[-1]) == ROWS:
-            rows = cursor.fetchmany(ROWS)
-            frame = pd.DataFrame(rows, columns=["key", *columns])
-            parts.append(frame.astype({c: DTYPES[TYPES.get(c, "REAL")] for c in columns}))
-        frame = pd.concat(parts, ignore_index=True)
+        parts = pd.read_sql_query(query, self._db, chunksize=ROWS)
+        dtypes = {c: DTYPES[TYPES.get(c, "REAL")] for c in columns}
+        frame = pd.concat((part.astype(dtypes) for part in parts), ignore_index=True)
         return frame.assign(key=frame.key.map(cells))

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from analysis.adapters import CartMoEAdapter
+from analysis.adapters import Adapter, load
 from analysis.measure import Cell, calibrate, measure
 from analysis.perturb import CLEAN, Calibration, Condition
 from analysis.study.provenance import default_device, platform_identity
-from cartmoe.checkpoint import checkpoint_sha256, load
 from cartmoe.data import Sequences
 from cartmoe.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer
 
@@ -117,16 +116,16 @@ def forget() -> None:
 
 
 @lru_cache(maxsize=1)
-def _prepared(source: Source) -> tuple[CartMoEAdapter, Calibration | None]:
-    if checkpoint_sha256(source.checkpoint) != source.identity:
-        raise ValueError(f"{source.checkpoint} is not the checkpoint that was planned anymore")
-    model = CartMoEAdapter(
-        load(source.checkpoint).to(default_device()).eval(),
-        _tokenizer(*source.tokenizer),
+def _prepared(source: Source) -> tuple[Adapter, Calibration | None]:
+    model = load(
+        source.checkpoint,
         name=source.name,
         train_seed=source.train_seed,
-        identity=source.identity,
+        tokenizer=_tokenizer(*source.tokenizer),
+        device=default_device(),
     )
+    if model.identity != source.identity:
+        raise ValueError(f"{source.checkpoint} is not the checkpoint that was planned anymore")
     if not model.sites():
         return model, None
     return model, calibrate(model, source.calibration, batch_size=source.batch_size)

@@ -24,6 +24,7 @@ from analysis.perturb.condition import Condition
 from analysis.perturb.decisions import UniformWeights
 from analysis.perturb.logits import GaussianNoise, RandomRouting
 from analysis.perturb.masks import DropTop
+from analysis.report.study import FIGURES
 from analysis.report.text import describe
 from analysis.study.folder import _paired, read
 from analysis.study.run import run
@@ -155,8 +156,8 @@ def test_again_does_nothing(done, tiny):
 @pytest.fixture
 def two_figures(monkeypatch):
     """A figure takes half a second."""
-    chosen = {name: report.FIGURES[name] for name in ("controls", "noise_mass")}
-    monkeypatch.setattr(report, "FIGURES", chosen)
+    chosen = {name: FIGURES[name] for name in ("controls", "noise_mass")}
+    monkeypatch.setattr("analysis.report.study.FIGURES", chosen)
 
 
 @pytest.mark.usefixtures("two_figures")
