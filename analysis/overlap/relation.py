@@ -15,10 +15,9 @@ import pandas as pd
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.metrics import METRICS
 from analysis.overlap.removal import Removal, expert_damage, takeover
-from analysis.overlap.request import fits, metric_names
+from analysis.overlap.request import DAMAGE, fits, metric_names
 from analysis.overlap.tables import Overlap
 from analysis.stats import ALL, Bootstrap, facts_of, relation
-from cartmoe.config import check_choice
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 
@@ -117,16 +116,11 @@ def relate(
 def _predictors(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
     if metrics is None:
         return PREDICTORS
-    good = [
-        name
-        for name, metric in METRICS.items()
-        if metric.table == "pairs" and metric.kind != "function" and not facts_of(name).across
-    ]
-    names = metric_names(metrics, good)
+    of_pairs = [name for name, metric in METRICS.items() if metric.table == "pairs"]
+    names = metric_names(metrics, [name for name in of_pairs if not facts_of(name).across])
     for name in names:
-        if name in METRICS and METRICS[name].kind == "function":
+        if METRICS[name].kind == DAMAGE:
             raise ValueError(f"metrics has {name!r}, which is damage itself, and explains nothing")
-        check_choice("metric", name, good)
     return names
 
 

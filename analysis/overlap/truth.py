@@ -16,6 +16,7 @@ from scipy.stats import rankdata
 from analysis.adapters import check_documents, routed_adapter
 from analysis.overlap.metrics import usage
 from analysis.overlap.probes import routed_tokens
+from analysis.overlap.request import metric_names
 from analysis.overlap.tables import KEYS, Overlap, site_columns
 from analysis.stats import Bootstrap, facts_of
 from cartmoe.config import check_choice, check_whole
@@ -112,15 +113,10 @@ def truth_scores(
     return pd.DataFrame(rows)
 
 
-def _wanted(overlap: Overlap, metrics: str | Sequence[str] | None) -> list[str]:
+def _wanted(overlap: Overlap, metrics: str | Sequence[str] | None) -> Sequence[str]:
     """Metrics of pairs whose two experts are of one set."""
     there = [metric for metric in overlap.pairs.metric.unique() if not facts_of(metric).across]
-    if metrics is None:
-        return there
-    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
-    for metric in metrics:
-        check_choice("metric", metric, there)
-    return metrics
+    return there if metrics is None else metric_names(metrics, there)
 
 
 def _score(value_EE: np.ndarray, truth_EE: np.ndarray, draws: Bootstrap) -> dict[str, float]:

@@ -8,18 +8,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots.dots import GREY
-from analysis.plots.matrices import (
-    PAGE_WIDTH,
-    SEQUENTIAL,
-    color_bar,
-    draw_matrix,
-    linear_scale,
-    name_experts,
-    sheet,
-)
+from analysis.plots.marks import GREY, ZERO, legend_above, name_rows
+from analysis.plots.matrices import SEQUENTIAL, draw_panels, linear_scale
 from analysis.plots.rows import metric_rows, one_site
-from analysis.plots.style import model_styles
+from analysis.plots.style import PAGE_WIDTH, model_styles, sheet
 from analysis.stats import square
 
 SHARES = {"composite_a": "A", "composite_b": "B", "composite_interaction": "interaction"}
@@ -53,17 +45,13 @@ def cartesian_usage(
         own, title = one_site(metric_rows(overlap, metric, "sites"), layer, 0, **checkpoint)
         found[metric] = own.iloc[0]
     look = model_styles(rows)[checkpoint["model"]]
-    panels = {"usage": square(rows), "null": square(rows, "null")}
+    panels = {"measured": square(rows), "null": square(rows, "null")}
     scale = linear_scale(*panels.values())
-    with sheet(PAGE_WIDTH, 4.6, layout="constrained") as figure:
+    with sheet(PAGE_WIDTH, 4.6) as figure:
         upper, lower = figure.subfigures(2, 1, height_ratios=(3.0, 1.6))
         axes = upper.subplots(1, 2)
-        for ax, (name, table) in zip(axes, panels.items(), strict=True):
-            image = draw_matrix(ax, table, scale, SEQUENTIAL)
-            name_experts(ax, "x", table.columns, "second stage, $B_j$")
-            name_experts(ax, "y", table.index, "first stage, $A_i$" if ax is axes[0] else "")
-            ax.set_title("measured" if name == "usage" else "null")
-        color_bar(image, axes, "$P(B_j\\,|\\,A_i)$")
+        names = "second stage, $B_j$", "first stage, $A_i$", "$P(B_j\\,|\\,A_i)$"
+        draw_panels(axes, panels, scale, SEQUENTIAL, *names)
         left, right = lower.subplots(1, 2)
         _dots(left, {name: found[m] for m, name in SHARES.items()}, look)
         left.set_xlabel("share of the squares of composed outputs")
@@ -80,8 +68,6 @@ def _dots(ax: Axes, rows: dict[str, pd.Series], look: dict[str, str]) -> None:
         ax.plot([row.low, row.high], [i, i], color=look["color"], lw=1.2)
         ax.plot(row.value, i, look["marker"], color=look["color"], label="_" if i else "measured")
         ax.plot(row.null, i, "d", color=GREY, mfc="white", label="_" if i else "null")
-    ax.axvline(0, color=GREY, lw=0.6, zorder=0.5)
-    ax.set_yticks(range(len(rows)), list(rows))
-    ax.tick_params(axis="y", length=0)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
+    ax.axvline(0, **ZERO)
+    name_rows(ax, list(rows))
+    legend_above(ax, ncols=2, right=True)

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.plots.dots import Look, dot_rows, figure_height
-from analysis.plots.style import canvas, damage_frame, model_styles
+from analysis.plots.style import canvas, model_styles, table_of
 from analysis.stats import CHECKPOINT, CONDITION, PLAIN, base_name, check_choice
 
 ROW, LINE = 0.13, 0.05  # inches of a row beside its models, and of a model in it
@@ -25,7 +25,7 @@ def catalogue_dots(
              perturbations; the axis is symlog where a linear one would hide half of them. Raises
              `ValueError` for an unknown model.
     """
-    frame = damage_frame(frame, [*CONDITION, "label", "delta_nats"])
+    frame = table_of(frame, "damage", [*CONDITION, "label", "delta_nats"])
     styles = model_styles(frame)
     if models is None:
         models = list(styles)

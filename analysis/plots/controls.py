@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.plots.dots import Look, checkpoint_names, dot_rows, figure_height
-from analysis.plots.style import canvas, damage_frame, model_styles
+from analysis.plots.style import canvas, model_styles, table_of
 from analysis.stats import CHECKPOINT, CONDITION, find
 
 # In the order of the damage that a working router should show; only the subject is filled.
@@ -27,7 +27,7 @@ def control_dots(frame: pd.DataFrame | Any, ax: Axes | None = None) -> Axes:
     Everywhere at once and on logits, with intervals; RandomRouting at its greatest strength.
     A number behind a model's name is its train_seed. Raises `ValueError` if none was run.
     """
-    frame = damage_frame(frame, [*CONDITION, "label", "delta_nats"])
+    frame = table_of(frame, "damage", [*CONDITION, "label", "delta_nats"])
     styles = model_styles(frame)
     checkpoints, cells = [], {}
     for key, mine in frame.groupby(CHECKPOINT, sort=False):

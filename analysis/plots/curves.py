@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.dots import GREY
+from analysis.plots.marks import GREY, draw_line, face, key, legend_above
 from analysis.plots.style import (
     COLUMN_WIDTH,
     DELTA,
     canvas,
-    damage_frame,
     model_styles,
-    paper_style,
+    sheet,
     table_of,
     widen_scale,
 )
@@ -74,7 +71,7 @@ def damage_curve(
     symlog where half of the damages would be lost on a linear one. Raises `ValueError` listing
     the choices for an unknown perturbation, x, y, where, point, effect or downstream.
     """
-    frame = damage_frame(frame, [*CONDITION, "delta_nats"])
+    frame = table_of(frame, "damage", [*CONDITION, "delta_nats"])
     check_choice("x", x, [name for name in X if name in frame])
     check_choice("y", y, [name for name in Y if name in frame])
     wanted = dict(
@@ -85,26 +82,20 @@ def damage_curve(
     for name, value in wanted.items():
         check_choice(name, value, rows[name].unique())
         rows = rows[rows[name] == value]
-    text, low, high = Y[y]
+    text, *bounds = Y[y]
     with canvas(ax, height=2.5) as ax:
-        drawn = set()
         several = rows.groupby("model").train_seed.nunique().max() > 1
         thin = {"lw": 0.7, "ms": 2.5} if several else {}
         for (model, _, _), curve in rows.groupby(CHECKPOINT, sort=False):
             curve = curve.dropna(subset=[x, y]).sort_values(x)
-            name = "_" if model in drawn else model  # a leading underscore: not in the legend
-            ax.plot(curve[x], curve[y], label=name, **styles[model], **thin)
-            if low in frame:
-                color = styles[model]["color"]
-                ax.fill_between(curve[x], curve[low], curve[high], color=color, alpha=0.2, lw=0)
-            drawn.add(model)
+            draw_line(ax, curve, x, y, bounds, label=model, **styles[model], **thin)
         widen_scale(ax.yaxis, rows[y])
         if (rows[x].dropna() % 1 == 0).all():
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         default = f"strength of {perturbation}"
         ax.set_xlabel(STRENGTH.get(perturbation, default) if x == "strength" else X[x])
         ax.set_ylabel(text)
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        legend_above(ax)
     return ax
 
 
@@ -132,31 +123,20 @@ def dose_panels(
 
     options   those of `damage_curve`; raises `ValueError` like it
     """
-    frame = damage_frame(frame, ["delta_nats"])
+    frame = table_of(frame, "damage", ["delta_nats"])
     rows = -(-len(doses) // 2)
-    with paper_style():
-        figure, axes = plt.subplots(
-            rows,
-            2,
-            figsize=(COLUMN_WIDTH, 1.6 * rows + 0.4),
-            sharey=True,
-            layout="constrained",
-            squeeze=False,
-        )
-        try:
-            for ax, dose in zip(axes.flat, doses, strict=False):
-                damage_curve(frame, perturbation, x=dose, ax=ax, **options)
-                handles = ax.legend_.legend_handles
-                ax.legend_.remove()
-                ax.set_ylabel("")
-                ax.set_xlabel(SHORT.get(dose, ax.get_xlabel()), fontsize=7)
-            for ax in axes.flat[len(doses) :]:
-                ax.set_axis_off()
-            figure.supylabel(DELTA, fontsize=8)
-            figure.legend(handles=handles, loc="outside upper center", ncols=3)
-        except BaseException:
-            plt.close(figure)
-            raise
+    with sheet(COLUMN_WIDTH, 1.6 * rows + 0.4) as figure:
+        axes = figure.subplots(rows, 2, sharey=True, squeeze=False).flat
+        for ax, dose in zip(axes, doses, strict=False):
+            damage_curve(frame, perturbation, x=dose, ax=ax, **options)
+            handles = ax.legend_.legend_handles
+            ax.legend_.remove()
+            ax.set_ylabel("")
+            ax.set_xlabel(SHORT.get(dose, ax.get_xlabel()), fontsize=7)
+        for ax in axes[len(doses) :]:
+            ax.set_axis_off()
+        figure.supylabel(DELTA, fontsize=8)
+        figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure
 
 
@@ -186,23 +166,17 @@ def gap_curve(frame: pd.DataFrame | Any, x: str = "budget", ax: Axes | None = No
             color, marker = styles[model]["color"], styles[model]["marker"]
             for part, (line, filled) in GAP_PARTS.items():
                 curve = rows[rows.part == part].sort_values(x)
-                face = color if filled else "white"
-                ax.plot(curve[x], curve.delta_nats, color=color, marker=marker, mfc=face, ls=line)
-                ax.fill_between(curve[x], curve.low, curve.high, color=color, alpha=0.2, lw=0)
-            models[model] = Line2D([], [], color=color, marker=marker, label=model)
+                look = dict(marker=marker, ls=line, **face(color, filled))
+                draw_line(ax, curve, x, "delta_nats", **look)
+            models[model] = key(model, color=color, marker=marker)
         widen_scale(ax.yaxis, frame[frame.part != "gap"].delta_nats)
         if x == "budget":
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel(GAP_X[x])
         ax.set_ylabel(DELTA)
         kinds = [
-            Line2D([], [], color=GREY, ls=line, marker="o", mfc=GREY if full else "white", label=n)
-            for n, (line, full) in GAP_PARTS.items()
+            key(part, ls=line, marker="o", **face(GREY, filled))
+            for part, (line, filled) in GAP_PARTS.items()
         ]
-        ax.legend(
-            handles=[*models.values(), *kinds],
-            loc="lower center",
-            bbox_to_anchor=(0.5, 1.0),
-            ncols=3,
-        )
+        legend_above(ax, [*models.values(), *kinds])
     return ax

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
-from analysis.plots.dots import GREY
-from analysis.plots.rows import label_of, metric_rows
+from analysis.plots.marks import GREY, ZERO, draw_line, key, legend_above, offsets
+from analysis.plots.rows import metric_rows
 from analysis.plots.style import DELTA, canvas, model_styles, rows_of, table_of, widen_scale
-from analysis.stats import CHECKPOINT, INDEX, SHARED, check_choice
+from analysis.stats import CHECKPOINT, INDEX, SHARED, check_choice, facts_of, sites_in
 
 TABLES = ("pairs", "experts", "sites")
 
@@ -33,29 +33,20 @@ def overlap_profile(overlap: Any, metric: str, ax: Axes | None = None) -> Axes:
     rows = rows[(rows[index] != SHARED).all(axis=1)] if index else rows
     styles = model_styles(rows)
     sites = _sites(rows.assign(x=depth(rows)), many=bool(index))
-    models, seen = list(styles), set()
+    shifts = offsets(list(styles), 0.3)
     with canvas(ax, height=2.5) as ax:
         for (model, *_), line in sites.groupby(CHECKPOINT, sort=False):
-            look = styles[model]
-            shift = 0.3 * ((models.index(model) + 0.5) / len(models) - 0.5)
-            x = line.x + shift
-            ax.plot(x, line["value"], label=f"_{model}" if model in seen else model, **look)
-            ax.vlines(x, line.low, line.high, color=look["color"], lw=0.8)
-            ax.plot(x, line.null, color=look["color"], lw=0.8, ls=":", marker="_", ms=5)
-            seen.add(model)
+            line = line.assign(x=line.x + shifts[model])
+            draw_line(ax, line, "x", "value", label=model, bars=True, **styles[model])
+            null = dict(color=styles[model]["color"], lw=0.8, ls=":", marker="_", ms=5)
+            ax.plot(line.x, line.null, **null)
         depth_axis(ax, rows, "layer")
-        ax.set_ylabel(label_of(metric) + ("\nmean, quartiles" if index else ""))
+        ax.set_ylabel(facts_of(metric).label + ("\nmean, quartiles" if index else ""))
         handles = ax.get_legend_handles_labels()[0]
         if rows.null.notna().any():
-            handles.append(Line2D([], [], color=GREY, lw=0.8, ls=":", label="null"))
+            handles.append(key("null", color=GREY, lw=0.8, ls=":"))
         # Long handles: a dash must be seen on both sides of a marker.
-        ax.legend(
-            handles=handles,
-            loc="lower center",
-            bbox_to_anchor=(0.5, 1.0),
-            ncols=3,
-            handlelength=2.8,
-        )
+        legend_above(ax, handles, handlelength=2.8)
     return ax
 
 
@@ -69,7 +60,7 @@ def _sites(rows: pd.DataFrame, many: bool) -> pd.DataFrame:
     return found.reset_index().sort_values("x")
 
 
-PART, WHOLES = r"layer (?P<layer>\d+) stage (?P<stage>\d+)", ("sum", "joint")
+WHOLES = ("sum", "joint")
 
 
 def layer_profile(
@@ -89,31 +80,29 @@ def layer_profile(
     check_choice("condition", condition, frame.condition.unique())
     frame = rows_of(frame, condition)
     frame = frame[frame.part != "joint - sum"]
-    sites = frame.part.str.extract(PART).dropna().astype(int)
+    sites = sites_in(frame.part)
     frame = frame.assign(x=depth(sites))
     last = sites.layer.max()
     step = max(1.0, 0.15 * (last - sites.layer.min()))
     places = {name: last + step * (i + 1.5) for i, name in enumerate(WHOLES)}
-    models = list(styles)
+    # Shares of a layer, so that a site is nearest to its tick.
+    even = np.linspace(-0.15, 0.15, len(styles)) if len(styles) > 1 else [0.0]
+    shifts = dict(zip(styles, even, strict=True))
     with canvas(ax, height=2.5) as ax:
         for (model, _, _), rows in frame.groupby(CHECKPOINT, sort=False):
-            look, shift = styles[model], 0.0  # of a layer, so that a site is nearest to its tick
-            if len(models) > 1:
-                shift = 0.3 * (models.index(model) / (len(models) - 1) - 0.5)
-            own = f"_{model}" if model in ax.get_legend_handles_labels()[1] else model
+            look, shift = styles[model], shifts[model]
             alone = rows[rows.x.notna()].sort_values("x")
-            ax.plot(alone.x + shift, alone.delta_nats, label=own, **look)
+            alone = alone.assign(x=alone.x + shift)
+            draw_line(ax, alone, "x", "delta_nats", label=model, bars=True, **look)
             ends = rows[rows.x.isna()]
-            x_ends = ends.part.map(places) + step * shift
-            ax.plot(x_ends, ends.delta_nats, color=look["color"], marker=look["marker"], ls="")
-            for x, part in ((alone.x + shift, alone), (x_ends, ends)):
-                ax.vlines(x, part.low, part.high, color=look["color"], lw=0.8)
-        ax.axhline(0, color=GREY, lw=0.6, zorder=0.5)
+            ends = ends.assign(x=ends.part.map(places) + step * shift)
+            draw_line(ax, ends, "x", "delta_nats", bars=True, **look | {"linestyle": ""})
+        ax.axhline(0, **ZERO)
         ax.axvline(last + 0.9 * step, color="#A0A0A0", lw=0.6, ls=":")
         widen_scale(ax.yaxis, frame.delta_nats)
         depth_axis(ax, sites, f"layer at which {condition} acts alone", places)
         ax.set_ylabel(DELTA)
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        legend_above(ax)
     return ax
 
 

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
+from analysis.plots.marks import GREY, ZERO, face, key, legend_above, name_rows, offsets
 from analysis.plots.style import DELTA, widen_scale
 from analysis.stats import CHECKPOINT
 
-GREY = "#404040"
 ROW_HEIGHT, FRAME_HEIGHT = 0.32, 0.95  # inches
 
 
@@ -43,7 +42,7 @@ def dot_rows(
     cells    (row, series) -> delta_nats, low, high; what is missing was not run
     columns  of the legend
     """
-    offsets = {name: 0.7 * ((i + 0.5) / len(series) - 0.5) for i, name in enumerate(series)}
+    shifts = offsets(list(series), 0.7)
     for i, (_, row_color) in enumerate(rows):
         if i % 2:
             ax.axhspan(i - 0.5, i + 0.5, color="#F2F2F2", lw=0, zorder=0)
@@ -52,24 +51,18 @@ def dot_rows(
                 continue
             color = own or row_color
             value, low, high = cells[i, name][["delta_nats", "low", "high"]]
-            height = i + offsets[name]
+            height = i + shifts[name]
             ax.plot([low, high], [height, height], color=color, lw=1.0)
-            face = color if filled else "white"
-            ax.plot(value, height, marker, color=color, mfc=face, mew=1.0)
-    ax.axvline(0, color=GREY, lw=0.6, zorder=0.5)
+            ax.plot(value, height, marker, **face(color, filled), mew=1.0)
+    ax.axvline(0, **ZERO)
     widen_scale(ax.xaxis, [cell.delta_nats for cell in cells.values()])
-    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
-    ax.tick_params(axis="y", length=0)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
+    name_rows(ax, [name for name, _ in rows])
     ax.set_xlabel(DELTA)
-    handles = [
-        Line2D(
-            [], [], color=own or GREY, marker=marker, ls="",
-            mfc=(own or GREY) if filled else "white", label=name,
-        )
+    keys = [
+        key(name, marker=marker, ls="", **face(own or GREY, filled))
         for name, (marker, filled, own) in series.items()
-    ]  # fmt: skip
-    ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns)
+    ]
+    legend_above(ax, keys, columns, right=True)
 
 
 def groups_of(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:

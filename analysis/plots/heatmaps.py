@@ -11,20 +11,17 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 
 from analysis.plots.matrices import (
     DIVERGING,
-    PAGE_WIDTH,
     SEQUENTIAL,
     color_bar,
     draw_matrix,
+    draw_panels,
     linear_scale,
     name_experts,
     ratio_scale,
-    sheet,
 )
-from analysis.plots.rows import label_of, metric_rows, one_site
-from analysis.plots.style import COLUMN_WIDTH
-from analysis.stats import APART, SHARED, check_columns, square
-
-RATIOS = ("lift",)  # metrics on a log scale around their null
+from analysis.plots.rows import metric_rows, one_site
+from analysis.plots.style import COLUMN_WIDTH, PAGE_WIDTH, sheet
+from analysis.stats import SHARED, check_columns, facts_of, square
 
 
 def overlap_heatmap(
@@ -51,34 +48,28 @@ def overlap_heatmap(
     pairs, an unknown site, several steps of training, and several checkpoints of which none is
     named; and for clustering experts of two different sites.
     """
-    rows = metric_rows(overlap, metric, "pairs")
+    rows, facts = metric_rows(overlap, metric, "pairs"), facts_of(metric)
     rows, title = one_site(rows, layer, stage, model, train_seed)
     panels = {"measured": square(rows)}
     if null and rows.null.notna().any():
         panels["null"] = square(rows, "null")
     if clustered:
-        if metric == "transition":
+        if facts.across:
             raise ValueError(
-                "clustered is True, but pairs of 'transition' are of two sites' experts"
+                f"clustered is True, but pairs of {metric!r} are of two sites' experts"
             )
-        order = _order(panels["measured"], metric in APART)
+        order = _order(panels["measured"], facts.apart)
         panels = {name: table.loc[order, order] for name, table in panels.items()}
     scale, colors = linear_scale(*panels.values()), SEQUENTIAL
-    if metric in RATIOS:
+    if facts.ratio:
         center = rows.null[rows.null > 0].median() if (rows.null > 0).any() else 1.0
         scale, colors = ratio_scale(center, *panels.values()), DIVERGING
-    where = " at the site before" if metric == "transition" else ""
+    y = "expert i at the site before" if facts.across else "expert i"
+    text = facts.label + ("\n(white: median of the null)" if facts.ratio else "")
     size = (PAGE_WIDTH, 3.1) if len(panels) == 2 else (COLUMN_WIDTH, 2.8)
-    with sheet(*size) as figure:
+    with sheet(*size, layout="compressed") as figure:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for ax, (name, table) in zip(axes, panels.items(), strict=True):
-            image = draw_matrix(ax, table, scale, colors)
-            name_experts(ax, "x", table.columns, "expert j")
-            name_experts(ax, "y", table.index, f"expert i{where}" if ax is axes[0] else "")
-            if len(panels) == 2:
-                ax.set_title(name)
-        white = "\n(white: median of the null)" if metric in RATIOS else ""
-        color_bar(image, axes, label_of(metric) + white)
+        draw_panels(axes, panels, scale, colors, "expert j", y, text)
         figure.suptitle(title, fontsize=8)
     return figure
 
@@ -118,9 +109,10 @@ def specialization(
     rows, title = one_site(rows, layer, stage, model, train_seed)
     rows = rows.assign(ratio=(rows.value / rows.null).where(rows.null > 0))
     table = rows.pivot(index="domain", columns="expert", values="ratio")
-    table = table.reindex(rows.domain.unique())[_by_strongest(table.reindex(rows.domain.unique()))]
+    table = table.reindex(rows.domain.unique())
+    table = table[_by_strongest(table)]
     height = 1.3 + max(0.16 * len(table), 0.6)
-    with sheet(COLUMN_WIDTH, height, layout="constrained") as figure:
+    with sheet(COLUMN_WIDTH, height) as figure:
         ax = figure.subplots()
         image = draw_matrix(ax, table, ratio_scale(1.0, table), DIVERGING, aspect="auto")
         name_experts(ax, "x", table.columns, "expert")

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from analysis.plots.style import paper_style
 from analysis.stats import SHARED
-
-PAGE_WIDTH = 6.8  # inches, both columns of a paper
 
 NOTHING = "#D0D0D0"  # the color of NaN, which neither map has
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
 FACTORS = (1.1, 1.25, 1.5, 2, 4, 8, 16, 32, 64)  # where a scale of ratios may end
 MOST = 17  # numbers along an axis of a panel
-
-
-@contextmanager
-def sheet(width: float, height: float, layout: str = "compressed") -> Iterator[Figure]:
-    """A new figure in paper_style, closed if drawing it fails; "compressed" suits square panels."""
-    with paper_style():
-        figure = plt.figure(figsize=(width, height), layout=layout)
-        try:
-            yield figure
-        except BaseException:
-            plt.close(figure)
-            raise
 
 
 def linear_scale(*tables: Any) -> Normalize:
@@ -92,6 +74,26 @@ def name_experts(ax: Axes, axis: str, experts: Sequence[int], text: str) -> None
     if shared and axis == "x":
         ax.get_xticklabels()[-1].set_rotation(90)
     getattr(ax, f"set_{axis}label")(text)
+
+
+def draw_panels(
+    axes: Sequence[Axes],
+    tables: Mapping[str, pd.DataFrame],
+    scale: Normalize,
+    map_name: str,
+    x: str,
+    y: str,
+    text: str,
+) -> None:
+    """Experts by experts side by side on one scale, several under their titles; x, y and text: of
+    the axes and of the bar."""
+    for ax, (title, table) in zip(axes, tables.items(), strict=True):
+        image = draw_matrix(ax, table, scale, map_name)
+        name_experts(ax, "x", table.columns, x)
+        name_experts(ax, "y", table.index, y if ax is axes[0] else "")
+        if len(tables) > 1:
+            ax.set_title(title)
+    color_bar(image, axes, text)
 
 
 def color_bar(image: AxesImage, axes: Sequence[Axes] | Axes, text: str, **place: Any) -> Colorbar:

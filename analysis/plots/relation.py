@@ -6,13 +6,12 @@ import textwrap
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis.plots.dots import GREY
-from analysis.plots.rows import label_of
-from analysis.plots.style import canvas, marker_colors, model_styles
-from analysis.stats import APART, LOAD, check_columns
+from analysis.plots.marks import GREY, key, legend_above, name_rows
+from analysis.plots.rows import toward_common
+from analysis.plots.style import canvas, check_rows, marker_colors, model_styles
+from analysis.stats import LOAD
 
 ALL, ALL_STYLE = "all", {"color": "black", "marker": "d", "linestyle": "-"}
 BAND = "#D9D9D9"
@@ -32,17 +31,14 @@ def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Where r is NaN nothing is drawn but the band and the ceiling. Raises `ValueError` for missing
     columns and a table without rows.
     """
-    check_columns("relation", table, ["metric", "damage", "model", "family", *COLUMNS])
-    if table.empty:
-        raise ValueError("table relation has no rows: nothing of it was measured")
+    check_rows("relation", table, ["metric", "damage", "model", "family", *COLUMNS])
     models = sorted(table.model.unique(), key=lambda model: model != ALL)  # stable
     styles = {ALL: ALL_STYLE} | model_styles(table[table.model != ALL])
     looks = {model: _look(styles[model], main=model == ALL) for model in models}
     several = table.damage.nunique() > 1
     keys = list(dict.fromkeys(zip(table.metric, table.damage, strict=True)))
     names = [
-        textwrap.fill("\N{MINUS SIGN}" * (metric in APART) + label_of(metric), WRAP)
-        + f"\n({damage})" * several
+        textwrap.fill(toward_common(metric), WRAP) + f"\n({damage})" * several
         for metric, damage in keys
     ]
     lines = max(name.count("\n") for name in names) + 1
@@ -64,17 +60,12 @@ def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.axvline(0, color=GREY, lw=0.6, zorder=0.8)
         for i in range(1, len(keys)):
             ax.axhline(i - 0.5, color="#E5E5E5", lw=0.5, zorder=0.4)
-        ax.set_yticks(range(len(keys)), names)
-        ax.tick_params(axis="y", length=0)
-        ax.set_ylim(len(keys) - 0.5, -0.5)
+        name_rows(ax, names)
         ax.set_xlim(-1.03, 1.03)
         ax.set_xlabel(_label(table))
-        handles = [Line2D([], [], **look, label=model) for model, look in looks.items()]
-        handles += [
-            Patch(fc=BAND, label="null"),
-            Line2D([], [], color=GREY, marker="|", ls="", label="noise ceiling"),
-        ]
-        ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
+        handles = [key(model, **look) for model, look in looks.items()]
+        ceiling = key("noise ceiling", color=GREY, marker="|", ls="")
+        legend_above(ax, [*handles, Patch(fc=BAND, label="null"), ceiling], right=True)
     return ax
 
 

@@ -6,42 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.stats import INDEX, SITE, check_choice, check_columns, check_one_step
+from analysis.stats import INDEX, SITE, check_choice, check_columns, check_one_step, facts_of
 
 NUMBERS = ["value", "low", "high", "null"]
-RELATIONS = ("row", "column", "unrelated")  # what two composed experts share
-LABELS = {
-    "cka": "debiased CKA of outputs",
-    "composite_cka": "CKA of composed experts",
-    "cka_permuted": "debiased CKA, tokens permuted",
-    "co_activation": "co-activation P(j|i)",
-    "lift": "lift of joint choice",
-    "token_jaccard": "Jaccard of token sets",
-    "token_js": "Jensen-Shannon div. of tokens",
-    "flat_cosine": "cosine of weights",
-    "matched_cosine": "matched cosine of weights",
-    "router_cosine": "cosine of router rows",
-    "output_cosine": "cosine of outputs",
-    "relative_distance": "relative distance of outputs",
-    "substitution": "rise of loss (nats per routed token)",
-    "transition": "P(j|i)",
-    "jaccard": "Jaccard of joint choice",
-    "mi_domain": "I(expert; domain), nats",
-    "mi_token": "I(expert; token), nats",
-    "mi_domain_given_token": "I(expert; domain | token), nats",
-    "domain_specialization": "share of the domain's tokens",
-    "vocabulary_specialization": "vocabulary specialization",
-    "gini": "Gini coefficient of loads",
-    "max_vio": "MaxVio",
-    "committee": "weight of the standing committee",
-    "removal_linear": "removal, to first order (nats)",
-    "reap": "REAP's score",
-    "composite_a": "share of A in composed outputs",
-    "composite_b": "share of B in composed outputs",
-    "composite_interaction": "share of the interaction in composed outputs",
-    **{f"composite_cka_{r}": f"CKA of composed experts, {r}" for r in RELATIONS},
-    **{f"composite_cosine_{r}": f"cosine of composed experts, {r}" for r in RELATIONS},
-}
 
 
 def metric_rows(source: Any, metric: str, *tables: str) -> pd.DataFrame:
@@ -98,6 +65,6 @@ def one_site(
     return rows, f"{checkpoint}, layer {first.layer}, stage {first.stage}"
 
 
-def label_of(metric: str) -> str:
-    """What stands at an axis or a color bar."""
-    return LABELS.get(metric, metric.replace("_", " "))
+def toward_common(metric: str) -> str:
+    """What stands at an axis on which more is more in common, as in the tables of `relate`."""
+    return "\N{MINUS SIGN}" * facts_of(metric).apart + facts_of(metric).label

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.dots import GREY
-from analysis.plots.style import canvas, model_styles
-from analysis.stats import SITE, check_columns
+from analysis.plots.marks import GREY, draw_line, key, legend_above
+from analysis.plots.style import canvas, check_rows, model_styles
+from analysis.stats import SITE
 
 STAGES = ["-", "--", "-.", ":"]
 PALEST = 0.55  # share of white in the color of the first layer
@@ -25,21 +24,16 @@ def saturation_curve(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     are intervals over documents, thin dotted lines the null: agreement by load alone. Raises
     `ValueError` for missing columns and a table without rows.
     """
-    check_columns("saturation", frame, [*SITE, "step", "value", "low", "high", "null"])
-    if frame.empty:
-        raise ValueError("table saturation has no rows: nothing of it was measured")
+    check_rows("saturation", frame, [*SITE, "step", "value", "low", "high", "null"])
     styles, layers = model_styles(frame), sorted(frame.layer.unique())
     several = len(styles) > 1
     with canvas(ax, height=2.6) as ax:
         for (model, _, _, layer, stage), curve in frame.groupby(SITE, sort=False):
             look, curve = styles[model], curve.sort_values("step")
             color = _paler(look["color"], layers.index(layer), len(layers))
-            ax.fill_between(curve.step, curve.low, curve.high, color=color, alpha=0.2, lw=0)
             ax.plot(curve.step, curve.null, color=color, lw=0.7, ls=":")
-            ax.plot(
-                curve.step, curve.value, color=color, marker=look["marker"], ms=3,
-                ls=STAGES[stage % len(STAGES)],
-            )  # fmt: skip
+            own = dict(color=color, marker=look["marker"], ms=3, ls=STAGES[stage % len(STAGES)])
+            draw_line(ax, curve, "step", "value", **own)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.set_ylim(0, 1.03)
         ax.set_xlabel("training step")
@@ -47,23 +41,17 @@ def saturation_curve(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         named = styles if several else {}
         base = GREY if several else next(iter(styles.values()))["color"]
         shown = layers if len(layers) <= 4 else [layers[0], layers[len(layers) // 2], layers[-1]]
-        handles = [
-            Line2D([], [], color=look["color"], marker=look["marker"], ms=3, label=model)
+        keys = [
+            key(model, color=look["color"], marker=look["marker"], ms=3)
             for model, look in named.items()
         ]
-        handles += [
-            Line2D(
-                [], [], color=_paler(base, layers.index(layer), len(layers)), label=f"layer {layer}"
-            )
-            for layer in shown
-        ]
+        keys += [key(f"layer {n}", color=_paler(base, layers.index(n), len(layers))) for n in shown]
         if frame.stage.nunique() > 1:
-            handles += [
-                Line2D([], [], color=GREY, ls=STAGES[stage % len(STAGES)], label=f"stage {stage}")
-                for stage in sorted(frame.stage.unique())
+            keys += [
+                key(f"stage {n}", color=GREY, ls=STAGES[n % len(STAGES)])
+                for n in sorted(frame.stage.unique())
             ]
-        handles.append(Line2D([], [], color=GREY, ls=":", lw=0.7, label="null"))
-        ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+        legend_above(ax, [*keys, key("null", color=GREY, ls=":", lw=0.7)], ncols=4)
     return ax
 
 

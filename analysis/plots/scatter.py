@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.dots import GREY
-from analysis.plots.rows import label_of
-from analysis.plots.style import DELTA, canvas, marker_colors, model_styles, widen_scale
-from analysis.stats import APART, SITE, check_choice, check_columns
+from analysis.plots.marks import GREY, ZERO, draw_line, face, key, legend_above
+from analysis.plots.rows import toward_common
+from analysis.plots.style import DELTA, canvas, check_rows, marker_colors, model_styles, widen_scale
+from analysis.stats import SITE, check_choice, check_columns
 
 DAMAGE = {"per_mass": "change of loss\n(nats per unit of routed weight)", "damage": DELTA}
 LARGEST = 60.0  # area of the marker of the most used expert, in square points
@@ -30,9 +29,7 @@ def damage_against_overlap(
     missing columns, a table without rows, and with the choices for an unknown metric or damage.
     """
     check_choice("damage", damage, DAMAGE)
-    check_columns("experts", experts, [*SITE, "expert", "load", damage])
-    if experts.empty:
-        raise ValueError("table experts has no rows: nothing of it was measured")
+    check_rows("experts", experts, [*SITE, "expert", "load", damage])
     keys = {*SITE, "expert", "mass", *DAMAGE}
     numbers = experts.select_dtypes("number").columns
     bounds = ("_a", "_b", "_low", "_high")
@@ -43,31 +40,28 @@ def damage_against_overlap(
     }
     most = experts.load.max()
     with canvas(ax, height=2.8) as ax:
-        for model, (marker, face, edge) in looks.items():
+        for model, (marker, fill, edge) in looks.items():
             own = experts[experts.model == model].dropna(subset=[metric, damage])
             ax.scatter(
                 own[metric], own[damage], s=LARGEST * own.load / most, marker=marker,
-                fc=face, ec=edge, alpha=0.75, lw=_edge(edge), label=model,
+                fc=fill, ec=edge, alpha=0.75, lw=_edge(edge), label=model,
             )  # fmt: skip
-        ax.axhline(0, color=GREY, lw=0.6, zorder=0.5)
+        ax.axhline(0, **ZERO)
         widen_scale(ax.yaxis, experts[damage])
         ax.xaxis.set_major_locator(MaxNLocator(5))
-        sign = "\N{MINUS SIGN}" if metric in APART else ""
         with_whom = "" if metric == "load" else "\nwith the experts that take over"
-        ax.set_xlabel(sign + label_of(metric) + with_whom)
+        ax.set_xlabel(toward_common(metric) + with_whom)
         ax.set_ylabel(DAMAGE[damage])
         models = [
-            Line2D([], [], ls="", marker=marker, mfc=face, mec=edge, mew=_edge(edge), label=model)
-            for model, (marker, face, edge) in looks.items()
+            key(model, ls="", marker=marker, mfc=fill, mec=edge, mew=_edge(edge))
+            for model, (marker, fill, edge) in looks.items()
         ]
+        circle = dict(ls="", marker="o", mfc="none", mec=GREY)
         loads = [
-            Line2D(
-                [], [], ls="", marker="o", mfc="none", mec=GREY, label=f"load {share * most:.2g}",
-                ms=np.sqrt(LARGEST * share),
-            )
+            key(f"load {share * most:.2g}", ms=np.sqrt(LARGEST * share), **circle)
             for share in (0.25, 1.0)
-        ]  # fmt: skip
-        ax.legend(handles=[*models, *loads], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        ]
+        legend_above(ax, [*models, *loads])
     return ax
 
 
@@ -94,30 +88,23 @@ def flip_calibration(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     rows = frame if sites.empty else sites
     styles = model_styles(frame)
     with canvas(ax, height=3.1) as ax:
-        ax.axline((0, 0), (1, 1), color=GREY, lw=0.6, zorder=0.5)
+        ax.axline((0, 0), (1, 1), **ZERO)
         for model, points in rows.groupby("model", sort=False):
             color, marker = styles[model]["color"], styles[model]["marker"]
             for kind, (name, filled) in KINDS.items():
-                known = points.dropna(subset=[f"{kind}_predicted", f"{kind}_measured"])
+                x, y = f"{kind}_predicted", f"{kind}_measured"
+                known = points.dropna(subset=[x, y])
                 if known.empty:
                     continue
-                x, y = known[f"{kind}_predicted"], known[f"{kind}_measured"]
-                ax.vlines(
-                    x,
-                    known[f"{kind}_measured_low"],
-                    known[f"{kind}_measured_high"],
-                    color=color,
-                    lw=0.8,
-                )
                 text = name if len(styles) == 1 else f"{model}: {name}"
-                face = color if filled else "white"
-                ax.plot(
-                    x, y, marker, ls="", color=color, mfc=face, mew=1.0, label=text, clip_on=False
-                )
+                look = dict(marker=marker, ls="", mew=1.0, clip_on=False, **face(color, filled))
+                look["zorder"] = 2.1  # hollow ones hide the bars behind them
+                bounds = f"{y}_low", f"{y}_high"
+                draw_line(ax, known, x, y, bounds, label=text, bars=True, **look)
         ax.set_xlim(0, 1)
         ax.set_ylim(0, 1)
         ax.set_aspect("equal")
         ax.set_xlabel("predicted share of tokens")
         ax.set_ylabel("measured share of tokens")
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2 if len(styles) == 1 else 1)
+        legend_above(ax, ncols=2 if len(styles) == 1 else 1)
     return ax

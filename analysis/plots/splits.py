@@ -8,7 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from analysis.plots.dots import GREY, groups_of
+from analysis.plots.dots import groups_of
+from analysis.plots.marks import GREY, key, legend_above, name_rows, offsets
 from analysis.plots.style import DELTA, canvas, rows_of, table_of
 
 # Okabe and Ito's colors; hatches for a print in grey. The interaction is a reading of its own.
@@ -32,26 +33,24 @@ def split_bars(
     """
     frame = rows_of(table_of(frame, "split", ["condition", "part", "delta_nats"]), condition)
     groups = list(groups_of(frame))
-    height = 0.8 / len(BARS)
+    height, shifts = 0.8 / len(BARS), offsets(list(BARS), 0.8)
     with canvas(ax, 0.95 + 0.62 * len(groups)) as ax:
         for i, (_, _, rows) in enumerate(groups):
             parts = rows.set_index("part")
-            for j, (part, (color, hatch)) in enumerate(BARS.items()):
-                row, at = parts.loc[part], i + height * (j - (len(BARS) - 1) / 2)
+            for part, (color, hatch) in BARS.items():
+                row, at = parts.loc[part], i + shifts[part]
                 edge = "white" if hatch else GREY
                 ax.barh(at, row.delta_nats, height, color=color, hatch=hatch, ec=edge, lw=0.5)
                 ax.plot([row.low, row.high], [at, at], color="black", lw=1.0)
             whole = parts.delta_nats["full"]
             ax.plot([whole, whole], [i - 0.46, i + 0.46], color="black", lw=1.0, ls="--")
         ax.axvline(0, color=GREY, lw=0.6)
-        ax.set_yticks(range(len(groups)), [title for title, _, _ in groups])
-        ax.tick_params(axis="y", length=0)
-        ax.set_ylim(len(groups) - 0.5, -0.5)
+        name_rows(ax, [title for title, _, _ in groups])
         ax.set_xlabel(DELTA)
         handles = [
             Patch(fc=color, hatch=hatch, ec="white" if hatch else GREY, lw=0.5, label=part)
             for part, (color, hatch) in BARS.items()
         ]
-        whole = ax.plot([], [], color="black", lw=1.0, ls="--", label="whole")
-        ax.legend(handles=[*handles, *whole], loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
+        whole = key("whole", color="black", lw=1.0, ls="--")
+        legend_above(ax, [*handles, whole], right=True)
     return ax

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.plots.dots import Look, checkpoint_names, dot_rows, figure_height
-from analysis.plots.style import canvas, damage_frame, model_styles
+from analysis.plots.style import canvas, model_styles, table_of
 from analysis.stats import CHECKPOINT, CONDITION, PLAIN, check_choice, label
 
 POINTS = {"logits": Look("o"), "scores": Look("D", False)}
@@ -22,7 +22,7 @@ def stage_dots(
     A checkpoint with a single stage has one row: that stage alone is everywhere. Raises
     `ValueError` listing the conditions if this one was not run everywhere or at a stage.
     """
-    frame = damage_frame(frame, [*CONDITION, "delta_nats"])
+    frame = table_of(frame, "damage", [*CONDITION, "delta_nats"])
     is_site = (frame["where"] == "all") | frame["where"].str.match(r"stage \d+$")
     plain = (frame.effect == PLAIN["effect"]) & (frame.downstream == PLAIN["downstream"])
     rows = frame[is_site & plain & frame.point.isin(list(POINTS))]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from analysis.stats import CHECKPOINT, check_choice, check_columns
 
-COLUMN_WIDTH = 3.3  # inches, one column of a two-column paper
+COLUMN_WIDTH, PAGE_WIDTH = 3.3, 6.8  # inches, one column and both of a two-column paper
 
 # Okabe and Ito's colours, which color-blind readers can tell apart, less their yellow: it is too
 # pale for a line. Markers differ too, so a print in grey can be read.
@@ -69,23 +69,25 @@ def paper_style() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def canvas(ax: Axes | None, height: float) -> Iterator[Axes]:
-    """The given axes with the user's settings, or new ones of a column's width in paper_style."""
-    if ax is not None:
-        yield ax
-        return
+def sheet(width: float, height: float, layout: str = "constrained") -> Iterator[Figure]:
+    """A new figure in paper_style, closed if drawing it fails; "compressed" suits square panels."""
     with paper_style():
-        figure, new = plt.subplots(figsize=(COLUMN_WIDTH, height), layout="constrained")
+        figure = plt.figure(figsize=(width, height), layout=layout)
         try:
-            yield new
+            yield figure
         except BaseException:
             plt.close(figure)
             raise
 
 
-def damage_frame(source: Any, columns: Iterable[str]) -> pd.DataFrame:
-    """The damage table that a plot was given, or that of an object with a damage() method."""
-    return table_of(source, "damage", columns)
+@contextmanager
+def canvas(ax: Axes | None, height: float) -> Iterator[Axes]:
+    """The given axes with the user's settings, or new ones of a column's width in paper_style."""
+    if ax is not None:
+        yield ax
+    else:
+        with sheet(COLUMN_WIDTH, height) as figure:
+            yield figure.subplots()
 
 
 def table_of(source: Any, name: str, columns: Iterable[str], *args: Any) -> pd.DataFrame:
@@ -101,10 +103,15 @@ def table_of(source: Any, name: str, columns: Iterable[str], *args: Any) -> pd.D
                 f"with a {name}() method"
             )
         frame = getattr(source, name)(*args)
-    check_columns(name, frame, [*CHECKPOINT, *columns])
+    check_rows(name, frame, [*CHECKPOINT, *columns])
+    return frame
+
+
+def check_rows(name: str, frame: pd.DataFrame, columns: Iterable[str]) -> None:
+    """Raise `ValueError` for what is no table, lacks columns or has no rows."""
+    check_columns(name, frame, columns)
     if frame.empty:
         raise ValueError(f"table {name} has no rows: nothing of it was measured")
-    return frame
 
 
 def rows_of(frame: pd.DataFrame, condition: str | None) -> pd.DataFrame:

@@ -8,19 +8,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots.dots import GREY
-from analysis.plots.matrices import (
-    DIVERGING,
-    PAGE_WIDTH,
-    centered_scale,
-    color_bar,
-    draw_matrix,
-    name_experts,
-    sheet,
-)
-from analysis.plots.rows import label_of, metric_rows, one_site
-from analysis.plots.style import COLUMN_WIDTH, model_styles
-from analysis.stats import SITE, check_columns, square
+from analysis.plots.marks import ZERO, face, legend_above
+from analysis.plots.matrices import DIVERGING, centered_scale, color_bar, draw_matrix, name_experts
+from analysis.plots.rows import metric_rows, one_site
+from analysis.plots.style import COLUMN_WIDTH, PAGE_WIDTH, check_rows, model_styles, sheet
+from analysis.stats import SITE, facts_of, square
 
 CHOSEN = {"lowest": ("lowest estimates", True), "random": ("at random", False)}  # name, filled
 MEASURED = ["linear", "measured", "low", "high", "chosen"]
@@ -47,9 +39,7 @@ def substitution_matrix(
     """
     measured = isinstance(frame, pd.DataFrame) and "linear" in frame
     if measured:
-        check_columns("substitution", frame, [*SITE, "expert_i", "expert_j", *MEASURED])
-        if frame.empty:
-            raise ValueError("table substitution has no rows: nothing of it was measured")
+        check_rows("substitution", frame, [*SITE, "expert_i", "expert_j", *MEASURED])
         if "downstream" in frame and frame.downstream.nunique() > 1:
             ways = ", ".join(map(repr, frame.downstream.unique()))
             raise ValueError(f"downstream is {ways} in one frame; give the rows of one of them")
@@ -60,12 +50,12 @@ def substitution_matrix(
     rows, title = one_site(rows, layer, stage, model, train_seed)
     table = square(rows, "linear" if measured else "value")
     size = (PAGE_WIDTH, 3.0) if measured else (COLUMN_WIDTH, 2.8)
-    with sheet(*size, layout="constrained") as figure:
+    with sheet(*size) as figure:
         axes = figure.subplots(1, 1 + measured, squeeze=False)[0]
         image = draw_matrix(axes[0], table, centered_scale(table), DIVERGING)
         name_experts(axes[0], "x", table.columns, "by expert j")
         name_experts(axes[0], "y", table.index, "expert i replaced")
-        color_bar(image, axes[0], label_of("substitution"), shrink=0.9)
+        color_bar(image, axes[0], facts_of("substitution").label, shrink=0.9)
         if measured:
             look = styles[rows.model.iloc[0]]
             _calibration(axes[1], rows[rows.measured.notna()], look["color"], look["marker"])
@@ -74,15 +64,14 @@ def substitution_matrix(
 
 
 def _calibration(ax: Axes, rows: pd.DataFrame, color: str, marker: str) -> None:
-    ax.axline((0, 0), slope=1, color=GREY, lw=0.6, zorder=0.5)
+    ax.axline((0, 0), slope=1, **ZERO)
     for chosen, (name, filled) in CHOSEN.items():
         own = rows[rows.chosen == chosen]
         if own.empty:
             continue
         ax.vlines(own.linear, own.low, own.high, color=color, lw=0.7, alpha=0.6)
-        face = color if filled else "white"
-        ax.plot(own.linear, own.measured, marker, color=color, mfc=face, mew=0.9, label=name)
+        ax.plot(own.linear, own.measured, marker, **face(color, filled), mew=0.9, label=name)
     ax.set_xlabel("linear estimate (nats per routed token)")
     ax.set_ylabel("measured (nats per routed token)")
     if not rows.empty:
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        legend_above(ax, ncols=2)

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from analysis.plots.dots import GREY
+from analysis.plots.marks import GREY, ZERO, draw_line, legend_above, offsets
 from analysis.plots.style import DELTA, canvas, model_styles, rows_of, table_of, widen_scale
 from analysis.stats import CHECKPOINT, check_choice
 
@@ -37,23 +37,20 @@ def group_curve(
     frame = rows_of(frame, condition)
     by = frame.by.iloc[0]
     groups = frame.drop_duplicates("group").sort_values("order").group.tolist()
-    models, seen = list(styles), set()
+    shifts = offsets(list(styles), 0.4)
     with canvas(ax, height=2.5) as ax:
         for (model, *_), rows in frame.groupby(CHECKPOINT, sort=False):
             look = styles[model] | ({"linestyle": ""} if by == "domain" else {})
-            shift = 0.4 * ((models.index(model) + 0.5) / len(models) - 0.5)
-            x = rows.group.map(groups.index) + shift
-            ax.plot(x, rows.delta_nats, label=f"_{model}" if model in seen else model, **look)
-            ax.vlines(x, rows.low, rows.high, color=look["color"], lw=0.8)
-            seen.add(model)
-        ax.axhline(0, color=GREY, lw=0.6, zorder=0.5)
+            rows = rows.assign(x=rows.group.map(groups.index) + shifts[model])
+            draw_line(ax, rows, "x", "delta_nats", label=model, bars=True, **look)
+        ax.axhline(0, **ZERO)
         widen_scale(ax.yaxis, frame.delta_nats)
         turned = sum(map(len, groups)) > 28
         turn = dict(rotation=40, ha="right", rotation_mode="anchor") if turned else {}
         ax.set_xticks(range(len(groups)), groups, **turn)
         ax.set_xlabel(X[by])
         ax.set_ylabel(DELTA)
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        legend_above(ax)
     return ax
 
 
@@ -82,22 +79,18 @@ def tail_shares(
     frame = rows_of(frame, condition)
     with canvas(ax, height=2.4) as ax:
         for (model, *_), rows in frame.groupby(CHECKPOINT, sort=False):
-            known = model in ax.get_legend_handles_labels()[1]
-            color, line = styles[model]["color"], styles[model]["linestyle"]
-            ax.plot(
-                rows.share, rows[y], color=color, ls=line, marker=styles[model]["marker"],
-                markevery=(0.05, 0.2), label=f"_{model}" if known else model,
-            )  # fmt: skip
+            look = styles[model] | {"markevery": (0.05, 0.2)}
+            draw_line(ax, rows, "share", y, label=model, **look)
         if y == "carried":
             even = np.geomspace(frame.share.min(), 1, 50)
             ax.plot(even, even, color=GREY, lw=0.8, ls=":", label="evenly spread")
         else:
-            ax.axhline(0, color=GREY, lw=0.6, zorder=0.5)
+            ax.axhline(0, **ZERO)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(numticks=8))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         ax.set_xlabel(f"worst tokens under {condition}")
         ax.set_ylabel(TAIL_Y[y])
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        legend_above(ax)
     return ax

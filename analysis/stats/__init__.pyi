@@ -6,6 +6,7 @@ from .damage import clean_table, contrast_models, damage, difference
 from .doses import doses, per_dose
 from .gap import gap
 from .groups import damage_by
+from .metric_facts import facts_of
 from .overlap_tables import INDEX, SHARED, check_one_step, square
 from .pairs import (
     CHECKPOINT,
@@ -20,7 +21,7 @@ from .pairs import (
     label_of,
     pair,
 )
-from .relation import ALL, APART, LOAD, relation
+from .relation import ALL, LOAD, relation
 from .robustness import find, format_robustness, positive_control, robustness_table
 from .seeds import over_seeds
 from .split import split
@@ -28,7 +29,6 @@ from .tokens import tail_curve, tails
 
 __all__ = [
     "ALL",
-    "APART",
     "CHECKPOINT",
     "CONDITION",
     "INDEX",
@@ -53,6 +53,7 @@ __all__ = [
     "damage_by",
     "difference",
     "doses",
+    "facts_of",
     "family_contrasts",
     "find",
     "format_contrasts",

@@ -7,6 +7,7 @@ moments: the sample, or resamples of it; M = 2 + P columns: damage, overlap and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,6 @@ from analysis.stats.pairs import CHECKPOINT, SITE, check_choice, check_columns
 
 DAMAGES = ("per_mass", "damage")
 PARTS = tuple(f"{damage}_" for damage in DAMAGES)  # of halves of the documents, ends of intervals
-APART = ("token_js", "relative_distance")  # metrics: the more of these, the less in common
 LOAD, ALL = "load", "all"
 ROUNDING = 1e-9  # a share of the variance below which there is none
 LEAST = 2  # clusters that say something about their spread
@@ -109,7 +109,8 @@ def _relate(
     moments_CMM, free_C = _moments(ranks_NM, cluster_N)
     r = _partial(moments_CMM.sum(0), free_C.sum())
     low, high = _interval(moments_CMM, free_C, r, bootstrap)
-    p = null_low = null_high = np.nan
+    p: Any = np.nan
+    null_low = null_high = np.nan
     null_R = np.empty(0) if np.isnan(r) else _null(ranks_NM, cluster_N, bootstrap)
     if len(null_R):
         # Equal but for rounding is as extreme; the observed order is one of the permutations.
@@ -162,7 +163,7 @@ def _moments(ranks_NM: np.ndarray, cluster_N: np.ndarray) -> tuple[np.ndarray, n
     return moments_CMM, np.bincount(cluster_N, minlength=clusters) - 1
 
 
-def _partial(moments_XMM: np.ndarray, free_X: np.ndarray) -> np.ndarray:
+def _partial(moments_XMM: np.ndarray, free_X: np.ndarray) -> Any:
     """(X,) correlation of the first two given the others; NaN where these leave no variance, or of
     the dimensions too few."""
     both_X22, cross_X2P = moments_XMM[..., :2, :2], moments_XMM[..., :2, 2:]
@@ -195,7 +196,7 @@ def _interval(
     return float(np.tanh(_fisher(r) - half)), float(np.tanh(_fisher(r) + half))
 
 
-def _fisher(r: np.ndarray) -> np.ndarray:
+def _fisher(r: Any) -> Any:
     """atanh, of perfect correlations that of one as good as perfect."""
     return np.arctanh(np.clip(r, -1 + ROUNDING, 1 - ROUNDING))
 

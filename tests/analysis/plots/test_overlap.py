@@ -14,8 +14,8 @@ from matplotlib.colors import LogNorm, to_hex
 from matplotlib.lines import AxLine
 
 from analysis import plots
-from analysis.plots.matrices import NOTHING, PAGE_WIDTH
-from analysis.plots.style import COLUMN_WIDTH, FAMILY_STYLE
+from analysis.plots.matrices import NOTHING
+from analysis.plots.style import COLUMN_WIDTH, FAMILY_STYLE, PAGE_WIDTH
 
 from .test_plots import is_clipped
 

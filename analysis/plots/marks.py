@@ -1,0 +1,74 @@
+"""What pictures draw alike: lines with intervals, rows from the top, legends and their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+GREY = "#404040"
+ZERO: dict[str, Any] = dict(color=GREY, lw=0.6, zorder=0.5)  # the line that changes are read from
+
+
+def draw_line(
+    ax: Axes,
+    rows: pd.DataFrame,
+    x: str,
+    y: str,
+    bounds: tuple[str | None, str | None] = ("low", "high"),
+    *,
+    label: str | None = None,
+    bars: bool = False,
+    **look: Any,
+) -> None:
+    """A line through rows of a table and their intervals, if the table has those columns.
+
+    label   stands in the legend once, however often it is drawn
+    bars    intervals are a bar at each point, not a band along the line
+    """
+    if label in ax.get_legend_handles_labels()[1]:
+        label = f"_{label}"  # a leading underscore: not in the legend
+    ax.plot(rows[x], rows[y], label=label, **look)
+    low, high = bounds
+    if low in rows and bars:
+        ax.vlines(rows[x], rows[low], rows[high], color=look["color"], lw=0.8)
+    elif low in rows:
+        ax.fill_between(rows[x], rows[low], rows[high], color=look["color"], alpha=0.2, lw=0)
+
+
+def face(color: str, filled: bool) -> dict[str, str]:
+    """Colors of a marker, hollow if it is not filled."""
+    return {"color": color, "mfc": color if filled else "white"}
+
+
+def offsets(names: Sequence[str], room: float) -> dict[str, float]:
+    """Where in so much room each of several lines stands, evenly spread around 0."""
+    return {name: room * ((i + 0.5) / len(names) - 0.5) for i, name in enumerate(names)}
+
+
+def name_rows(ax: Axes, names: Sequence[str]) -> None:
+    """Rows 0, 1, ... of the y axis, from the top."""
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+
+
+def key(label: str, **look: Any) -> Line2D:
+    """What a legend has for lines or markers that look like this."""
+    return Line2D([], [], label=label, **look)
+
+
+def legend_above(
+    ax: Axes,
+    handles: Sequence[Any] | None = None,
+    ncols: int = 3,
+    *,
+    right: bool = False,
+    **how: Any,
+) -> None:
+    """Over the middle of the axes, or over their right end; without handles of all labels."""
+    loc, x = ("lower right", 1.0) if right else ("lower center", 0.5)
+    ax.legend(handles=handles, loc=loc, bbox_to_anchor=(x, 1.0), ncols=ncols, **how)
