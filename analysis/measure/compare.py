@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -66,11 +67,8 @@ def compare(
                 cells = measure_calibrated(
                     model, ready, docs, calibration, batch_size, tokens, bar.update
                 )
-                cells = [
-                    cell._replace(condition=shown.get(cell.condition, cell.condition))
-                    for cell in cells
-                ]
-                measured.append((model, cells))
+                named = [c._replace(condition=shown.get(c.condition, c.condition)) for c in cells]
+                measured.append((model, named))
     drifts = drifts_of(under_study, docs, batch_size)
     return Comparison(join(measured), tuple(under_study), drifts)
 
@@ -101,14 +99,13 @@ def _sources(p: Perturbation, models: Mapping[str, Adapter]) -> list[tuple[type,
     found = []
     part: Any
     for part in parts_of(p):
-        name = {Replay: "trace", GateSwap: "checkpoint"}.get(type(part))
-        value = getattr(part, name) if name else None
+        value = getattr(part, part.source) if part.source else None
         if isinstance(value, str) and value in models:
             found.append((type(part), value))
         elif isinstance(value, str) and part.sha256 is None:
             choices = ", ".join(map(repr, models))
             raise ValueError(
-                f"{name} is {value!r}, which is no path of one; of the models choose one of "
+                f"{part.source} is {value!r}, which is no path of one; of the models choose one of "
                 f"{choices}"
             )
     return found

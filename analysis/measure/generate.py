@@ -7,6 +7,7 @@ T = B * N, V vocabulary, M numbers, D documents.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pandas as pd

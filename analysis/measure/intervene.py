@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,9 +51,9 @@ class Intervention:
         tables: Mapping[RouterSite, Table] | None = None,
     ):
         self.condition, self.calibration, self.observe = condition, calibration, observe
-        self.recorded, self.where = recorded, where or condition.where
+        self.recorded, self.where = recorded or {}, where or condition.where
         self.tables = tables or {}
-        self.tokens: Tokens | None = None
+        self.tokens: Any = None  # Tokens, once they are announced
 
     def begin(
         self,
@@ -111,9 +112,9 @@ class Intervention:
         changed = base
         if self.where(site):
             stats = self.calibration.sites.get(site) if self.calibration else None
-            x_TD = None if replay else x_TD
+            seen_TD = None if replay else x_TD
             ctx = RouterContext(
-                site, base, x_TD, tokens, self._noise(site), stats, self.earlier, self.own
+                site, base, seen_TD, tokens, self._noise(site), stats, self.earlier, self.own
             )
             if isinstance(condition.perturbation, ResidualNoise):
                 of = replace(condition, perturbation=condition.perturbation.of)
@@ -176,9 +177,8 @@ def perturbed(
     """
     model = as_adapter(model)
     selector = where if callable(where) and not isinstance(where, Where) else None
-    condition = Condition(
-        perturbation, "all" if selector else where, point=point, effect=effect, eval_seed=seed
-    )
+    place: Any = "all" if selector else where
+    condition = Condition(perturbation, place, point=point, effect=effect, eval_seed=seed)
     selector = selector or condition.where
     chosen = sites_of(model, selector, tokens=True) if model.sites() else []
     fired = dict.fromkeys(chosen, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -33,7 +34,7 @@ def flip_prediction(
     docs: Sequences,
     sigmas: float | Sequence[float],
     *,
-    scale: str = "token",
+    scale: Literal["token", "site", "absolute"] = "token",
     where: str = "all",
     seed: int = 0,
     draws: int = 32,

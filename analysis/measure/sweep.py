@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from analysis.perturb import (
     Perturbation,
     RandomRouting,
     ResidualNoise,
+    Where,
     of_one_name,
 )
 from cartmoe.data import Sequences

@@ -8,6 +8,7 @@ from analysis.adapters import as_adapter
 from analysis.perturb.base import Perturbation
 from analysis.perturb.condition import DOWNSTREAM, Condition
 from analysis.perturb.effects import COALITIONS
+from analysis.perturb.where import Where
 
 
 def split_arms(perturbation: Perturbation, **options: Any) -> list[Condition]:
@@ -25,8 +26,8 @@ def site_arms(model: object, perturbation: Perturbation, **options: Any) -> list
 
     options   those of `Condition`, other than where
     """
-    places = ("all", *as_adapter(model).sites())
-    return [Condition(perturbation, where=place, **options) for place in places]
+    places: list[Any] = ["all", *as_adapter(model).sites()]
+    return [Condition(perturbation, Where.parse(place), **options) for place in places]
 
 
 def cascade_arms(perturbation: Perturbation, **options: Any) -> list[Condition]:

@@ -38,6 +38,7 @@ class Perturbation:
     points    the points (see `Condition`) that it can work at
     anew      whether a decision is replaced, whatever it was, so that it undoes one before it
     needs_input   whether it needs what enters the router, which nothing does under "replay"
+    source    the parameter that names another run, of which it needs something
     """
 
     expects: ClassVar[str] = "selection"
@@ -47,6 +48,8 @@ class Perturbation:
     points: ClassVar[tuple[str, ...]] = ("logits", "scores")
     anew: ClassVar[bool] = False
     needs_input: ClassVar[bool] = False
+    source: ClassVar[str | None] = None
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # a subclass is a dataclass
 
     @property
     def strength(self) -> float:
@@ -71,7 +74,7 @@ class Perturbation:
         """Name and parameters, plain JSON types: part of a condition's identity. Of a class that
         is not of this package also a hash of its source, since another source is another one."""
         cls = type(self)
-        named = {"name": cls.__name__}
+        named: dict[str, Any] = {"name": cls.__name__}
         if not cls.__module__.startswith("analysis."):
             named = {"name": f"{cls.__module__}:{cls.__qualname__}", "source": source_sha256(cls)}
         return named | {f.name: plain(getattr(self, f.name)) for f in fields(self)}

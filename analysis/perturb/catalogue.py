@@ -48,7 +48,7 @@ PERTURBATIONS: dict[str, type[Perturbation]] = {
 }
 
 
-def perturbation_class(name: object) -> type[Perturbation]:
+def perturbation_class(name: Any) -> type[Perturbation]:
     """The class of that name: of the catalogue, or "package.module:Name" of one's own.
 
     Raises `ValueError` with the choices.

@@ -151,4 +151,5 @@ class Custom(Perturbation):
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """What the function returns."""
+        assert callable(self.function)
         return self.function(logits_TE, ctx)

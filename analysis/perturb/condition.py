@@ -25,7 +25,7 @@ from cartmoe.fields import Count, declared
 from cartmoe.routing import Routing
 
 POINTS = ("logits", "scores")
-DOWNSTREAM = ("reroute", "replay")
+DOWNSTREAM: tuple[Literal["reroute", "replay"], ...] = ("reroute", "replay")
 
 
 @declared
@@ -47,7 +47,7 @@ class Condition:
     eval_seed: Count = 0
 
     def __post_init__(self) -> None:
-        p = self.perturbation
+        p: Any = self.perturbation
         if isinstance(p, type) or not (isinstance(p, Perturbation) or callable(p)):
             raise ValueError(
                 f"perturbation is {p!r}; give an object such as DropTop(1), of "
@@ -139,7 +139,7 @@ def _checked(perturb: LogitsFunction, logits_TE: Tensor, ctx: RouterContext) -> 
     moved_TE = perturb(logits_TE, ctx)
     good = isinstance(moved_TE, Tensor) and moved_TE.shape == logits_TE.shape
     if not good or moved_TE.dtype != logits_TE.dtype:
-        got = moved_TE
+        got: Any = moved_TE
         if isinstance(got, Tensor):
             got = f"{got.dtype} of shape {tuple(got.shape)}"
         raise ValueError(

@@ -102,4 +102,5 @@ EFFECTS: dict[str, Callable[[Routing, Routing, Router], Routing]] = {
     "selection": _selection,
     "weights": _weights,
     "no_refill": _no_refill,
-} | {name: partial(_part, parts) for name, parts in COALITIONS.items()}
+    **{name: partial(_part, parts) for name, parts in COALITIONS.items()},
+}

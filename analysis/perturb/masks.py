@@ -148,7 +148,8 @@ class DropExperts(Perturbation):
         """`ValueError` for ids of a router, or of experts, that the model does not have."""
         if self.by_site:
             known = sorted({name for site in sites for name in _names(site)})
-            for name, _ in self.ids:
+            named: Any = self.ids
+            for name, _ in named:
                 check_choice("a router of ids", name, known)
         for site in sites:
             self._listed(site)
@@ -162,9 +163,10 @@ class DropExperts(Perturbation):
 
     def _listed(self, site: RouterSite) -> list[int]:
         """The dead of one router, where `ids` say which."""
-        dead = set(self.ids or ())
+        ids: Any = self.ids or ()
+        dead: set[int] = set() if self.by_site else set(ids)
         if self.by_site:
-            dead = {e for name, ids in self.ids if name in _names(site) for e in ids}
+            dead = {e for name, own in ids if name in _names(site) for e in own}
         if dead and max(dead) >= site.num_experts:
             raise ValueError(
                 f"ids has {max(dead)}; {site.name} has only {site.num_experts} experts"

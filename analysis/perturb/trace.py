@@ -15,16 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from analysis.adapters import Adapter, batches, clean_routing, routed_adapter
+from analysis.adapters import routed_adapter
 from analysis.perturb.trace_files import (
     META,
     PARTS,
     SEQUENCES,
     TOKENS,
-    Batch,
     batches_of_arrays,
+    batches_of_model,
     check_trace,
     file_of,
     site_of,
@@ -32,7 +31,7 @@ from analysis.perturb.trace_files import (
     width_of,
     write_trace,
 )
-from cartmoe.data import IGNORE, Sequences
+from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 
 
@@ -79,7 +78,7 @@ class Trace:
             for place, s in self._places.items()
         }
 
-    def _map(self, file: str, dtype: str, width: int | None = None) -> np.ndarray | None:
+    def _map(self, file: str, dtype: str, width: int | None = None) -> Any:
         path = self.path / file
         if not path.exists():
             return None
@@ -152,17 +151,17 @@ class Trace:
 
     def _rows(self, sequence_T: Tensor, position_T: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """(T,) rows, 0 where there is none; (T,) where there is one."""
-        sequence_T, position_T = sequence_T.cpu().numpy(), position_T.cpu().numpy()
-        number_T = self._ids_S.searchsorted(sequence_T).clip(max=len(self._ids_S) - 1)
-        found_T = self._ids_S[number_T] == sequence_T
+        ids_T, at_T = sequence_T.cpu().numpy(), position_T.cpu().numpy()
+        number_T = self._ids_S.searchsorted(ids_T).clip(max=len(self._ids_S) - 1)
+        found_T = self._ids_S[number_T] == ids_T
         if not found_T.all():
-            asked, missing = len(np.unique(sequence_T)), len(np.unique(sequence_T[~found_T]))
+            asked, missing = len(np.unique(ids_T)), len(np.unique(ids_T[~found_T]))
             raise ValueError(
                 f"trace {self.name} has not recorded {missing} of these {asked} sequences "
                 f"({(~found_T).sum()} positions); record it on the same documents"
             )
-        known_T = position_T < self._length_S[number_T]
-        return np.where(known_T, self._offset_S[number_T] + position_T, 0), known_T
+        known_T = at_T < self._length_S[number_T]
+        return np.where(known_T, self._offset_S[number_T] + at_T, 0), known_T
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
@@ -193,9 +192,8 @@ class Trace:
 
         model = routed_adapter(model)
         origin = {"model": model.identity, "documents": docs.sha256}
-        with tqdm(total=-(-len(docs) // batch_size), unit="batch", disable=not progress) as bar:
-            found = (_recorded(model, b, logits, bar) for b in batches(model, docs, batch_size))
-            write_trace(Path(path), model.sites(), found, origin)
+        found = batches_of_model(model, docs, batch_size, logits, progress)
+        write_trace(Path(path), model.sites(), found, origin)
         return cls(path)
 
     @classmethod
@@ -221,7 +219,7 @@ class Trace:
         shapes, ids that are no whole numbers or none of the experts, and equal sequence ids.
         """
         arrays = iter(routed_experts)
-        first = next(arrays, None)
+        first: Any = next(arrays, None)
         if np.ndim(first) != 3:
             raise ValueError(
                 f"routed_experts has {type(first).__name__} of shape {np.shape(first)} first; give "
@@ -239,23 +237,3 @@ class Trace:
         found = batches_of_arrays(chain([first], arrays), iter(sequence_ids), weights, sites)
         write_trace(Path(path), sites, found, {})
         return cls(path)
-
-
-def _recorded(model: Adapter, batch: Sequences, logits: bool, bar: tqdm) -> Batch:
-    has_target_SL = batch.targets_SL != IGNORE
-    used_SL = has_target_SL.flip(1).cumsum(1).flip(1) > 0  # it, or one after it
-    used_T = used_SL.flatten()
-
-    def kept(rows_TX: Tensor) -> np.ndarray:
-        return rows_TX[used_T].cpu().numpy()
-
-    decisions = clean_routing(model, batch.tokens_SL).values()
-    bar.update()
-    return Batch(
-        batch.sequence_id_S.tolist(),
-        used_SL.sum(1).tolist(),
-        kept(batch.tokens_SL.flatten()),
-        [kept(r.ids_TK) for r in decisions],
-        [kept(r.weights_TK) for r in decisions],
-        [kept(r.logits_TE) for r in decisions] if logits else None,
-    )

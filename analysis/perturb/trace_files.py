@@ -23,7 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
+from analysis.adapters import Adapter, batches, clean_routing
+from cartmoe.data import IGNORE, Sequences
 from cartmoe.folders import check_new, damage, read_manifest, write_folder
 from cartmoe.hooks import RouterSite
 
@@ -33,7 +36,7 @@ PARTS = {"ids": "<i2", "weights": "<f4", "logits": "<f4"}
 MAX_EXPERTS = 2**15
 
 
-def site_of(layer: int, stage: int, slots: int, num_experts: int | None) -> RouterSite:
+def site_of(layer: int, stage: int, slots: int, num_experts: Any) -> RouterSite:
     """Where a router stood. num_experts is None where nobody said how many there were."""
     return RouterSite(f"layer {layer} stage {stage}", layer, stage, num_experts, slots)
 
@@ -165,3 +168,22 @@ def batches_of_arrays(
         )
     if next(sequence_ids, None) is not None:
         raise ValueError(f"sequence_ids has more than the {number + 1} of routed_experts")
+
+
+def batches_of_model(
+    model: Adapter, docs: Sequences, batch_size: int, logits: bool, progress: bool
+) -> Iterator[Batch]:
+    """The clean decisions on documents, of each sequence up to its last token with a target."""
+    total = -(-len(docs) // batch_size)
+    for batch in tqdm(
+        batches(model, docs, batch_size), total=total, unit="batch", disable=not progress
+    ):
+        has_target_SL = batch.targets_SL != IGNORE
+        used_SL = has_target_SL.flip(1).cumsum(1).flip(1) > 0  # it, or one after it
+        tokens_N = batch.tokens_SL[used_SL].cpu().numpy()
+        decisions = list(zip(*clean_routing(model, batch.tokens_SL).values(), strict=True))
+        logits_NE, _, ids_NK, weights_NK = (
+            [rows_TX[used_SL.flatten()].cpu().numpy() for rows_TX in each] for each in decisions
+        )
+        ids, lengths = batch.sequence_id_S.tolist(), used_SL.sum(1).tolist()
+        yield Batch(ids, lengths, tokens_N, ids_NK, weights_NK, logits_NE if logits else None)
