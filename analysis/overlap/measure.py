@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from analysis.adapters import Adapter
-from analysis.overlap.metrics import (
-    MAX_UNITS,
-    METRICS,
-    PAIR_TOKENS,
-    SHARES,
-    TABLES,
-    TOKENS,
-    CompositeStream,
-    Estimate,
-    ExpertWeights,
-    Metric,
-    OutputStream,
-    SecondStage,
-    Stream,
-    SubstitutionStream,
-    UsageStream,
-    estimate,
-)
+from analysis.overlap.metrics import MAX_UNITS, METRICS, TABLES, Streams
 from analysis.overlap.probes import Labels, Probes, packs_of
-from analysis.overlap.request import DAMAGE, check_request, check_tokens, composed
+from analysis.overlap.request import DAMAGE, check_request, check_tokens
 from analysis.overlap.tables import KEYS, VALUES, Overlap, concat, rows_of, site_columns
 from analysis.stats import INDEX, check_confidence
 from cartmoe.config import check_whole
 from cartmoe.data import Sequences
-from cartmoe.hooks import RouterSite
 
 TOTAL = "none: classes are kept as one total"
 FIXED = {"weights": "none: parameters", "usage": TOTAL, "outputs": TOTAL}  # by kind
@@ -84,34 +65,22 @@ def measure_overlap(
     units = min(len(packs), MAX_UNITS)
     labels = Labels.of(docs, seed)
     asked = {name: METRICS[name] for name in wanted}
-    kinds = {metric.kind for metric in asked.values()}
     sizes = labels.num_classes, len(labels.domains)
-    by_class = any(metric.kind == "usage" and not metric.units for metric in asked.values())
     options = dict(probe=probe, minibatch=minibatch, seed=seed)
-    make: dict[str, Callable[[RouterSite], Stream]] = {
-        "usage": lambda site: UsageStream(site, units, *sizes, by_class),
-        "outputs": lambda site: OutputStream(model, site, units, **options),
-        DAMAGE: lambda site: SubstitutionStream(model, site, units),
-    }
-    streams = {site: {kind: make[kind](site) for kind in make if kind in kinds} for site in chosen}
-    if "composite" in kinds:
-        tokens = TOKENS if any(name in SHARES for name in asked) else PAIR_TOKENS
-        for site, stream in _composites(model, chosen, units, tokens).items():
-            streams[site]["composite"] = stream
-    if any(streams.values()):
-        probes = Probes(model, docs, chosen, labels, skip_first, gradients=DAMAGE in kinds)
+    streams = Streams(model, chosen, asked, units, sizes, **options)
+    if streams:
+        probes = Probes(model, docs, chosen, labels, skip_first, DAMAGE in streams.kinds)
         with tqdm(total=len(docs), unit="sequence", disable=not progress) as bar:
             for number, pack in enumerate(packs):
                 for first in range(0, len(pack), batch_size):
                     rows = pack[first : first + batch_size]
                     for site, seen in probes.of(rows, number % units, (seed, number, first)):
-                        for stream in streams[site].values():
-                            stream.add(seen)
+                        streams.add(site, seen)
                     bar.update(len(rows))
     resampled = ("batch of documents" if len(packs) <= MAX_UNITS else "batches of documents", units)
     tables = {table: [pd.DataFrame(columns=[*KEYS, *INDEX[table], *VALUES])] for table in TABLES}
-    for site, own in streams.items():
-        for name, found in _estimates(model, site, own, asked, confidence):
+    for site in chosen:
+        for name, found in streams.estimates(site, confidence):
             metric = asked[name]
             unit, num_units = resampled if metric.units else (FIXED[metric.kind], 0)
             columns = site_columns(model, site) | {"metric": name}
@@ -119,36 +88,3 @@ def measure_overlap(
             rows = rows_of(columns, metric.table, found, site, domains)
             tables[metric.table].append(rows.assign(unit=unit, num_units=num_units))
     return Overlap(**{table: concat(frames) for table, frames in tables.items()})
-
-
-def _composites(
-    model: Adapter, sites: list[RouterSite], units: int, tokens: int
-) -> dict[RouterSite, Stream]:
-    """By site, the sums of the two-stage layers of which the first stage is among the sites."""
-    streams: dict[RouterSite, Stream] = {}
-    for first in sites:
-        second = composed(model, first)
-        if second is not None:
-            streams[first] = CompositeStream(model, first, second, units, tokens)
-            if second in sites:
-                streams[second] = SecondStage(streams[first])
-    return streams
-
-
-def _estimates(
-    model: Adapter,
-    site: RouterSite,
-    streams: dict[str, Stream],
-    asked: dict[str, Metric],
-    confidence: float,
-) -> Iterator[tuple[str, Estimate]]:
-    """By name, of those metrics that speak of this site."""
-    sums = {kind: stream.sums() for kind, stream in streams.items()}
-    if any(metric.kind == "weights" for metric in asked.values()):
-        sums["weights"] = ExpertWeights.of(model, site)
-    for name, metric in asked.items():
-        nothing_before = name == "transition" and "transition" not in sums["usage"]
-        # What is of a whole layer stands with its first stage.
-        of_layer = metric.table == "sites" and isinstance(streams.get(metric.kind), SecondStage)
-        if metric.kind in sums and not nothing_before and not of_layer:
-            yield name, estimate(metric, sums[metric.kind], confidence)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from analysis.adapters import Adapter, check_documents, routed_adapter
-from analysis.overlap.metrics import METRICS, PAIR_EXPERTS, PROBES, Metric
+from analysis.overlap.metrics import METRICS, PAIR_EXPERTS, PROBES, Metric, second_stage
 from analysis.perturb import sites_of
 from cartmoe.config import check_choice
 from cartmoe.data import IGNORE, Sequences
@@ -36,12 +36,14 @@ def check_tokens(docs: Sequences, model: Adapter, skip_first: bool) -> None:
 
 
 def metric_names(metrics: str | Sequence[str], choices: Iterable[str]) -> tuple[str, ...]:
-    """Each name once; `ValueError` where none is given, with the choices."""
+    """Each name once; `ValueError` with the choices where none is given, or another."""
     given = [metrics] if isinstance(metrics, str) else metrics
     several = isinstance(given, Iterable) and not isinstance(given, Metric)
     names = tuple(dict.fromkeys(given)) if several else ()
     if not names:
         raise ValueError(f"metrics is {metrics!r}; name some of {', '.join(choices)}")
+    for name in names:
+        check_choice("metric", name, choices)
     return names
 
 
@@ -54,7 +56,6 @@ def _wanted(
         return [name for name, metric in fitting.items() if metric.kind != DAMAGE]
     names = metric_names(metrics, METRICS)
     for name in names:
-        check_choice("metric", name, METRICS)
         check_choice(f"metric for these sites of {model.name}", name, fitting)
     return names
 
@@ -62,7 +63,7 @@ def _wanted(
 def fits(model: Adapter, sites: list[RouterSite], name: str, metric: Metric) -> bool:
     """Whether the metric can be measured at these sites."""
     if metric.kind == "composite":
-        seconds = {site: composed(model, site) for site in sites}
+        seconds = {site: second_stage(model, site) for site in sites}
         if metric.table == "pairs":  # of either stage, if the first is there
             few = all(site.num_experts <= PAIR_EXPERTS for site in sites)
             return few and all(seconds[site] or site in seconds.values() for site in sites)
@@ -70,12 +71,3 @@ def fits(model: Adapter, sites: list[RouterSite], name: str, metric: Metric) -> 
     if name == "transition":  # from the site before
         return any(site != model.sites()[0] for site in sites)
     return name != "router_cosine" or all(model.router(site).rows is not None for site in sites)
-
-
-def composed(model: Adapter, site: RouterSite) -> RouterSite | None:
-    """The second stage, of as many experts, of the two-stage layer of which this site is the first;
-    None elsewhere."""
-    layer = [other for other in model.sites() if other.layer == site.layer]
-    if len(layer) == 2 and layer[0] == site and layer[1].num_experts == site.num_experts:
-        return layer[1]
-    return None

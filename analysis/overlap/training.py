@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -28,7 +28,7 @@ from analysis.adapters import (
 )
 from analysis.measure import Asked, sweep
 from analysis.overlap.measure import measure_overlap
-from analysis.overlap.metrics import MAX_UNITS, Metric, Sums, UnitSums, estimate, usage
+from analysis.overlap.metrics import MAX_UNITS, Metric, UnitSums, estimate, usage
 from analysis.overlap.probes import decisions, of_tokens
 from analysis.overlap.tables import Overlap, site_columns
 from analysis.perturb import sites_of
@@ -102,16 +102,12 @@ def _saturations(
     return pd.DataFrame(rows)
 
 
-def _chance(sums: Sums) -> Tensor:
-    return (sums["now"] * sums["final"]).sum(-1) / sums["tokens"] ** 2
-
-
 SATURATION = Metric(
     "usage",
     "sites",
     lambda sums: sums["both"] / sums["tokens"],
-    _chance,
     "experts of the newest checkpoint used now",
+    lambda sums: (sums["now"] * sums["final"]).sum(-1) / sums["tokens"] ** 2,
 )
 
 
@@ -179,7 +175,7 @@ def over_training(
     metrics: str | Sequence[str] | None = None,
     *,
     where: str = "all",
-    point: str = "logits",
+    point: Literal["logits", "scores"] = "logits",
     seed: int = 0,
     controls: bool = False,
     sites: Any = None,

@@ -7,7 +7,7 @@ weights.py           their parameters, up to SwiGLU's symmetries
 outputs.py           what they compute, on tensors; output_stream.py: over batches
 first_order.py       what one costs in another's place, to first order: this is damage itself
 composite.py         pairs (a_i, b_j) of a Cartesian layer; composed.py: what those put out
-catalogue.py         the dict that names all metrics
+streams.py           what all of these need to sum;  catalogue.py: the dict that names them
 
 Nothing here knows a model, only tensors and the protocol of `analysis.adapters`.
 """
@@ -20,21 +20,11 @@ from analysis.overlap.metrics.base import (
     Estimate,
     Metric,
     Probe,
-    Stream,
     Sums,
     UnitSums,
     estimate,
 )
 from analysis.overlap.metrics.catalogue import METRICS
-from analysis.overlap.metrics.composite import (
-    PAIR_EXPERTS,
-    PAIR_TOKENS,
-    SHARES,
-    TOKENS,
-    CompositeStream,
-    SecondStage,
-)
-from analysis.overlap.metrics.first_order import SubstitutionStream
-from analysis.overlap.metrics.output_stream import OutputStream
-from analysis.overlap.metrics.usage_stream import UsageStream
+from analysis.overlap.metrics.composite import PAIR_EXPERTS
+from analysis.overlap.metrics.streams import Streams, second_stage
 from analysis.overlap.metrics.weights import ExpertWeights

@@ -52,16 +52,16 @@ class Metric(NamedTuple):
     kind    what it is computed from, one of `KINDS`
     table   what a row speaks of, one of `TABLES`: values are (U, E), (U,) or (U, E, E)
     of      sums -> values; for kind "weights": `ExpertWeights` -> values, U = 1
-    null    the same under chance, as `about` says; a number: that everywhere; None: there is none
     about   one line: what it is and what its null is
+    null    the same under chance, as `about` says; a number: that everywhere; None: there is none
     units   False: it is of all units together, (1, ...), so there is no interval
     """
 
     kind: str
     table: str
     of: Callable[..., Tensor]
-    null: Callable[..., Tensor] | float | None
     about: str
+    null: Callable[..., Tensor] | float | None = None
     units: bool = True
 
     def __repr__(self) -> str:

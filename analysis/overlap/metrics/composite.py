@@ -199,7 +199,7 @@ def _share_metric(part: int, what: str) -> Metric:
         "fed the mean over A's experts"
     )
     of, null = (lambda sums, of=of: share(sums[of])[:, part] for of in ("squares", "null"))
-    return Metric("composite", "sites", of, null, about)
+    return Metric("composite", "sites", of, about, null)
 
 
 def _relation_metrics(
@@ -212,7 +212,7 @@ def _relation_metrics(
         null = None if number == UNRELATED else partial(of, relation=UNRELATED)
         about += "; null: of those that share neither" if null else ""
         metrics[f"{name}_{relation}"] = Metric(
-            "composite", "sites", partial(of, relation=number), null, about
+            "composite", "sites", partial(of, relation=number), about, null
         )
     return metrics
 
@@ -227,9 +227,9 @@ METRICS = {
         "composite",
         "pairs",
         _experts_cka,
-        partial(_cka, relation=UNRELATED),
         "mean debiased CKA of composed experts that differ in these two of one stage alone, over "
         f"the other's experts; of stages of at most {PAIR_EXPERTS} experts, the first of which is "
         "among the sites; null: of those that share neither",
+        partial(_cka, relation=UNRELATED),
     ),
 }

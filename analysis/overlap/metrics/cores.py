@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import torch
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def on_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

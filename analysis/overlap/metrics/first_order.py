@@ -70,7 +70,6 @@ METRICS = {
         "function",
         "pairs",
         _substitution,
-        None,
         "rise of the loss, to first order, if expert_j runs in expert_i's slots at its weight; "
         "nats per token routed to expert_i",
     ),
@@ -78,7 +77,6 @@ METRICS = {
         "function",
         "experts",
         _removal,
-        None,
         "rise of the loss, to first order, if the expert is taken away and not refilled; nats per "
         "token routed to it",
     ),

@@ -147,16 +147,16 @@ def _of(part: str, function: Callable[[Sums], Tensor]) -> Callable[[Sums], Tenso
 
 def _against_random(function: Callable[[Sums], Tensor], about: str) -> Metric:
     about += "; null: experts with random weights of the same spread on the same tokens"
-    return PAIRS(_of("own", function), _of("null", function), about)
+    return PAIRS(_of("own", function), about, _of("null", function))
 
 
 METRICS = {
     "cka": _against_random(outputs.cka_of, "debiased linear CKA of outputs"),
     "cka_permuted": PAIRS(
         _of("permuted", outputs.cka_of),
-        0.0,
         "control: debiased CKA of outputs of different tokens, each expert's in a random order; "
         "null 0",
+        0.0,
     ),
     "output_cosine": _against_random(outputs.cosine_of, "cosine of outputs, mean over tokens"),
     "relative_distance": _against_random(
@@ -164,18 +164,14 @@ METRICS = {
         "root of the mean squared distance of outputs over that of their norms",
     ),
     "output_norm": EXPERTS(
-        lambda sums: sums["norm"] / sums["probed"],
-        None,
-        "norm of the output, mean over tokens; no null",
+        lambda sums: sums["norm"] / sums["probed"], "norm of the output, mean over tokens; no null"
     ),
     "reap": EXPERTS(
         outputs.reap_of,
-        None,
         "weight times norm of the output, mean over the tokens routed to it; no null",
     ),
     "max_output": EXPERTS(
         lambda sums: sums["max"],
-        None,
         "largest |output| of any token and dimension; no null and no interval",
         units=False,
     ),

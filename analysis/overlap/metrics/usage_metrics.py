@@ -48,7 +48,11 @@ def _company(function: Callable[..., Tensor], about: str) -> Metric:
     def of(sums: Sums) -> Tensor:
         return function(sums["both"], _loads(sums), sums["tokens"][:, None, None])
 
-    return PAIRS(of, lambda sums: function(*by_chance(sums), 1), about)
+    return PAIRS(of, about, lambda sums: function(*by_chance(sums), 1))
+
+
+def _of_loads(function: Callable[[Tensor], Tensor], about: str, null: float) -> Metric:
+    return SITES(lambda sums: function(_loads(sums)), about, null)
 
 
 def _of_classes(
@@ -65,7 +69,7 @@ def _of_classes(
         found = [function(*other) for other in others]
         return torch.stack(found).mean(0, keepdim=True) if found else NOTHING
 
-    return table(of, null, f"{about}; {OTHER_TOKENS}; {TOTALS}", units=False)
+    return table(of, f"{about}; {OTHER_TOKENS}; {TOTALS}", null, units=False)
 
 
 def _of_other_domains(found_UR: Tensor, sums: Sums) -> Tensor:
@@ -85,9 +89,9 @@ METRICS = {
     ),
     "transition": PAIRS(
         lambda sums: sums["transition"] / sums["before"][..., None],
-        share_of_tokens,
         "of the tokens that use i at the site before, the share that uses j at this one; null: j's "
         "share of all tokens",
+        share_of_tokens,
     ),
     "token_jaccard": _of_classes(
         PAIRS,
@@ -101,18 +105,18 @@ METRICS = {
         "nats",
     ),
     "load": EXPERTS(
-        lambda sums: usage.share(_loads(sums)), _even, "share of the used slots; null 1 / E"
+        lambda sums: usage.share(_loads(sums)), "share of the used slots; null 1 / E", _even
     ),
     "routed_weight": EXPERTS(
         lambda sums: usage.share(sums["weight"]),
-        _even,
         "share of the weight of all slots; null 1 / E",
+        _even,
     ),
     "domain_specialization": EXPERTS(
         lambda sums: sums["domains"] / sums["domain_tokens"][:, None],
-        lambda sums: share_of_tokens(sums)[..., None],
         "of a domain's tokens, the share that uses the expert (OLMoE, arXiv 2409.02060, eq. 7); "
         "null: the share over all domains",
+        lambda sums: share_of_tokens(sums)[..., None],
     ),
     "vocabulary_specialization": _of_classes(
         EXPERTS,
@@ -120,47 +124,40 @@ METRICS = {
         "of the tokens of one id, the share that uses the expert (OLMoE, arXiv 2409.02060, eq. 8), "
         "mean over the tokens that use it",
     ),
-    "load_entropy": SITES(
-        lambda sums: usage.load_entropy(_loads(sums)),
-        1.0,
-        "entropy of the loads / log E; null 1, even loads",
+    "load_entropy": _of_loads(
+        usage.load_entropy, "entropy of the loads / log E; null 1, even loads", 1.0
     ),
-    "max_vio": SITES(
-        lambda sums: usage.max_vio(_loads(sums)),
-        0.0,
+    "max_vio": _of_loads(
+        usage.max_vio,
         "largest load over the mean, less 1 (MaxVio, arXiv 2408.15664); null 0, even loads",
-    ),
-    "gini": SITES(
-        lambda sums: usage.gini(_loads(sums)),
         0.0,
-        "Gini coefficient of the loads; null 0, even loads",
     ),
+    "gini": _of_loads(usage.gini, "Gini coefficient of the loads; null 0, even loads", 0.0),
     "router_entropy": SITES(
         lambda sums: sums["entropy"] / sums["tokens"] / math.log(_experts(sums)),
-        None,
         "entropy of a token's scores as a distribution / log E, mean over tokens; no null",
     ),
     "committee": SITES(
         lambda sums: usage.committee(sums["weight"], _used_experts(sums)),
-        lambda sums: _used_experts(sums) / _experts(sums),
         "share of all weight that the k most weighted experts have, k being the mean number that a "
         "token uses (standing committee, arXiv 2601.03425); null k / E, even weights",
+        lambda sums: _used_experts(sums) / _experts(sums),
     ),
     "mi_domain": SITES(
         lambda sums: usage.mutual_information(sums["domains"]),
-        lambda sums: _of_other_domains(usage.mutual_information(sums["other_domains"]), sums),
         f"I(expert; domain) of a use, nats, Miller-Madow; {OTHER_DOMAINS}",
+        lambda sums: _of_other_domains(usage.mutual_information(sums["other_domains"]), sums),
     ),
     "mi_token": SITES(
         lambda sums: usage.mutual_information(sums["classes"]),
-        lambda sums: usage.mutual_information(sums["other_classes"]).mean(-1),
         f"I(expert; token id) of a use, nats, Miller-Madow; {OTHER_TOKENS}; {TOTALS}",
+        lambda sums: usage.mutual_information(sums["other_classes"]).mean(-1),
         units=False,
     ),
     "mi_domain_given_token": SITES(
         lambda sums: sums["mi_domain_given_token"],
-        lambda sums: _of_other_domains(sums["other_mi_domain_given_token"], sums),
         f"I(expert; domain | token id) of a use, nats, Miller-Madow; {OTHER_DOMAINS}; {TOTALS}",
+        lambda sums: _of_other_domains(sums["other_mi_domain_given_token"], sums),
         units=False,
     ),
 }

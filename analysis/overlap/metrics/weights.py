@@ -197,33 +197,33 @@ def _rank_null(matrix_EXY: Tensor) -> Tensor:
 def _metric(
     table: str,
     of: Callable[[ExpertWeights], Tensor],
-    null: Callable[[ExpertWeights], Tensor] | float,
     about: str,
+    null: Callable[[ExpertWeights], Tensor] | float,
 ) -> Metric:
     """Of parameters alone: there is nothing to resample."""
-    return Metric("weights", table, lambda w: of(w)[None], null, about, units=False)
+    return Metric("weights", table, lambda w: of(w)[None], about, null, units=False)
 
 
 def _rank_metric(at: int, name: str) -> Metric:
     return _metric(
         "experts",
         lambda w: effective_rank(w[at]),
-        lambda w: _rank_null(w[at]),
         f"effective rank of the {name} projection; null: of random entries",
+        lambda w: _rank_null(w[at]),
     )
 
 
 METRICS = {
     "flat_cosine": _metric(
-        "pairs", flat_cosine, 0.0, "cosine of all weights as one vector; null 0"
+        "pairs", flat_cosine, "cosine of all weights as one vector; null 0", 0.0
     ),
     "matched_cosine": _metric(
         "pairs",
         matched_cosine,
-        _matched_null,
         "cosine of the best matched neurons; null: experts of random weights of the same spread",
+        _matched_null,
     ),
-    "router_cosine": _metric("pairs", router_cosine, 0.0, "cosine of the router's rows; null 0"),
+    "router_cosine": _metric("pairs", router_cosine, "cosine of the router's rows; null 0", 0.0),
     "effective_rank_gate": _rank_metric(0, "gate"),
     "effective_rank_up": _rank_metric(1, "up"),
     "effective_rank_down": _rank_metric(2, "down"),

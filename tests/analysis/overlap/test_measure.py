@@ -342,7 +342,7 @@ def test_the_jackknife_of_a_ratio():
     """By hand, in another way: pseudo-values of a mean are the values themselves."""
     values = torch.tensor([1.0, 3.0, 4.0, 8.0], dtype=torch.float64)
     sums = {"x": values, "n": torch.ones(4, dtype=torch.float64)}
-    metric = Metric("usage", "sites", lambda s: s["x"] / s["n"], None, "mean")
+    metric = Metric("usage", "sites", lambda s: s["x"] / s["n"], "mean")
     found = estimate(metric, sums, confidence=0.95)
     error = values.std().item() / 2
     assert float(found.value) == pytest.approx(4.0)

@@ -402,7 +402,7 @@ def test_cosines_of_stages_of_unequal_size():
 
 
 def test_shares_of_squares_take_more_tokens_than_pairs(model_of, shard, monkeypatch):
-    module, seen = importlib.import_module("analysis.overlap.measure"), []
+    module, seen = importlib.import_module("analysis.overlap.metrics.streams"), []
     real = module.CompositeStream
     monkeypatch.setattr(
         module, "CompositeStream", lambda *given: seen.append(given[-1]) or real(*given)

@@ -1,0 +1,91 @@
+"""What sums over the tokens of sites, as metrics need it, and the estimates from that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from analysis.adapters import Adapter
+from analysis.overlap.metrics.base import Estimate, Metric, Probe, Stream, estimate
+from analysis.overlap.metrics.composite import (
+    PAIR_TOKENS,
+    SHARES,
+    TOKENS,
+    CompositeStream,
+    SecondStage,
+)
+from analysis.overlap.metrics.first_order import SubstitutionStream
+from analysis.overlap.metrics.output_stream import OutputStream
+from analysis.overlap.metrics.usage_stream import UsageStream
+from analysis.overlap.metrics.weights import ExpertWeights
+from cartmoe.hooks import RouterSite
+
+
+class Streams:
+    """By site and kind, the streams of these metrics.
+
+    units     of documents, that the jackknife leaves out
+    labels    how many classes and domains tokens have
+    options   of `OutputStream`
+    """
+
+    def __init__(
+        self,
+        model: Adapter,
+        sites: Sequence[RouterSite],
+        metrics: Mapping[str, Metric],
+        units: int,
+        labels: tuple[int, int],
+        **options: Any,
+    ):
+        self.model, self.metrics = model, metrics
+        self.kinds = {metric.kind for metric in metrics.values()}
+        by_class = any(m.kind == "usage" and not m.units for m in metrics.values())
+        make: dict[str, Callable[[RouterSite], Stream]] = {
+            "usage": lambda site: UsageStream(site, units, *labels, by_class),
+            "outputs": lambda site: OutputStream(model, site, units, **options),
+            "function": lambda site: SubstitutionStream(model, site, units),
+        }
+        self._streams = {
+            site: {k: make[k](site) for k in make if k in self.kinds} for site in sites
+        }
+        if "composite" in self.kinds:
+            tokens = TOKENS if any(name in SHARES for name in metrics) else PAIR_TOKENS
+            for first in sites:
+                second = second_stage(model, first)
+                if second is not None:
+                    layer = CompositeStream(model, first, second, units, tokens)
+                    self._streams[first]["composite"] = layer
+                    if second in sites:
+                        self._streams[second]["composite"] = SecondStage(layer)
+
+    def __bool__(self) -> bool:
+        """Whether any token has to be seen."""
+        return any(self._streams.values())
+
+    def add(self, site: RouterSite, probe: Probe) -> None:
+        """Add a batch, as the site saw it."""
+        for stream in self._streams[site].values():
+            stream.add(probe)
+
+    def estimates(self, site: RouterSite, confidence: float) -> Iterator[tuple[str, Estimate]]:
+        """By name, of those metrics that speak of this site."""
+        streams = self._streams[site]
+        sums = {kind: stream.sums() for kind, stream in streams.items()}
+        if "weights" in self.kinds:
+            sums["weights"] = ExpertWeights.of(self.model, site)
+        for name, metric in self.metrics.items():
+            nothing_before = name == "transition" and "transition" not in sums["usage"]
+            # What is of a whole layer stands with its first stage.
+            of_layer = metric.table == "sites" and isinstance(streams.get(metric.kind), SecondStage)
+            if metric.kind in sums and not nothing_before and not of_layer:
+                yield name, estimate(metric, sums[metric.kind], confidence)
+
+
+def second_stage(model: Adapter, first: RouterSite) -> RouterSite | None:
+    """That of as many experts, of the two-stage layer of which this site is the first; None
+    elsewhere."""
+    layer = [site for site in model.sites() if site.layer == first.layer]
+    if len(layer) == 2 and layer[0] == first and layer[1].num_experts == first.num_experts:
+        return layer[1]
+    return None
