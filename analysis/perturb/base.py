@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
@@ -127,6 +128,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [plain(v) for v in value]
     return value
+
+
+def canonical(value: dict[str, Any]) -> str:
+    """The JSON of plain types, one text for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def show(value: Any) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import SkipValidation
 from torch import Tensor
 
 from analysis.adapters import Router, route
-from analysis.perturb.base import Identity, Perturbation
+from analysis.perturb.base import Identity, Perturbation, canonical
 from analysis.perturb.catalogue import PERTURBATIONS, perturbation_from_dict
 from analysis.perturb.compound import Compose
 from analysis.perturb.context import RouterContext, after_score
@@ -53,7 +52,7 @@ class Condition:
                 f"perturbation is {p!r}; give an object such as DropTop(1), of "
                 f"{', '.join(PERTURBATIONS)}, or a function (logits_TE, ctx) -> logits_TE"
             )
-        if isinstance(p, Perturbation) and not (is_dataclass(p) and p.__dataclass_params__.frozen):
+        if isinstance(p, Perturbation) and not (is_dataclass(p) and _frozen(p)):
             raise ValueError(f"perturbation is {p!r}; its class must be a @dataclass(frozen=True)")
         object.__setattr__(self, "where", Where.parse(self.where))
         check_choice("effect", self.effect, EFFECTS)
@@ -69,14 +68,8 @@ class Condition:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` takes it back."""
-        return {
-            "perturbation": self.perturbation.to_dict(),
-            "where": str(self.where),
-            "point": self.point,
-            "effect": self.effect,
-            "downstream": self.downstream,
-            "eval_seed": self.eval_seed,
-        }
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return own | {"perturbation": self.perturbation.to_dict(), "where": str(self.where)}
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Condition:
@@ -90,21 +83,21 @@ class Condition:
         """Canonical JSON, equal exactly for equal conditions; "clean" of the clean run."""
         if isinstance(self.perturbation, Clean):
             return self.perturbation.label
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return canonical(self.to_dict())
 
     def columns(self) -> dict[str, Any]:
-        """The columns that name it in every table."""
+        """The columns that name it in every table: `perturbation` is a label, to be read by people;
+        programs read its name and parameters (as JSON)."""
+        p, own = self.perturbation, self.to_dict()
+        parameters = own.pop("perturbation")
         return {
             "condition": self.id,
-            "perturbation": self.perturbation.label,
-            "strength": self.perturbation.strength,
-            "expects": self.perturbation.expects,
-            "where": str(self.where),
-            "point": self.point,
-            "effect": self.effect,
-            "downstream": self.downstream,
-            "eval_seed": self.eval_seed,
-        }
+            "perturbation": p.label,
+            "strength": p.strength,
+            "expects": p.expects,
+            "name": parameters.pop("name"),
+            "parameters": canonical(parameters),
+        } | own
 
     def apply(self, base: Routing, router: Router, ctx: RouterContext) -> Routing:
         """The decision under this condition of a router whose own one is `base`."""

@@ -183,6 +183,8 @@ def test_columns_name_it():
         "perturbation": "DropTop",
         "strength": 2.0,
         "expects": "selection",
+        "name": "DropTop",
+        "parameters": '{"m":2,"ratio":null}',
         "where": "stage 1",
         "point": "scores",
         "effect": "no_refill",
