@@ -5,7 +5,7 @@ Shapes: B batch, L length, T = B * L tokens, D model, H heads, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +84,7 @@ class Trunk(nn.Module):
         if config.gate == "table":
             table_gate = TableGate(config.vocab_size, config.num_experts, config.hash_seed)
         blocks = [Block(config, layer, table_gate) for layer in range(config.num_layers)]
-        self.blocks: Iterable[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
     def steps(self) -> list[Step]:

@@ -22,7 +22,7 @@ from cartmoe.routing import Routing
 class State(NamedTuple):
     """The stream between two segments. Segments make new states and change none."""
 
-    hidden_BLD: Tensor | None  # None before the embedding
+    hidden_BLD: Any  # Tensor; None before the embedding
     tokens_BL: Tensor
     decisions: tuple[Routing, ...] = ()  # of the sites passed so far, in order
 
@@ -46,7 +46,8 @@ class Router(Protocol):
     by_logits   whether it uses the top_k highest logits, whatever else they are: `flip_prediction`
     """
 
-    gate: Callable[[Tensor, Tensor], Tensor]
+    @property
+    def gate(self) -> Callable[[Tensor, Tensor], Tensor]: ...
 
     @property
     def rows(self) -> Tensor | None: ...
@@ -172,7 +173,7 @@ class Adapter(Protocol):
 
 
 @singledispatch
-def as_adapter(model: object) -> Adapter:
+def as_adapter(model: Any) -> Adapter:
     """The model as a model under study; what already is one is returned as it is.
 
     Adapters register the classes of models that they are for. Raises `ValueError` for others.

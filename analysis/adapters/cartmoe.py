@@ -164,7 +164,7 @@ class CartMoEAdapter:
 
     def stage_input(self, site: RouterSite, stream_TD: Tensor) -> Tensor:
         """(T, D): the stage's norm."""
-        layer = self.model.trunk.blocks[site.layer].ffn
+        layer: Any = self.model.trunk.blocks[site.layer].ffn
         return layer.norms[0 if layer.parallel else site.stage](stream_TD)
 
     def combine(self, site: RouterSite, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def _standing_in(experts: RoutedExperts, fn: ExpertsFunction, site: RouterSite) 
     """Blocks nest and interleave; of those that are open the one entered last is asked first."""
     before = vars(experts).get("forward")
     stand_in = before if isinstance(before, _StandIn) else _StandIn(experts.forward, before)
-    experts.forward = stand_in
+    experts.forward = stand_in  # type: ignore[method-assign]
     key = object()
     stand_in.functions[key] = fn, site
     try:
@@ -217,7 +217,7 @@ def _standing_in(experts: RoutedExperts, fn: ExpertsFunction, site: RouterSite) 
         if not stand_in.functions and vars(experts).get("forward") is stand_in:
             del experts.forward
             if stand_in.before is not None:
-                experts.forward = stand_in.before
+                experts.forward = stand_in.before  # type: ignore[method-assign]
 
 
 def tensors_sha256(model: torch.nn.Module) -> str:
