@@ -37,7 +37,7 @@ def cartesian_usage(
     the pairs that share neither. Raises `ValueError` with the choices for a layer without two
     stages or composites, metrics that were not measured, and several checkpoints.
     """
-    checkpoint = dict(model=model, train_seed=train_seed)
+    checkpoint: dict[str, Any] = dict(model=model, train_seed=train_seed)
     rows, _ = one_site(metric_rows(overlap, "transition", "pairs"), layer, 1, **checkpoint)
     checkpoint = dict(model=rows.model.iloc[0], train_seed=int(rows.train_seed.iloc[0]))
     found = {}

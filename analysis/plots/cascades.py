@@ -23,7 +23,8 @@ def cascade_dots(
     frame = table_of(frame, "cascade", ["condition", "part", "delta_nats"])
     styles = model_styles(frame)
     frame = rows_of(frame, condition)
-    names, cells = [], {}
+    names: list[tuple[str, str]] = []
+    cells: dict[Any, Any] = {}
     for title, model, rows in groups_of(frame):
         cells |= {(len(names), row.part): row for _, row in rows.iterrows()}
         names.append((title, styles[model]["color"]))

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.dots import Look, dot_rows, figure_height
+from analysis.plots.dots import Look, checkpoint_names, dot_rows, figure_height
 from analysis.plots.style import canvas, model_styles, table_of
 from analysis.stats import CHECKPOINT, CONDITION, PLAIN, base_name, check_choice
 
@@ -34,10 +34,8 @@ def catalogue_dots(
     frame = frame[frame.model.isin(models)]
     labels = _in_order(frame.drop_duplicates("label"))
     checkpoints = frame[CHECKPOINT].drop_duplicates()
-    names = {
-        key: f"{key[0]} #{key[2]}" if (checkpoints.model == key[0]).sum() > 1 else key[0]
-        for key in checkpoints.itertuples(index=False, name=None)
-    }
+    keys = checkpoints.itertuples(index=False, name=None)
+    names = dict(zip(keys, checkpoint_names(checkpoints), strict=True))
     series = {
         name: Look(styles[model]["marker"], color=styles[model]["color"])
         for (model, *_), name in names.items()

@@ -29,7 +29,8 @@ def control_dots(frame: pd.DataFrame | Any, ax: Axes | None = None) -> Axes:
     """
     frame = table_of(frame, "damage", [*CONDITION, "label", "delta_nats"])
     styles = model_styles(frame)
-    checkpoints, cells = [], {}
+    checkpoints: list[tuple[str, str]] = []
+    cells: dict[Any, Any] = {}
     for key, mine in frame.groupby(CHECKPOINT, sort=False):
         found = {name: find(mine, name) for name in CONDITIONS}
         row = {(len(checkpoints), name): f.iloc[-1] for name, f in found.items() if len(f)}

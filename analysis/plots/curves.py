@@ -85,7 +85,7 @@ def damage_curve(
     text, *bounds = Y[y]
     with canvas(ax, height=2.5) as ax:
         several = rows.groupby("model").train_seed.nunique().max() > 1
-        thin = {"lw": 0.7, "ms": 2.5} if several else {}
+        thin: dict[str, Any] = {"lw": 0.7, "ms": 2.5} if several else {}
         for (model, _, _), curve in rows.groupby(CHECKPOINT, sort=False):
             curve = curve.dropna(subset=[x, y]).sort_values(x)
             draw_line(ax, curve, x, y, bounds, label=model, **styles[model], **thin)
@@ -166,7 +166,7 @@ def gap_curve(frame: pd.DataFrame | Any, x: str = "budget", ax: Axes | None = No
             color, marker = styles[model]["color"], styles[model]["marker"]
             for part, (line, filled) in GAP_PARTS.items():
                 curve = rows[rows.part == part].sort_values(x)
-                look = dict(marker=marker, ls=line, **face(color, filled))
+                look: dict[str, Any] = dict(marker=marker, ls=line, **face(color, filled))
                 draw_line(ax, curve, x, "delta_nats", **look)
             models[model] = key(model, color=color, marker=marker)
         widen_scale(ax.yaxis, frame[frame.part != "gap"].delta_nats)

@@ -87,12 +87,7 @@ def _order(table: pd.DataFrame, distance: bool) -> list[int]:
 
 
 def specialization(
-    overlap: Any,
-    *,
-    layer: int,
-    stage: int,
-    model: str | None = None,
-    train_seed: int | None = None,
+    overlap: Any, *, layer: int, stage: int, model: str | None = None, train_seed: int | None = None
 ) -> Figure:
     """Domain specialization (OLMoE, arXiv 2409.02060, eq. 7) over its null, on a log scale: a
     column an expert, a row a domain.

@@ -18,7 +18,7 @@ def draw_line(
     rows: pd.DataFrame,
     x: str,
     y: str,
-    bounds: tuple[str | None, str | None] = ("low", "high"),
+    bounds: Sequence[str | None] = ("low", "high"),
     *,
     label: str | None = None,
     bars: bool = False,

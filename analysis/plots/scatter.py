@@ -99,8 +99,8 @@ def flip_calibration(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 text = name if len(styles) == 1 else f"{model}: {name}"
                 look = dict(marker=marker, ls="", mew=1.0, clip_on=False, **face(color, filled))
                 look["zorder"] = 2.1  # hollow ones hide the bars behind them
-                bounds = f"{y}_low", f"{y}_high"
-                draw_line(ax, known, x, y, bounds, label=text, bars=True, **look)
+                ends = f"{y}_low", f"{y}_high"
+                draw_line(ax, known, x, y, ends, label=text, bars=True, **look)
         ax.set_xlim(0, 1)
         ax.set_ylim(0, 1)
         ax.set_aspect("equal")

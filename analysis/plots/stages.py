@@ -31,7 +31,8 @@ def stage_dots(
     rows = rows[base == condition]
     styles = model_styles(frame)
     checkpoints = rows[CHECKPOINT].drop_duplicates(ignore_index=True)
-    names, cells = [], {}
+    names: list[tuple[str, str]] = []
+    cells: dict[Any, Any] = {}
     for name, key in zip(checkpoint_names(checkpoints), checkpoints.to_numpy(), strict=True):
         mine = rows[(rows[CHECKPOINT] == key).all(axis=1)]
         places = sorted(mine["where"].unique())  # "all" comes first

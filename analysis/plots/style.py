@@ -41,31 +41,12 @@ DELTA = "change of loss (nats per token)"
 def paper_style() -> AbstractContextManager[None]:
     """Matplotlib settings for a paper's column, for the length of a with block.
 
-    Text in a PDF stays text (TrueType). Only what is drawn or saved inside is affected.
+    Those of paper.mplstyle. Only what is drawn or saved inside is affected.
     """
     # A notebook's backend makes itself interactive when the first figure loads it. Loaded within
     # the context it would be reset at the end, and never show another figure.
     plt.switch_backend(mpl.get_backend())
-    return mpl.rc_context(
-        {
-            "font.size": 8,
-            **dict.fromkeys(("axes.labelsize", "axes.titlesize"), 8),
-            **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7),
-            "axes.linewidth": 0.6,
-            **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-            **dict.fromkeys(("xtick.major.width", "ytick.major.width"), 0.6),
-            **dict.fromkeys(("xtick.minor.width", "ytick.minor.width"), 0.4),
-            "lines.linewidth": 1.2,
-            "lines.markersize": 4,
-            "legend.frameon": False,
-            "legend.handlelength": 1.8,
-            "legend.columnspacing": 1.0,
-            "figure.dpi": 150,
-            "pdf.fonttype": 42,
-            "ps.fonttype": 42,
-            "svg.fonttype": "none",
-        }
-    )
+    return plt.style.context(Path(__file__).with_name("paper.mplstyle"))
 
 
 @contextmanager
@@ -122,7 +103,7 @@ def rows_of(frame: pd.DataFrame, condition: str | None) -> pd.DataFrame:
     return frame[frame.condition == condition]
 
 
-def model_styles(frame: pd.DataFrame) -> dict[str, dict[str, str]]:
+def model_styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """color, marker and linestyle of each model, in order; families keep theirs in every plot."""
     models = frame[["model", "family"]].drop_duplicates("model")
     unknown = [f for f in models.family.unique() if f not in FAMILY_STYLE]
@@ -172,7 +153,9 @@ def save(figure_or_axes: Figure | Axes, stem: str | Path) -> list[Path]:
         stem = stem.with_suffix("")
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
-    for kind, options in {"png": {"dpi": 300}, "pdf": {"metadata": {"CreationDate": None}}}.items():
+    pdf: dict[str, Any] = {"metadata": {"CreationDate": None}}
+    kinds = {"png": {"dpi": 300}, "pdf": pdf}
+    for kind, options in kinds.items():
         path = stem.with_name(f"{stem.name}.{kind}")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:

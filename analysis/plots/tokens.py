@@ -54,10 +54,7 @@ def group_curve(
     return ax
 
 
-TAIL_Y = {
-    "carried": "share of the damage they carry",
-    "rise": "rise of a token's loss (nats)",
-}
+TAIL_Y = {"carried": "share of the damage they carry", "rise": "rise of a token's loss (nats)"}
 
 
 def tail_shares(

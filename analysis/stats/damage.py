@@ -17,9 +17,7 @@ DIFFERENCE = np.array([[1.0], [-1.0]])  # contrast of two ratios
 
 
 def damage(
-    losses: Losses,
-    routing: pd.DataFrame | None = None,
-    bootstrap: Bootstrap = Bootstrap(),
+    losses: Losses, routing: pd.DataFrame | None = None, bootstrap: Bootstrap = Bootstrap()
 ) -> pd.DataFrame:
     """One row per checkpoint and condition, in the order of their appearance.
 
@@ -81,10 +79,7 @@ def clean_table(losses: Losses, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFr
 
 
 def difference(
-    losses: pd.DataFrame,
-    a: str,
-    b: str,
-    bootstrap: Bootstrap = Bootstrap(),
+    losses: pd.DataFrame, a: str, b: str, bootstrap: Bootstrap = Bootstrap()
 ) -> pd.DataFrame:
     """Damage of condition a minus damage of condition b in the same checkpoint, by document.
 
@@ -101,11 +96,7 @@ def difference(
 
 
 def contrast_models(
-    losses: Losses,
-    model_a: str,
-    model_b: str,
-    condition: str,
-    bootstrap: Bootstrap = Bootstrap(),
+    losses: Losses, model_a: str, model_b: str, condition: str, bootstrap: Bootstrap = Bootstrap()
 ) -> pd.DataFrame:
     """Damage of one condition (a label) in model_a minus that in model_b, by document.
 

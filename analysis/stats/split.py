@@ -48,9 +48,7 @@ FACTORS: dict[str, dict[tuple[str, ...], float]] = {
 
 
 def split(
-    losses: Losses,
-    condition: str | None = None,
-    bootstrap: Bootstrap = Bootstrap(),
+    losses: Losses, condition: str | None = None, bootstrap: Bootstrap = Bootstrap()
 ) -> pd.DataFrame:
     """Damage of a condition (a label such as "DropTop(1)"; None: all that can be) divided.
 
