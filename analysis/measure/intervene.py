@@ -34,7 +34,7 @@ Observer = Callable[[RouterSite, Routing, Routing], None]
 
 
 class Intervention:
-    """One condition, as the function that `Adapter.edit` calls at every site.
+    """One condition, as the function that `Adapter.hooked` calls at every site.
 
     recorded   the clean run's decisions by site, for downstream "replay"
     where      the sites to perturb, if not those of `condition.where`

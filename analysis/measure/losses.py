@@ -26,13 +26,21 @@ def _chunks(model: Adapter, targets_T: Tensor) -> Iterator[Tensor]:
     yield from rows.split(max(1, CHUNK_LOGITS // model.vocab_size))
 
 
-def token_nll(model: Adapter, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
-    """(T,) fp32 nats of each target, 0 where there is none."""
-    nll_T = torch.zeros(len(hidden_TD), device=hidden_TD.device)
+def _log_p(model: Adapter, hidden_TD: Tensor, targets_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows, their log probabilities over the vocabulary)."""
     for rows in _chunks(model, targets_T):
-        log_p = model.logits(hidden_TD[rows]).log_softmax(-1)
-        nll_T[rows] = F.nll_loss(log_p, targets_T[rows], reduction="none")
-    return nll_T
+        yield rows, model.logits(hidden_TD[rows]).log_softmax(-1)
+
+
+def token_nll(model: Adapter, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+    """(T,) fp32 nats of each target, 0 where there is none; (X, T) of several for each token,
+    (X, T), which have them in the same places."""
+    targets_XT = targets_T.view(-1, len(hidden_TD))
+    nll_XT = torch.zeros(targets_XT.shape, device=hidden_TD.device)
+    for rows, log_p in _log_p(model, hidden_TD, targets_XT[0]):
+        for nll_T, own_T in zip(nll_XT, targets_XT, strict=True):
+            nll_T[rows] = F.nll_loss(log_p, own_T[rows], reduction="none")
+    return nll_XT.view(targets_T.shape)
 
 
 def loss_gradient(model: Adapter, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
@@ -74,8 +82,7 @@ class CleanLosses(NamedTuple):
         """Losses of the clean run."""
         nll_T = torch.zeros(len(hidden_TD), device=hidden_TD.device)
         kept = []
-        for rows in _chunks(model, targets_T):
-            log_p = model.logits(hidden_TD[rows]).log_softmax(-1)
+        for rows, log_p in _log_p(model, hidden_TD, targets_T):
             nll_T[rows] = F.nll_loss(log_p, targets_T[rows], reduction="none")
             if len(hidden_TD) * log_p.shape[-1] <= KEEP_LOGITS:
                 kept.append((log_p, log_p.exp(), log_p.argmax(-1)))
@@ -86,8 +93,7 @@ class CleanLosses(NamedTuple):
         kl, KL(clean || this); agree, 1 where the best token is the same."""
         nll_T = torch.zeros_like(self.nll_T)
         kl_T, agree_T = torch.zeros_like(nll_T), torch.zeros_like(nll_T)
-        for number, rows in enumerate(_chunks(model, self.targets_T)):
-            log_p = model.logits(hidden_TD[rows]).log_softmax(-1)
+        for number, (rows, log_p) in enumerate(_log_p(model, hidden_TD, self.targets_T)):
             if self.log_p:
                 clean_log_p, clean_p, clean_best = self.log_p[number]
             else:

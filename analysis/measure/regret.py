@@ -9,14 +9,13 @@ from collections.abc import Iterator
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import Adapter, Router, batches, check_documents, route, routed_adapter
+from analysis.adapters import Router, batches, check_documents, route, routed_adapter
 from analysis.measure.clean import CleanPass
 from analysis.measure.intervene import Intervention
-from analysis.measure.losses import CHUNK_LOGITS
+from analysis.measure.losses import token_nll
 from analysis.measure.reuse import Table, fits
 from analysis.measure.rows import SequenceRows, means
 from analysis.perturb import (
@@ -118,7 +117,7 @@ def regret(
         for batch in batches(model, docs, batch_size):
             clean = CleanPass.of(model, batch)
             targets_2T = torch.stack([clean.losses.targets_T, _shuffled(clean, seed)])
-            own_2T = nll_of(model, clean.losses.hidden_TD, targets_2T)
+            own_2T = token_nll(model, clean.losses.hidden_TD, targets_2T)
             best_2T, total_T = torch.full_like(own_2T, torch.inf), torch.zeros_like(own_2T[0])
             others = _alternatives(model, clean, site, n, tau, every, seed, targets_2T, bar.update)
             for number, other_2T in enumerate(others, 1):
@@ -145,17 +144,6 @@ def _shuffled(clean: CleanPass, seed: int) -> Tensor:
     return shuffled_T
 
 
-def nll_of(model: Adapter, hidden_TD: Tensor, targets_XT: Tensor) -> Tensor:
-    """(X, T) fp32 nats of several targets for each token, 0 where there is none."""
-    nll_XT = torch.zeros(targets_XT.shape, device=hidden_TD.device)
-    rows = (targets_XT[0] != IGNORE).nonzero()[:, 0]
-    for some in rows.split(max(1, CHUNK_LOGITS // model.vocab_size)):
-        log_p = model.logits(hidden_TD[some]).log_softmax(-1)
-        for nll_T, targets_T in zip(nll_XT, targets_XT, strict=True):
-            nll_T[some] = F.nll_loss(log_p, targets_T[some], reduction="none")
-    return nll_XT
-
-
 def _alternatives(
     model, clean: CleanPass, site: RouterSite, n, tau, every, seed, targets_2T: Tensor, advance
 ) -> Iterator[Tensor]:
@@ -174,7 +162,7 @@ def _alternatives(
             with intervention.attached(model, clean.sites_from(first).__contains__):
                 state = intervention.run_from(clean, first)
             inside_T = clean.tokens.position_T % every == offset
-            found_2T = nll_of(model, state.hidden_BLD.flatten(0, 1), targets_2T)
+            found_2T = token_nll(model, state.hidden_BLD.flatten(0, 1), targets_2T)
             nll_2T = torch.where(inside_T, found_2T, nll_2T)
             advance(1)
         yield nll_2T

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,11 +137,6 @@ def facts_of(model: Adapter) -> list[dict[str, Any]]:
         for site in model.sites()
         for metric, value in model.router(site).facts.items()
     ]  # fmt: skip
-
-
-def from_cells(model: Adapter, cells: Iterable[Cell]) -> Results:
-    """Results of cells that were just measured on one model, one shard."""
-    return join([(model, list(cells))])
 
 
 def join(measured: Sequence[tuple[Adapter, Sequence[Cell]]]) -> Results:

@@ -29,7 +29,6 @@ from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.losses import IGNORE
 
-
 LOSSES = ["document_id", "domain", "sequence_id", "num_tokens", "num_bytes"]
 LOSSES += ["nll_sum", "kl_sum", "num_agree", "delta_max"]
 

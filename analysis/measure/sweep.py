@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from analysis.adapters import Adapter, check_documents, routed_adapter
 from analysis.measure.calibrate import calibrate
-from analysis.measure.results import Results, from_cells
+from analysis.measure.results import Results, join
 from analysis.measure.shard import Cell, measure
 from analysis.perturb import (
     Condition,
@@ -66,7 +66,7 @@ def sweep(
         cells = measure_calibrated(
             model, conditions, docs, calibration, batch_size, tokens, bar.update
         )
-    return from_cells(model, cells)
+    return join([(model, cells)])
 
 
 def conditions_of(

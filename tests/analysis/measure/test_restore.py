@@ -254,7 +254,7 @@ def test_errors_inside_measure_leave_nothing():
 # ---- Ctrl-C at every line
 
 FILES = [cartmoe.interrupt.__file__, adapter.__file__]
-FILES += [sys.modules[f.__module__].__file__ for f in (perturbed, hook_routers)]
+FILES += [str(sys.modules[f.__module__].__file__) for f in (perturbed, hook_routers)]
 
 
 def interrupted_at(number: int, run, look) -> bool:
