@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -155,7 +156,8 @@ def overlap(
         loaded = report.named(models)
         for model in loaded:  # before texts are read and the first takes minutes
             check_request(model, metric or None, sites, probe)
-        limits = dict(length=length, limit=documents, max_tokens_per_document=length)
+        limits: dict[str, Any] = dict(length=length, limit=documents)
+        limits["max_tokens_per_document"] = length
         data = [read_documents(corpus, model, **limits) for model in loaded]
         names = [f"{model.name}-s{model.train_seed}" for model in loaded]
         asked = dict(

@@ -11,6 +11,8 @@ same, so one is timed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from analysis.overlap.measure import measure_overlap
@@ -34,7 +36,8 @@ def _composites() -> Row:
     width = gate_EFD.shape[1]
     u_TD = torch.randn(TOKENS, D)
     stream = CompositeStream(model, first, second, 1)
-    probe = Probe(0, *[None] * 7, stream_TD=u_TD)
+    nothing: dict[str, Any] = dict.fromkeys(Probe._fields)
+    probe = Probe(**nothing | dict(unit=0, stream_TD=u_TD))
     in_ECD, out_EDF = torch.randn(E, 2 * width, D), torch.randn(E, D, width)
     x_RD, h_RF = torch.randn(BLOCK_ROWS, D), torch.randn(BLOCK_ROWS, width)
     z_RC, y_RD = torch.empty(BLOCK_ROWS, 2 * width), torch.empty(BLOCK_ROWS, D)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from analysis.perturb.context import RouterContext
 from analysis.perturb.logits import GaussianNoise
 from analysis.perturb.masks import DropTop
 from analysis.perturb.noise import Noise
+from analysis.perturb.where import Where
 from analysis.study.store import Store
 from benchmarks.timing import Row, interleaved, milliseconds
 from cartmoe.config import ModelConfig
@@ -79,7 +81,7 @@ def _layerwise(name: str) -> Row:
     model, shard = build(name)
     clean = CleanPass.of(model, shard)
     layers = sorted({site.layer for site in model.sites()})
-    conditions = [Condition(DropTop(1), f"layer {layer}") for layer in layers]
+    conditions = [Condition(DropTop(1), Where(layer)) for layer in layers]
 
     def sweep(condition: Condition, first: int) -> Callable[[], torch.Tensor]:
         def run():
@@ -94,10 +96,10 @@ def _layerwise(name: str) -> Row:
     whole = [sweep(c, 0) for c in conditions]
     reused = [sweep(c, first) for c, first in zip(conditions, firsts, strict=True)]
     apart = max((a() - b()).abs().max().item() for a, b in zip(whole, reused, strict=True))
-    runs = {f"whole {i}": run for i, run in enumerate(whole)}
+    runs: dict[str, Callable[[], object]] = {f"whole {i}": run for i, run in enumerate(whole)}
     runs |= {f"reused {i}": run for i, run in enumerate(reused)}
     pairs = zip(clean.segments, clean.states, strict=False)
-    runs |= {f"segment {i}": lambda g=g, s=s: g.run(s) for i, (g, s) in enumerate(pairs)}
+    runs |= {f"segment {i}": partial(g.run, s) for i, (g, s) in enumerate(pairs)}
     hidden_TD = clean.states[-1].hidden_BLD.flatten(0, 1)
     runs["head"] = lambda: clean.losses.compare(model, hidden_TD)
     times = interleaved(runs, repeats=9, warm_up=2)

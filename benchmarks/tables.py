@@ -22,7 +22,7 @@ import analysis as an
 
 EFFECTS = ["full", "selection", "weights", "no_refill", "part set", "part weights", "part mass"]
 EFFECTS += ["part set+weights", "part set+mass", "part weights+mass"]
-BOTH = dict(point=["logits", "scores"], downstream=["reroute", "replay"])
+BOTH: dict[str, Any] = dict(point=["logits", "scores"], downstream=["reroute", "replay"])
 # One example a perturbation under every effect, and more of some under none but their own.
 EVERY: list[dict[str, Any]] = [
     *(dict(perturbation=name) for name in ("Identity", "NoRouted", "DropSlots", "RandomRouting")),
@@ -40,7 +40,7 @@ EVERY: list[dict[str, Any]] = [
     dict(perturbation="ResidualNoise", of=dict(name="DropTop", m=1)),
     dict(perturbation="Custom", function="benchmarks.tables:soften", title="soften"),
 ]
-MORE = [
+MORE: list[dict[str, Any]] = [
     dict(perturbation="DropTop", m=[2, 3], where=["all", "stage 0", "stage 1", "layer 2"]),
     dict(perturbation="DropTop", m=1, where=["positions 2:9", "tokens digit", "layer 0 stage 0"]),
     dict(perturbation="DropTop", m=1, where=["layer 0 stage 1", "layer 2 stage 0"]),
@@ -113,7 +113,7 @@ def write(folder: Path) -> None:
 def _study(table: dict) -> None:
     name = table["name"]
     results = an.run(an.Study.from_dict(table), name, progress=False)
-    an.export(name, "csv")
+    an.export(name, "csv")  # type: ignore[operator]
     for what in ("clean", "table", "damage", "sites", "split", "cascade", "additivity", "gap"):
         _keep(getattr(results, what)(), name, what)
     _keep(results.per_dose(), name, "per_dose")

@@ -10,7 +10,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -82,7 +82,8 @@ def changed_experts() -> Iterator[Row]:
         "independent": other,
     }
     one, apart, low = exactly(1), (-1, 0.9), about(0, 0.3)
-    chance = METRICS["matched_cosine"].null(two(own, other)).item()
+    null: Any = METRICS["matched_cosine"].null
+    chance = null(two(own, other)).item()
     expected = {
         "matched_cosine": (one, one, one, apart, about(chance, 0.02)),
         "flat_cosine": (one, low, low, about(0.75, 0.05), about(0, 0.05)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
@@ -52,7 +52,8 @@ class Condition:
                 f"perturbation is {p!r}; give an object such as DropTop(1), of "
                 f"{', '.join(PERTURBATIONS)}, or a function (logits_TE, ctx) -> logits_TE"
             )
-        if isinstance(p, Perturbation) and not (is_dataclass(p) and _frozen(p)):
+        made = getattr(p, "__dataclass_params__", None)
+        if isinstance(p, Perturbation) and not (made and made.frozen):
             raise ValueError(f"perturbation is {p!r}; its class must be a @dataclass(frozen=True)")
         object.__setattr__(self, "where", Where.parse(self.where))
         check_choice("effect", self.effect, EFFECTS)

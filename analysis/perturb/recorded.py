@@ -28,6 +28,7 @@ class OfAnotherRun(Perturbation):
     needed   what must be where `source` says; sha256 is that by which it is known
     """
 
+    source: ClassVar[str]
     needed: ClassVar[str]
     sha256: str | None
 
@@ -96,9 +97,8 @@ class Replay(OfAnotherRun):
         trace = self.trace
         if not isinstance(trace, str | Path | Trace) or trace == "":
             raise ValueError(f"trace is {trace!r}; give an analysis.Trace, or the directory of one")
-        recorded = isinstance(trace, Trace)
-        where = str(trace.path if recorded else trace)
-        self.pin(where, trace.sha256 if recorded else trace_sha256(Path(where)))
+        where = str(trace.path if isinstance(trace, Trace) else trace)
+        self.pin(where, trace.sha256 if isinstance(trace, Trace) else trace_sha256(Path(where)))
 
     def opened(self) -> Trace:
         """The trace; opened, and checked byte by byte, once a process."""

@@ -30,7 +30,7 @@ Picture = Callable[[], Axes | Figure]
 def named(paths: Sequence[Path]) -> list[Adapter]:
     """The models of these checkpoints or runs, those that tables could not tell apart by family and
     seed by the names of their folders. Raises `ValueError` where that does not help either."""
-    models = [load(path) for path in paths]
+    models: list[Adapter] = [load(path) for path in paths]
     seen = Counter((model.name, model.train_seed) for model in models)
     for path, model in zip(paths, models, strict=True):
         if seen[model.name, model.train_seed] > 1:
@@ -104,7 +104,7 @@ def _within_sites(overlap: Overlap) -> list[str]:
     return [name for name in overlap.pairs.metric.unique() if not facts_of(name).across]
 
 
-def _first_site(overlap: Overlap, metric: str) -> dict[str, int]:
+def _first_site(overlap: Overlap, metric: str) -> dict[str, Any]:
     """The first at which it was measured."""
     first = overlap.table(metric).iloc[0]
     return dict(layer=int(first.layer), stage=int(first.stage))

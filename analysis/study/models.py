@@ -78,8 +78,8 @@ def find(study: Study, spec: ModelSpec, corpus: Corpus, out: Path) -> Checkpoint
             path = _last(Path(spec.path))
             _check_tokens(study, spec, path, corpus)
             return Checkpoint.of(spec, path)
-    path = _trained(spec, run_folder(out, spec), corpus)
-    return path and Checkpoint.of(spec, path)
+    trained = _trained(spec, run_folder(out, spec), corpus)
+    return Checkpoint.of(spec, trained) if trained else None
 
 
 def check_bytes(study: Study, checkpoint: Checkpoint) -> Checkpoint:

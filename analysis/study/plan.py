@@ -116,7 +116,9 @@ class Plan:
         size = measure.batch_size
         calibration = {"sequences": self.calibration.sha256, "batch_size": size}
         # The clean run has neither.
-        own = {c: {"condition": c.to_dict(), "calibration": calibration} for c in arms}
+        own: dict[Condition, dict[str, Any]] = {
+            c: {"condition": c.to_dict(), "calibration": calibration} for c in arms
+        }
         own[CLEAN] = {"condition": None, "calibration": None}
         common = self.platform | {
             "model": checkpoint.identity,
@@ -128,8 +130,7 @@ class Plan:
         cells = []
         for number, shard in enumerate(self.shards):
             for condition, tabulated in arms.items():
-                of_cell = {"data": shard.sha256, "tabulated": tabulated} | own[condition]
-                identity = common | of_cell
+                identity = common | own[condition] | {"data": shard.sha256, "tabulated": tabulated}
                 key = cell_key(identity)
                 cells.append(PlannedCell(key, number, condition, tabulated, identity))
         return Work(checkpoint, model.family, facts_of(model), cells)
@@ -138,19 +139,16 @@ class Plan:
         """These cells in tasks: those of one model and shard together, since they share a clean
         pass, but cut where they are many, or where workers would be left without any."""
         taken: set[str] = set()  # two names may stand for one model
-        together: list[tuple[Work, list[PlannedCell]]] = []
-        for w in work:
-            by_shard: dict[int, list[PlannedCell]] = {}
-            for cell in w.cells:
-                if cell.key in keys and cell.key not in taken:
-                    taken.add(cell.key)
-                    by_shard.setdefault(cell.shard, []).append(cell)
-            together += [(w, cells) for cells in by_shard.values()]
+        together: dict[tuple[Checkpoint, int], list[PlannedCell]] = {}
+        for checkpoint, cell in ((w.checkpoint, cell) for w in work for cell in w.cells):
+            if cell.key in keys and cell.key not in taken:
+                taken.add(cell.key)
+                together.setdefault((checkpoint, cell.shard), []).append(cell)
         pieces = math.ceil(TASKS_A_WORKER * workers / max(1, len(together))) if workers > 1 else 1
         keep = self.study.measure.tokens
         return [
-            Task(self._source(w.checkpoint), self.shards[part[0].shard], part, keep)
-            for w, cells in together
+            Task(self._source(checkpoint), self.shards[shard], part, keep)
+            for (checkpoint, shard), cells in together.items()
             for part in _cut(cells, max(pieces, math.ceil(len(cells) / MOST_CELLS)))
         ]
 
@@ -185,7 +183,7 @@ def documents_of(study: Study) -> tuple[Corpus, Sequences]:
     return corpus, docs.by_group(corpus) if is_built_in(data.corpus) else docs
 
 
-def _limits(study: Study) -> dict[str, int | None]:
+def _limits(study: Study) -> dict[str, Any]:
     return dict(length=study.data.length, max_tokens_per_document=study.data.max_tokens)
 
 
@@ -200,11 +198,9 @@ def conditions_for(model: Adapter, conditions: Sequence[Condition]) -> list[Cond
     of one stage a layer, "stage 0" is "all"."""
     sites = model.sites()
 
-    def chosen(where: Where) -> int:
-        return sum(map(where, sites))
+    def fits(where: Where) -> bool:
+        chosen = sum(map(where, sites))
+        a_part = where.stage is None or where.layer is not None or chosen < len(sites)
+        return chosen > 0 and a_part
 
-    return [
-        c for c in conditions
-        if chosen(c.where)
-        and (c.where.stage is None or c.where.layer is not None or chosen(c.where) < len(sites))
-    ]  # fmt: skip
+    return [condition for condition in conditions if fits(condition.where)]

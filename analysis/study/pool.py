@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
@@ -37,6 +37,7 @@ class Failure(NamedTuple):
 
 
 Outcome = tuple[Task, list[Cell] | Failure]
+Outcomes = Generator[Outcome, None, None]
 
 
 class InProcess:
@@ -50,7 +51,7 @@ class InProcess:
     def __exit__(self, *exception) -> None:
         forget()
 
-    def run(self, tasks: Iterable[Task], suspects: Iterable[Task] = ()) -> Iterator[Outcome]:
+    def run(self, tasks: Iterable[Task], suspects: Iterable[Task] = ()) -> Outcomes:
         """(task, its cells), in their order."""
         for part in (tasks, suspects):
             for task in part:
@@ -83,7 +84,7 @@ class Pool:
         else:
             self._drop()
 
-    def run(self, tasks: Iterable[Task], suspects: Iterable[Task] = ()) -> Iterator[Outcome]:
+    def run(self, tasks: Iterable[Task], suspects: Iterable[Task] = ()) -> Outcomes:
         """(task, its cells or its `Failure`), as they are done.
 
         suspects   tasks known to have killed workers: they come last, cell by cell

@@ -85,13 +85,13 @@ def _ready(
             return work if good == checkpoint else plan.work(good)
         return work
 
-    works = [checkpoint and checked(checkpoint) for checkpoint in plan.find(out)]
-    for i, spec in enumerate(study.models):
+    found = [checked(there) if there else None for there in plan.find(out)]
+    works = []
+    for i, (spec, work) in enumerate(zip(study.models, found, strict=True)):
         if not spec.path:
             where = run_folder(out, spec)
-            say(f"[{i + 1}/{len(works)}] {spec.name}, seed {spec.train_seed}: {where}")
-        if not works[i]:
-            works[i] = plan.work(make(spec, out, progress))
+            say(f"[{i + 1}/{len(found)}] {spec.name}, seed {spec.train_seed}: {where}")
+        works.append(work or plan.work(make(spec, out, progress)))
     return works
 
 

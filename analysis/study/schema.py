@@ -52,11 +52,11 @@ def _conditions() -> Iterator[Schema]:
         anything |= {key: {} for key in own}
         named = {"perturbation": _one_or_several({"const": name})}
         yield _table(named | common | own, "perturbation") | {"description": cls.__doc__}
-    several = {"type": "array", "items": {"enum": list(PERTURBATIONS)}, "minItems": 2}
+    several: Schema = {"type": "array", "items": {"enum": list(PERTURBATIONS)}, "minItems": 2}
     yield _table({"perturbation": several} | common | anything, "perturbation")
     mine = {"type": "string", "pattern": ":"}
-    named = {"anyOf": [mine, {"type": "array", "contains": mine}]}
-    yield _table({"perturbation": named}, "perturbation") | {"additionalProperties": True}
+    own_class: Schema = {"anyOf": [mine, {"type": "array", "contains": mine}]}
+    yield _table({"perturbation": own_class}, "perturbation") | {"additionalProperties": True}
 
 
 def _fields(cls: type) -> Schema:

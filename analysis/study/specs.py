@@ -72,8 +72,8 @@ class ModelSpec:
     name: Text
     train_seed: Count = 0
     path: str | None = None
-    config: ModelConfig | None = None
-    train: TrainConfig | None = None
+    config: ModelConfig = None  # type: ignore[assignment]
+    train: TrainConfig = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class Store:
             )
             added = cursor.rowcount == 1
             if added:
-                number = cursor.lastrowid
+                number: Any = cursor.lastrowid
                 for table in TABLES:
                     self._insert(cursor, table, number, getattr(cell, table))
                 cursor.execute("DELETE FROM failures WHERE key = ?", (key,))

@@ -171,7 +171,7 @@ class _Reader(TableReader):
         return self.items(where, value)
 
     def _only(self, where: str, table: Mapping, models: list[ModelSpec]) -> Only:
-        have = {
+        have: dict[str, Any] = {
             "models": dict.fromkeys(m.name for m in models),
             "train_seeds": dict.fromkeys(m.train_seed for m in models),
         }

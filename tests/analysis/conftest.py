@@ -4,6 +4,7 @@ import functools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from cartmoe.checkpoint import save
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "smoe": dict(family="smoe"),
     "smoe_share": dict(family="smoe_share"),
     "hash": dict(family="hash"),
@@ -75,7 +76,7 @@ def model_of(tiny_model):
 
     @functools.cache  # tests leave models as they find them
     def build(kind: str):
-        options = dict(KINDS.get(kind, {"family": kind}))
+        options: dict[str, Any] = KINDS.get(kind, {"family": kind}).copy()
         model = tiny_model(options.pop("family"), **options)
         if kind == "sigmoid":
             for stage in model.modules():

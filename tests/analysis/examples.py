@@ -25,7 +25,7 @@ def soften(logits_TE, ctx):
 
 OWN_EXAMPLES = {"Replay", "GateSwap"}  # need another run: elsewhere
 # Of every perturbation that is a map of logits or of a decision.
-EXAMPLES = {
+EXAMPLES: dict[str, list] = {
     "Identity": [Identity()],
     "DropTop": [DropTop(), DropTop(2), DropTop(ratio=0.5)],
     "KeepRanks": [KeepRanks((2,)), KeepRanks((1, 3, 4))],
@@ -61,7 +61,7 @@ EXAMPLES = {
     "Custom": [Custom(soften, title="soften")],
 }
 # Of those that need a whole model, or its output: through `measure`.
-MEASURED = {
+MEASURED: dict[str, list] = {
     "Worst": [Worst(), Worst(3, per="sequence", rounds=2), Worst(2, choose="random")],
     "ResidualNoise": [ResidualNoise(), ResidualNoise(GaussianNoise(2.0, scale="site"))],
 }

@@ -86,17 +86,17 @@ def mutate(study: dict, draw: random.Random) -> tuple[str, str, str]:
         study[section][key] = draw.choice(values)
         return kind, to_toml(study), key.removesuffix("ies").removesuffix("s")
     if kind == "condition":
-        key, values = draw.choice(CONDITIONS)
-        study["conditions"][0][key] = draw.choice(values)
+        key, wrong_ones = draw.choice(CONDITIONS)
+        study["conditions"][0][key] = draw.choice(wrong_ones)
         return kind, to_toml(study), "conditions[0]"
     if kind == "nested":
         study["conditions"].append(draw.choice(NESTED))
         return kind, to_toml(study), "conditions[2]"
     if kind == "nesting":
         section = draw.choice(SECTIONS)
-        lines = to_toml({k: v for k, v in study.items() if k != section})
+        others = to_toml({k: v for k, v in study.items() if k != section})
         wrong = draw.choice([f"{section} = 3\n", f'{section} = ["x"]\n', f'{section} = "x"\n'])
-        return kind, wrong + lines, section
+        return kind, wrong + others, section
     if kind == "model":
         study["models"] = [draw.choice([{}, {"path": "/not/there"}, {"path": 3}, {"name": "x"}])]
         return kind, to_toml(study), "models[0].path"

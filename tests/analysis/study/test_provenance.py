@@ -7,6 +7,7 @@ import linecache
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ class World:
 
     def record(self, name: str, change: float = 0.0) -> None:
         """Another recording in the trace's place."""
-        model = load(self.model)
+        model: Any = load(self.model)
         with torch.no_grad():
             for site in model.sites():
                 model.router(site).gate.weight[0] += change

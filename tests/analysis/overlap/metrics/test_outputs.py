@@ -42,7 +42,7 @@ def slow_hsic(x_TD: Tensor, y_TD: Tensor) -> float:
     two = np.mean([K[i, j] * L[i, j] for i, j in permutations(T, 2)])
     three = np.mean([K[i, j] * L[i, k] for i, j, k in permutations(T, 3)])
     four = np.mean([K[i, j] * L[k, m] for i, j, k, m in permutations(T, 4)])
-    return two + four - 2 * three
+    return float(two + four - 2 * three)
 
 
 def fast_hsic(x_TD: Tensor, y_TD: Tensor) -> float:
@@ -267,15 +267,15 @@ def by_loops(model, site, probe: Probe, kind: str, minibatch: int) -> dict[str, 
         for own, other in zip(matrices, shared, strict=True):
             own.append(other.detach().double().numpy())
     E, x_TD = len(matrices[0]), probe.x_TD.double().numpy()
-    f = [swiglu_by_einsum(*(m[e] for m in matrices), x_TD) for e in range(E)]
+    experts = zip(*matrices, strict=True)
+    f = [swiglu_by_einsum(gate, up, down, x_TD) for gate, up, down in experts]
     weight = np.zeros((len(x_TD), E))
     for t, (ids, weights) in enumerate(zip(probe.routing.ids_TK, probe.routing.weights_TK)):  # noqa: B905
         for e, w in zip(ids.tolist(), weights.tolist(), strict=True):
             weight[t, e] += w
     weight[:, site.num_experts :] = 1
-    found = {
-        name: np.full((E, E), np.nan) for name in ("cka", "output_cosine", "relative_distance")
-    }
+    pairs = ("cka", "output_cosine", "relative_distance")
+    found: dict[str, np.ndarray] = {name: np.full((E, E), np.nan) for name in pairs}
     found |= {name: np.full(E, np.nan) for name in ("output_norm", "reap", "max_output")}
     for i in range(E):
         everything = list(range(len(x_TD)))
