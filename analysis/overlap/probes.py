@@ -121,8 +121,8 @@ class Probes:
         rows_S, L = torch.tensor(rows), counts_SL.shape[1]
         own_SL = torch.arange(L).expand(len(rows_S), L)
         others_RS = self.labels.other_RS[:, rows]
-        labels = self._labels(rows_S, own_SL, counted)
-        labels += self._labels(others_RS, self._places(others_RS), counted)
+        own = self._labels(rows_S, own_SL, counted)
+        others = self._labels(others_RS, self._places(others_RS), counted)
         before: Routing | None = None
         for site in self.model.sites():
             x_TD, routing, _ = flows[site]
@@ -130,7 +130,10 @@ class Probes:
             if site in self.sites:
                 x_TD, stream_TD = x_TD.detach()[counted], streams[site][counted]
                 gradient_TD = gradient_of[site][counted] if self.gradients else None
-                yield site, Probe(unit, x_TD, routing, *labels, before, stream_TD, gradient_TD)
+                yield (
+                    site,
+                    Probe(unit, x_TD, routing, *own, *others, before, stream_TD, gradient_TD),
+                )
             before = routing
 
     def _run(

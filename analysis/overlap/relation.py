@@ -14,14 +14,12 @@ import pandas as pd
 
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.metrics import METRICS
-from analysis.overlap.removal import Removal, expert_damage, takeover
+from analysis.overlap.removal import Removal
 from analysis.overlap.request import DAMAGE, fits, metric_names
 from analysis.overlap.tables import Overlap
 from analysis.stats import ALL, Bootstrap, facts_of, relation
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
-
-__all__ = ["PREDICTORS", "Relation", "expert_damage", "relate", "takeover"]
 
 PREDICTORS = (
     *("cka", "output_cosine", "matched_cosine", "flat_cosine", "router_cosine"),
@@ -100,8 +98,8 @@ def relate(
         heirs.append(removal.takeover())
         own = [name for name in names if fits(model, chosen, name, METRICS[name])]
         if own:
-            how = dict(batch_size=batch_size, confidence=bootstrap.confidence, seed=seed)
-            how |= dict(progress=progress)
+            how: Any = dict(batch_size=batch_size, seed=seed, progress=progress)
+            how |= dict(confidence=bootstrap.confidence)
             overlaps.append(measure_overlap(model, docs, own, chosen, probe, **how))
             columns |= {name: _with_heirs(removal.shares, overlaps[-1], name) for name in own}
         frames[key] = removal.damage(refill, bootstrap, progress).assign(**columns)

@@ -30,7 +30,7 @@ from analysis.measure import measure
 from analysis.overlap.metrics import Sums, UnitSums, usage
 from analysis.overlap.probes import decisions, of_tokens
 from analysis.overlap.tables import site_columns
-from analysis.perturb import Condition, DropExperts, sites_of
+from analysis.perturb import Condition, DropExperts, Where, sites_of
 from analysis.stats import Bootstrap
 from cartmoe.config import check_whole
 from cartmoe.data import IGNORE, Sequences
@@ -120,9 +120,11 @@ class Removal:
     def damage(self, refill: bool, bootstrap: Bootstrap, progress: bool) -> pd.DataFrame:
         """The table of `expert_damage`."""
         # Masked scores leave the others' weights as they are, also where a sum of them decides.
-        how = {} if refill else {"point": "scores", "effect": "no_refill"}
+        how: Any = {} if refill else {"point": "scores", "effect": "no_refill"}
         places = [(site, expert) for site in self.sites for expert in range(site.num_experts)]
-        conditions = [Condition(DropExperts(ids=(e,)), site, **how) for site, e in places]
+        conditions = [
+            Condition(DropExperts(ids=(e,)), Where(*site.place), **how) for site, e in places
+        ]
         nats_ND = rises(self.model, self.docs, conditions, self.batch_size, progress)
         (tokens_D,) = by_document(self.docs, [(self.docs.targets_SL != IGNORE).sum(1).numpy()])
         half_of = halves(self.docs.document_id)

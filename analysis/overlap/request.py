@@ -18,12 +18,18 @@ DAMAGE = "function"  # the kind that is itself damage, and is measured only wher
 def check_request(
     model: object, metrics: str | Sequence[str] | None, sites: Any, probe: str
 ) -> tuple[Adapter, list[RouterSite], Sequence[str]]:
-    """The model as a model under study, its sites and names of metrics that were asked for; raises
-    as `measure_overlap`."""
+    """The model as a model under study, its sites and the names, each once, of metrics that were
+    asked for; raises as `measure_overlap`."""
     model = routed_adapter(model)
     chosen = sites_of(model, sites, "sites")
     check_choice("probe", probe, PROBES)
-    return model, chosen, _wanted(model, chosen, metrics)
+    fitting = {name: m for name, m in METRICS.items() if fits(model, chosen, name, m)}
+    if metrics is None:
+        return model, chosen, [name for name, m in fitting.items() if m.kind != DAMAGE]
+    names = metric_names(metrics, METRICS)
+    for name in names:
+        check_choice(f"metric for these sites of {model.name}", name, fitting)
+    return model, chosen, names
 
 
 def check_tokens(docs: Sequences, model: Adapter, skip_first: bool) -> None:
@@ -44,19 +50,6 @@ def metric_names(metrics: str | Sequence[str], choices: Iterable[str]) -> tuple[
         raise ValueError(f"metrics is {metrics!r}; name some of {', '.join(choices)}")
     for name in names:
         check_choice("metric", name, choices)
-    return names
-
-
-def _wanted(
-    model: Adapter, sites: list[RouterSite], metrics: str | Sequence[str] | None
-) -> Sequence[str]:
-    """Names of the metrics to measure, each once."""
-    fitting = {name: m for name, m in METRICS.items() if fits(model, sites, name, m)}
-    if metrics is None:
-        return [name for name, metric in fitting.items() if metric.kind != DAMAGE]
-    names = metric_names(metrics, METRICS)
-    for name in names:
-        check_choice(f"metric for these sites of {model.name}", name, fitting)
     return names
 
 

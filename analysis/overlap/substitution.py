@@ -67,7 +67,7 @@ def substitution(
     *,
     lowest: int = 8,
     random: int = 16,
-    downstream: str = "reroute",
+    downstream: Any = "reroute",
     batch_size: int = 16,
     bootstrap: Bootstrap = Bootstrap(),
     seed: int = 0,
@@ -102,19 +102,22 @@ def substitution(
             "measure_overlap(model, docs, 'substitution')"
         )
     model = routed_adapter(model)
-    for chosen in sites_of(model, site, "site"):
-        if chosen.num_experts == 1:
-            raise ValueError(f"site is {site!r}; {chosen.name} has no other expert to run instead")
-    options = dict(batch_size=batch_size, seed=seed, progress=progress)
+    for own in sites_of(model, site, "site"):
+        if own.num_experts == 1:
+            raise ValueError(f"site is {site!r}; {own.name} has no other expert to run instead")
+    options: Any = dict(batch_size=batch_size, seed=seed, progress=progress)
     options |= dict(confidence=bootstrap.confidence)
     table = measure_overlap(model, docs, "substitution", site, **options).table("substitution")
     table = table.rename(columns=LINEAR)[[*SITE, "expert_i", "expert_j", *LINEAR.values()]]
     by_site = routed_tokens(model, docs, batch_size)
-    routed = {site.place: counts_SE for site, counts_SE in by_site.items()}
+    routed = {own.place: counts_SE for own, counts_SE in by_site.items()}
     tokens = [routed[p.layer, p.stage][:, p.expert_i].sum() for p in table.itertuples()]
-    table = table.assign(measured=np.nan, low=np.nan, high=np.nan, num_tokens=np.int64(tokens))
-    chosen = [_choose(pairs, lowest, random, seed) for _, pairs in table.groupby(SITE, sort=False)]
-    table = table.join(pd.concat(chosen)).assign(downstream=downstream)
+    table = table.assign(
+        measured=np.nan, low=np.nan, high=np.nan, num_tokens=np.array(tokens, np.int64)
+    )
+    groups = table.groupby(SITE, sort=False)
+    choices = [_choose(pairs, lowest, random, seed) for _, pairs in groups]
+    table = table.join(pd.concat(choices)).assign(downstream=downstream)
     rows = table.index[table.chosen != ""]
     places = table.loc[rows, ["layer", "stage", "expert_i", "expert_j"]].to_numpy().tolist()
     conditions = [

@@ -37,6 +37,7 @@ from cartmoe.checkpoint import run_checkpoints, step_of
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
+from cartmoe.routing import Routing
 from cartmoe.run import read_run
 
 TOGETHER = 4  # checkpoints in memory at once beside the last one, which runs anew for each lot
@@ -81,9 +82,9 @@ def saturation(
             models = {folder: load(folder) for folder in folders[first : first + TOGETHER]}
             for batch in batches(last, docs, batch_size):
                 unit_T = of_tokens(batch, [unit_of[document] for document in batch.document_id])
-                final = _used(last, batch, chosen)
+                final = decisions(last, batch, chosen)
                 for folder, model in models.items():
-                    now = _used(model, batch, chosen) if folder != folders[-1] else final
+                    now = decisions(model, batch, chosen) if folder != folders[-1] else final
                     for site, own in sums[folder].items():
                         _add(own, unit_T, now[site], final[site])
                     bar.update(len(batch))
@@ -111,21 +112,14 @@ SATURATION = Metric(
 )
 
 
-def _add(sums: UnitSums, unit_T: Tensor, now_TE: Tensor, final_TE: Tensor) -> None:
+def _add(sums: UnitSums, unit_T: Tensor, now: Routing, final: Routing) -> None:
     """Of the tokens that use experts finally, by unit."""
+    now_TE, final_TE = (DenseRouting(routing).used_TE.cpu() for routing in (now, final))
     kept_T = final_TE.any(-1)
     unit_T, now_TE, final_TE = unit_T[kept_T], now_TE[kept_T], final_TE[kept_T]
     both_T, share_TE = usage.saturation_of(now_TE, final_TE), usage.share(final_TE.double())
     tokens_T = torch.ones_like(both_T)
     sums.add_tokens(unit_T, both=both_T, now=now_TE, final=share_TE, tokens=tokens_T)
-
-
-def _used(
-    model: Adapter, batch: Sequences, sites: Sequence[RouterSite]
-) -> dict[RouterSite, Tensor]:
-    """By site (T, E) on the CPU: whether the token, one with a target, uses the expert."""
-    routed = decisions(model, batch, sites)
-    return {site: DenseRouting(routing).used_TE.cpu() for site, routing in routed.items()}
 
 
 def _checkpoints(run_folder: str | Path) -> list[Path]:
@@ -188,8 +182,8 @@ def over_training(
     The parameters are theirs. Raises as they and `saturation` do.
     """
     damages, overlaps = [], []
-    options = dict(batch_size=batch_size, seed=seed, progress=False)
-    conditions = dict(where=where, point=point, controls=controls)
+    options: Any = dict(batch_size=batch_size, seed=seed, progress=False)
+    conditions: Any = dict(where=where, point=point, controls=controls)
     for folder in tqdm(_checkpoints(run_folder), unit="checkpoint", disable=not progress):
         model, step = load(folder), step_of(folder)
         results = sweep(model, docs, perturbations, **conditions, **options)

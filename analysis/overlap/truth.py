@@ -99,7 +99,9 @@ def truth_scores(
     if PROFILE not in set(overlap.experts.metric):
         raise ValueError(f"overlap lacks the metric {PROFILE!r}; measure it too")
     shared = {site: shared_truth(p_EZ, factorial) for site, p_EZ in profiles(overlap).items()}
-    pairs = overlap.pairs[overlap.pairs.metric.isin(_wanted(overlap, metrics))]
+    there = [metric for metric in overlap.pairs.metric.unique() if not facts_of(metric).across]
+    wanted = there if metrics is None else metric_names(metrics, there)
+    pairs = overlap.pairs[overlap.pairs.metric.isin(wanted)]
     rows = []
     for key, own in pairs.groupby(KEYS, sort=False):
         row = dict(zip(KEYS, key, strict=True))
@@ -111,12 +113,6 @@ def truth_scores(
         value_EE = (value_EE + value_EE.T) * (-0.5 if facts_of(row["metric"]).apart else 0.5)
         rows.append(row | _score(value_EE, truth.to_numpy(), draws))
     return pd.DataFrame(rows)
-
-
-def _wanted(overlap: Overlap, metrics: str | Sequence[str] | None) -> Sequence[str]:
-    """Metrics of pairs whose two experts are of one set."""
-    there = [metric for metric in overlap.pairs.metric.unique() if not facts_of(metric).across]
-    return there if metrics is None else metric_names(metrics, there)
 
 
 def _score(value_EE: np.ndarray, truth_EE: np.ndarray, draws: Bootstrap) -> dict[str, float]:

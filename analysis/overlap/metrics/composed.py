@@ -47,8 +47,8 @@ class Layer:
         share_RD, rest_RD = branches(self.model, self.second, x_NTD.flatten(0, 1))
         rows_ATD = wide(a_ATD + rest_RD.view_as(x_NTD)[: len(a_ATD)])
         experts = self.model.expert_weights(self.second)
-        R, hidden = len(share_RD), experts[0].shape[1]
-        scratch = tuple(u_TD.new_empty(R, width) for width in (hidden, hidden, u_TD.shape[1]))
+        gate_RF, up_RF = u_TD.new_empty(2, len(share_RD), experts[0].shape[1])
+        scratch = gate_RF, up_RF, torch.empty_like(share_RD)
         return Block(rows_ATD, x_NTD, share_RD.view_as(x_NTD), experts, scratch)
 
 

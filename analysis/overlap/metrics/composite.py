@@ -136,7 +136,8 @@ def _squares(block: Block, outputs_ABTD: Tensor | None = None) -> tuple[Tensor, 
     interaction is that of the small e, so that no digits are lost.
     """
     A, B = len(block.rows_ATD), len(block.experts[0])
-    square, row_ATD = 0.0, torch.zeros_like(block.rows_ATD)
+    row_ATD = torch.zeros_like(block.rows_ATD)
+    square = row_ATD.new_zeros((), dtype=torch.float64)
     q_BTD, column_BTD = row_ATD.new_empty(2, B, *row_ATD.shape[1:])
     for j in range(B):
         routed_NTD = wide(block.routed(j))
@@ -202,9 +203,7 @@ def _share_metric(part: int, what: str) -> Metric:
     return Metric("composite", "sites", of, about, null)
 
 
-def _relation_metrics(
-    name: str, of: Callable[[Sums, int], Tensor], measure: str
-) -> dict[str, Metric]:
+def _relation_metrics(name: str, of: Callable[..., Tensor], measure: str) -> dict[str, Metric]:
     few = f"those of the first {PAIR_EXPERTS} experts of each stage"
     metrics = {}
     for number, (relation, which) in enumerate(RELATIONS.items()):

@@ -40,6 +40,7 @@ class SubstitutionStream:
     @torch.no_grad()
     def add(self, probe: Probe) -> None:
         """Add a batch, whose probe has gradients."""
+        assert probe.gradient_TD is not None
         slopes_TE = output_slopes(self.model, self.site, probe.x_TD, probe.gradient_TD)
         self._sums.add(probe.unit, **_sums(slopes_TE, DenseRouting(probe.routing).weights_TE))
 

@@ -52,7 +52,8 @@ class OutputStream:
         self.probe, self.minibatch = probe, minibatch
         key = (seed, site.layer, site.stage)
         self._null = ExpertWeights(*model.expert_weights(site)).reinitialized(*key, 0)
-        own, null = partial(model.expert_outputs, site), partial(outputs.swiglu, self._null)
+        own: Experts = partial(model.expert_outputs, site)
+        null: Experts = partial(outputs.swiglu, self._null)
         shared = model.shared_weights(site)
         if shared is not None:
             alone = ExpertWeights(*(matrix[None] for matrix in shared))

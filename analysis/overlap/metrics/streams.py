@@ -71,7 +71,7 @@ class Streams:
     def estimates(self, site: RouterSite, confidence: float) -> Iterator[tuple[str, Estimate]]:
         """By name, of those metrics that speak of this site."""
         streams = self._streams[site]
-        sums = {kind: stream.sums() for kind, stream in streams.items()}
+        sums: dict[str, Any] = {kind: stream.sums() for kind, stream in streams.items()}
         if "weights" in self.kinds:
             sums["weights"] = ExpertWeights.of(self.model, site)
         for name, metric in self.metrics.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torch.special import entr
 
 from analysis.adapters import DenseRouting
@@ -47,7 +48,7 @@ class UsageStream:
         """Add a batch."""
         dense = DenseRouting(probe.routing)
         ids_KT = _distinct(probe.routing, dense).T.contiguous()
-        self._add_to_unit(probe, dense, ids_KT)
+        self._add_to_unit(probe, dense)
         self._count_labels(probe, ids_KT)
 
     def sums(self) -> Sums:
@@ -91,17 +92,16 @@ class UsageStream:
             together = {"other_domains": counts["other_domains"][:, :E]}
         return {**self._sums.sums(), **{n: t[None].double() for n, t in together.items()}}
 
-    def _add_to_unit(self, probe: Probe, dense: DenseRouting, ids_KT: Tensor) -> None:
-        E, Z = self.site.num_experts, self.num_domains
+    def _add_to_unit(self, probe: Probe, dense: DenseRouting) -> None:
+        domain_TZ = one_hot(probe.domain_T, self.num_domains)
         scores_TE = probe.routing.scores_TE.float()
         p_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=EPS)
-        domains = torch.bincount((ids_KT * Z + probe.domain_T).flatten(), minlength=(E + 1) * Z)
         self._sums.add(
             probe.unit,
             tokens=torch.tensor(len(p_TE)),
-            domain_tokens=torch.bincount(probe.domain_T, minlength=Z),
+            domain_tokens=domain_TZ.sum(0),
             both=both_counts(dense.used_TE, dense.used_TE),
-            domains=domains.view(E + 1, Z)[:E],
+            domains=both_counts(dense.used_TE.cpu(), domain_TZ),
             weight=dense.weights_TE.double().sum(0),
             entropy=entr(p_TE).sum(-1).double().sum(),
         )
@@ -129,13 +129,13 @@ class UsageStream:
 
     def _count(self, name: str, *axes: tuple[int, Tensor]) -> None:
         """In place: a batch touches few of the cells."""
-        sizes = [size for size, _ in axes]
         if name not in self._counts:
-            self._counts[name] = torch.zeros(sizes, dtype=torch.int32)
-        strides = self._counts[name].stride()
-        cells = sum(at * stride for (_, at), stride in zip(axes, strides, strict=True)).flatten()
-        ones = torch.ones_like(cells, dtype=torch.int32)
-        self._counts[name].view(-1).scatter_add_(0, cells, ones)
+            self._counts[name] = torch.zeros([size for size, _ in axes], dtype=torch.int32)
+        cells = torch.zeros((), dtype=torch.int64)
+        for size, at in axes:
+            cells = cells * size + at
+        ones = torch.ones(cells.numel(), dtype=torch.int32)
+        self._counts[name].view(-1).scatter_add_(0, cells.flatten(), ones)
 
 
 def _distinct(routing: Routing, dense: DenseRouting) -> Tensor:

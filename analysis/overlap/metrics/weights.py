@@ -48,7 +48,8 @@ class ExpertWeights(NamedTuple):
             pairs = zip(matrices, shared, strict=True)
             matrices = [torch.cat([own, other.detach()[None]]) for own, other in pairs]
         router_ED = model.router(site).rows
-        return cls(*matrices, None if router_ED is None else router_ED.detach())
+        w = cls(*matrices)
+        return w if router_ED is None else w._replace(router_ED=router_ED.detach())
 
     @torch.no_grad()
     def reinitialized(self, *seed: int) -> ExpertWeights:
@@ -73,7 +74,8 @@ def _normal(rng: np.random.Generator, like_EXY: Tensor, spread: Tensor) -> Tenso
 def flat_cosine(w: ExpertWeights) -> Tensor:
     """(E, E) cosines of all weights of an expert as one vector: blind to symmetries."""
     flat = [matrix.float().flatten(1) for matrix in _checked(w)]
-    return _normalized(sum(matrix @ matrix.T for matrix in flat))
+    gate_EE, up_EE, down_EE = (matrix @ matrix.T for matrix in flat)
+    return _normalized(gate_EE + up_EE + down_EE)
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def matched_cosine(w: ExpertWeights) -> Tensor:
     (Hungarian method) is divided by the root of both experts' own sums.
     """
     gate_EFD, rest_EFC = _balanced(*_checked(w))
-    square_E = sum(part.square().sum((1, 2)) for part in (gate_EFD, rest_EFC))
+    square_E = gate_EFD.square().sum((1, 2)) + rest_EFC.square().sum((1, 2))
     E = len(square_E)
 
     def matched(pair: tuple[int, int]) -> list[float]:
@@ -207,9 +209,9 @@ def _metric(
 def _rank_metric(at: int, name: str) -> Metric:
     return _metric(
         "experts",
-        lambda w: effective_rank(w[at]),
+        lambda w: effective_rank(w[:3][at]),
         f"effective rank of the {name} projection; null: of random entries",
-        lambda w: _rank_null(w[at]),
+        lambda w: _rank_null(w[:3][at]),
     )
 
 
