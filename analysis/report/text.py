@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -12,6 +12,7 @@ from analysis.measure import Results
 from analysis.stats import PLAIN
 
 LEAST = 1e-6  # routed weight or output that moved less did not: weights are rounded
+SETS = ("full", "selection", "no_refill", "part set")  # effects that let another set through
 # What each expectation is measured by; see `Perturbation.expects`.
 DOSE = {"selection": "changed", "weights": "mass_moved", "output": "output_change"}
 
@@ -91,14 +92,18 @@ def describe(
     return "\n\n".join(parts) + "\n"
 
 
+def _said(table: pd.DataFrame, texts: Iterable[str]) -> list[str]:
+    """For each row, of which model it says that."""
+    models = zip(table.model, table.train_seed, texts, strict=True)
+    return [f"{model} (seed {seed}): {text}" for model, seed, text in models]
+
+
 def _failed(results: Results) -> list[str]:
-    if results.failed.empty:
+    failed = results.failed
+    if failed.empty:
         return []
-    failed = results.failed.assign(label=stats.label(results.failed))
-    rows = [
-        f"  {row.model} (seed {row.train_seed}): {row.label}, shard {row.shard}: {row.reason}"
-        for row in failed.itertuples()
-    ]
+    texts = stats.label(failed) + ", shard " + failed.shard.astype(str) + ": " + failed.reason
+    rows = [f"  {row}" for row in _said(failed, texts)]
     return ["\n".join([f"FAILED: {len(rows)} cells killed their workers", *rows])]
 
 
@@ -111,9 +116,7 @@ def _identity(results: Results) -> list[str]:
     wrong = identity[(identity[["delta_nats", "kl", "mass_moved"]] != 0).any(axis=1)]
     if wrong.empty:
         return ["Identity control: hooks alone change nothing, to the last bit: passed"]
-    names = ", ".join(
-        f"{r.model} (seed {r.train_seed}): {r.delta_nats:g}" for r in wrong.itertuples()
-    )
+    names = ", ".join(_said(wrong, map("{:g}".format, wrong.delta_nats)))
     return [f"Identity control FAILED: hooks alone change the loss of {names}"]
 
 
@@ -125,32 +128,24 @@ def _positive_control(results: Results) -> str:
     if failed.empty:
         return "Positive control: random routing hurts every model (interval above 0): passed"
     texts = stats.interval_texts(failed, "delta_nats", "low", "high", digits=4)
-    names = ", ".join(
-        f"{r.model} (seed {r.train_seed}): {text}"
-        for r, text in zip(failed.itertuples(), texts, strict=True)
-    )
+    names = ", ".join(_said(failed, texts))
     return f"Positive control FAILED: random routing is not shown to hurt {names}"
 
 
 def _without_effect(results: Results) -> list[str]:
     """Conditions that did not change what they are there to change: they failed, and say nothing
     of robustness."""
-    failed = [
-        f"{row['model']} (seed {row['train_seed']}): {row['label']} has {dose} of 0"
-        for row in results.damage().to_dict("records")
-        if (dose := _must_move(row)) and not row[dose] >= LEAST and row["strength"] != 0
-    ]
-    return [f"FAILED, changed nothing: {'; '.join(failed)}"] if failed else []
-
-
-def _must_move(row: Mapping[str, Any]) -> str | None:
-    """The dose that may not be 0. An effect that lets only a part of a changed decision through
-    may let through nothing: that is a result."""
-    lets_sets_through = ("full", "selection", "no_refill", "part set")
-    dose = DOSE.get(row["expects"])
-    if row["expects"] == "selection":
-        return dose if row["effect"].startswith(lets_sets_through) else None
-    return dose if row["effect"] == "full" else None
+    damage, failed = results.damage(), []
+    for expects, dose in DOSE.items():
+        # An effect that lets only a part of a changed decision through may let through nothing:
+        # that is a result.
+        through = SETS if expects == "selection" else ("full",)
+        must_move = (damage.expects == expects) & damage.effect.str.startswith(through)
+        wrong = must_move & (damage.strength != 0) & ~(damage[dose] >= LEAST)
+        failed.append(damage[wrong].assign(dose=dose))
+    found = pd.concat(failed).sort_index()
+    names = "; ".join(_said(found, found.label + " has " + found.dose + " of 0"))
+    return [f"FAILED, changed nothing: {names}"] if names else []
 
 
 def _taken_apart(made: Mapping[str, pd.DataFrame], whole: list[str]) -> list[str]:
@@ -170,12 +165,10 @@ def _taken_apart(made: Mapping[str, pd.DataFrame], whole: list[str]) -> list[str
         (doses.perturbation == "DropTop") & (doses.label == doses.label.str.split(",").str[0])
     ]
     if len(top):
-        shown = pd.DataFrame(
-            {
-                **{c: top[c] for c in ("model", "train_seed", "label", "top_k", "renormalize")},
-                **{c: top[c] for c in ("routed_share", "routed_ratio")},
-                "m / E": top.experts_off,
-                "nats per token": top.delta_nats,
+        columns = ["model", "train_seed", "label", "top_k", "renormalize", "routed_share"]
+        renamed = top.rename(columns={"experts_off": "m / E", "delta_nats": "nats per token"})
+        shown = renamed[[*columns, "routed_ratio", "m / E", "nats per token"]].assign(
+            **{
                 "per flip": stats.interval_texts(top, "per_flip"),
                 "per mass moved": stats.interval_texts(top, "per_mass"),
             }

@@ -86,16 +86,7 @@ def study_dict(study: Study) -> dict[str, Any]:
         "name": study.name,
         "data": asdict(study.data),
         "measure": asdict(study.measure),
-        "models": [
-            {
-                "name": m.name,
-                "train_seed": m.train_seed,
-                "path": m.path,
-                "config": m.config and m.config.to_dict(),
-                "train": m.train and asdict(m.train),
-            }
-            for m in study.models
-        ],
+        "models": [asdict(model) for model in study.models],
         "conditions": [
             c.to_dict() | (asdict(study.only[c]) if c in study.only else {})
             for c in study.conditions

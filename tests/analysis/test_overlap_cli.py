@@ -91,7 +91,7 @@ def test_a_metric_that_one_of_the_models_lacks(models, checkpoint_of, texts, tmp
         model = load(path)
         docs = documents(str(texts), model, length=32, limit=4)
         found.append(measure_overlap(model, docs, metric, progress=False))
-    files = overlap_report.write(Overlap.join(found), tmp_path, {})
+    files = overlap_report.write_overlap(Overlap.join(found), tmp_path, {})
     assert {path.stem for path in files if path.suffix == ".png"} == {
         *("router_cosine", "smoe_share-s5-router_cosine"),
         *("flat_cosine", "hash-s5-flat_cosine"),
