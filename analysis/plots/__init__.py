@@ -1,6 +1,7 @@
 """Tables of damage in, axes out: one file a picture, no statistics.
 
 style.py      column width, fonts, one colour and one marker a family, saving
+marks.py      lines with intervals, rows, legends and their keys
 dots.py       rows of estimates with intervals
 catalogue.py  every condition, a row each
 curves.py     damage against dose, or several doses; the worst flips against random ones

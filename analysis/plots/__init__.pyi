@@ -1,42 +1,24 @@
-from .cartesian import SHARES, SIMILAR, cartesian_usage
-from .cascades import cascade_dots
-from .catalogue import catalogue_dots
-from .controls import control_dots
-from .curves import damage_curve, dose_panels, gap_curve
-from .depth import layer_profile, overlap_profile
-from .heatmaps import overlap_heatmap, specialization
-from .relation import relation_dots
-from .saturation import saturation_curve
-from .scatter import damage_against_overlap, flip_calibration
-from .splits import split_bars
-from .stages import stage_dots
-from .style import paper_style, save
-from .substitution import substitution_matrix
-from .tokens import group_curve, tail_shares
-
-__all__ = [
-    "SHARES",
-    "SIMILAR",
-    "cartesian_usage",
-    "cascade_dots",
-    "catalogue_dots",
-    "control_dots",
-    "damage_against_overlap",
-    "damage_curve",
-    "dose_panels",
-    "flip_calibration",
-    "gap_curve",
-    "group_curve",
-    "layer_profile",
-    "overlap_heatmap",
-    "overlap_profile",
-    "paper_style",
-    "relation_dots",
-    "saturation_curve",
-    "save",
-    "specialization",
-    "split_bars",
-    "stage_dots",
-    "substitution_matrix",
-    "tail_shares",
-]
+from .cartesian import SHARES as SHARES
+from .cartesian import SIMILAR as SIMILAR
+from .cartesian import cartesian_usage as cartesian_usage
+from .cascades import cascade_dots as cascade_dots
+from .catalogue import catalogue_dots as catalogue_dots
+from .controls import control_dots as control_dots
+from .curves import damage_curve as damage_curve
+from .curves import dose_panels as dose_panels
+from .curves import gap_curve as gap_curve
+from .depth import layer_profile as layer_profile
+from .depth import overlap_profile as overlap_profile
+from .heatmaps import overlap_heatmap as overlap_heatmap
+from .heatmaps import specialization as specialization
+from .relation import relation_dots as relation_dots
+from .saturation import saturation_curve as saturation_curve
+from .scatter import damage_against_overlap as damage_against_overlap
+from .scatter import flip_calibration as flip_calibration
+from .splits import split_bars as split_bars
+from .stages import stage_dots as stage_dots
+from .style import paper_style as paper_style
+from .style import save as save
+from .substitution import substitution_matrix as substitution_matrix
+from .tokens import group_curve as group_curve
+from .tokens import tail_shares as tail_shares

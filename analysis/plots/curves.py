@@ -33,15 +33,15 @@ STRENGTH = {
     "TopK": "experts used per token",
     "Temperature": "log2 temperature",
 }
-X = {
-    "strength": "strength",
-    "mass_moved": "routed mass moved per token",
-    "flips": "share of chosen experts changed",
-    "flips_total": "chosen experts changed, cascade too",
-    "changed": "share of tokens with another set",
-    "mass_lost": "clean routed mass lost per token",
-    "active": "experts used per token",
-    "output_change": "change of the output / residual",
+X = {  # what a dose is called, and where a panel is half a column wide
+    "strength": ("strength", "strength"),  # the perturbation says more, in STRENGTH
+    "mass_moved": ("routed mass moved per token", "routed mass moved"),
+    "flips": ("share of chosen experts changed", "chosen experts changed"),
+    "flips_total": ("chosen experts changed, cascade too", "changed, cascade too"),
+    "changed": ("share of tokens with another set", "tokens changed"),
+    "mass_lost": ("clean routed mass lost per token", "clean mass lost"),
+    "active": ("experts used per token", "experts used"),
+    "output_change": ("change of the output / residual", "output change / residual"),
 }
 Y = {  # label, and the columns of the interval
     "delta_nats": (DELTA, "low", "high"),
@@ -93,24 +93,13 @@ def damage_curve(
         if (rows[x].dropna() % 1 == 0).all():
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         default = f"strength of {perturbation}"
-        ax.set_xlabel(STRENGTH.get(perturbation, default) if x == "strength" else X[x])
+        ax.set_xlabel(STRENGTH.get(perturbation, default) if x == "strength" else X[x][0])
         ax.set_ylabel(text)
         legend_above(ax)
     return ax
 
 
 DOSES = ("strength", "mass_moved", "flips", "output_change")
-
-
-SHORT = {  # a panel is half a column wide
-    "mass_moved": "routed mass moved",
-    "flips": "chosen experts changed",
-    "flips_total": "changed, cascade too",
-    "changed": "tokens changed",
-    "mass_lost": "clean mass lost",
-    "active": "experts used",
-    "output_change": "output change / residual",
-}
 
 
 def dose_panels(
@@ -132,7 +121,7 @@ def dose_panels(
             handles = ax.legend_.legend_handles
             ax.legend_.remove()
             ax.set_ylabel("")
-            ax.set_xlabel(SHORT.get(dose, ax.get_xlabel()), fontsize=7)
+            ax.set_xlabel(ax.get_xlabel() if dose == "strength" else X[dose][1], fontsize=7)
         for ax in axes[len(doses) :]:
             ax.set_axis_off()
         figure.supylabel(DELTA, fontsize=8)
@@ -140,7 +129,7 @@ def dose_panels(
     return figure
 
 
-GAP_X = {"budget": "flips allowed per token", "flips": "share of chosen experts changed"}
+GAP_X = {"budget": "flips allowed per token", "flips": X["flips"][0]}
 
 
 GAP_PARTS = {"worst": ("-", True), "random": ("--", False)}

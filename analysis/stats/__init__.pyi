@@ -1,76 +1,45 @@
-from .bootstrap import Bootstrap, Intervals, check_confidence, interval_texts
-from .cascade import additivity, cascade, sites_in
-from .contrasts import family_contrasts, format_contrasts
-from .curves import curve_summary
-from .damage import clean_table, contrast_models, damage, difference
-from .doses import doses, per_dose
-from .gap import gap
-from .groups import damage_by
-from .metric_facts import facts_of
-from .overlap_tables import INDEX, SHARED, check_one_step, square
-from .pairs import (
-    CHECKPOINT,
-    CONDITION,
-    PLAIN,
-    SITE,
-    Pairs,
-    base_name,
-    check_choice,
-    check_columns,
-    label,
-    label_of,
-    pair,
-)
-from .relation import ALL, LOAD, relation
-from .robustness import find, format_robustness, positive_control, robustness_table
-from .seeds import over_seeds
-from .split import split
-from .tokens import tail_curve, tails
-
-__all__ = [
-    "ALL",
-    "CHECKPOINT",
-    "CONDITION",
-    "INDEX",
-    "LOAD",
-    "PLAIN",
-    "SHARED",
-    "SITE",
-    "Bootstrap",
-    "Intervals",
-    "Pairs",
-    "additivity",
-    "base_name",
-    "cascade",
-    "check_choice",
-    "check_columns",
-    "check_confidence",
-    "check_one_step",
-    "clean_table",
-    "contrast_models",
-    "curve_summary",
-    "damage",
-    "damage_by",
-    "difference",
-    "doses",
-    "facts_of",
-    "family_contrasts",
-    "find",
-    "format_contrasts",
-    "format_robustness",
-    "gap",
-    "interval_texts",
-    "label",
-    "label_of",
-    "over_seeds",
-    "pair",
-    "per_dose",
-    "positive_control",
-    "relation",
-    "robustness_table",
-    "sites_in",
-    "split",
-    "square",
-    "tail_curve",
-    "tails",
-]
+from .bootstrap import Bootstrap as Bootstrap
+from .bootstrap import Intervals as Intervals
+from .bootstrap import check_confidence as check_confidence
+from .bootstrap import interval_texts as interval_texts
+from .cascade import additivity as additivity
+from .cascade import cascade as cascade
+from .cascade import sites_in as sites_in
+from .contrasts import family_contrasts as family_contrasts
+from .contrasts import format_contrasts as format_contrasts
+from .curves import curve_summary as curve_summary
+from .damage import clean_table as clean_table
+from .damage import contrast_models as contrast_models
+from .damage import damage as damage
+from .damage import difference as difference
+from .doses import doses as doses
+from .doses import per_dose as per_dose
+from .gap import gap as gap
+from .groups import damage_by as damage_by
+from .metric_facts import facts_of as facts_of
+from .overlap_tables import INDEX as INDEX
+from .overlap_tables import SHARED as SHARED
+from .overlap_tables import check_one_step as check_one_step
+from .overlap_tables import square as square
+from .pairs import CHECKPOINT as CHECKPOINT
+from .pairs import CONDITION as CONDITION
+from .pairs import PLAIN as PLAIN
+from .pairs import SITE as SITE
+from .pairs import Pairs as Pairs
+from .pairs import base_name as base_name
+from .pairs import check_choice as check_choice
+from .pairs import check_columns as check_columns
+from .pairs import label as label
+from .pairs import label_of as label_of
+from .pairs import pair as pair
+from .relation import ALL as ALL
+from .relation import LOAD as LOAD
+from .relation import relation as relation
+from .robustness import find as find
+from .robustness import format_robustness as format_robustness
+from .robustness import positive_control as positive_control
+from .robustness import robustness_table as robustness_table
+from .seeds import over_seeds as over_seeds
+from .split import split as split
+from .tokens import tail_curve as tail_curve
+from .tokens import tails as tails
