@@ -79,16 +79,6 @@ def run(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of a study's TOML, by which editors complete and check one."""
-    import json
-
-    from analysis.study import study_schema
-
-    typer.echo(json.dumps(study_schema(), indent=1))
-
-
-@app.command()
 def summarize(out: Path = typer.Argument(help="The --out of a study, finished or not.")) -> None:
     """Write tables/*.csv and robustness.txt, and print that."""
     with _one_line_errors():
@@ -189,6 +179,16 @@ def plot(out: Path = typer.Argument(help="The --out of a study, finished or not.
         from analysis.study import progress_of
 
         _print(progress_of(out), report.plot(out, progress=True))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a study's TOML, by which editors complete and check one."""
+    import json
+
+    from analysis.study import study_schema
+
+    typer.echo(json.dumps(study_schema(), indent=1))
 
 
 def _print(text: str, figures: list[Path]) -> None:
