@@ -6,7 +6,7 @@ Shapes: T tokens, K slots, C conditions, S sequences, L length, D documents, E e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -67,7 +67,7 @@ def substitution(
     *,
     lowest: int = 8,
     random: int = 16,
-    downstream: Any = "reroute",
+    downstream: Literal["reroute", "replay"] = "reroute",
     batch_size: int = 16,
     bootstrap: Bootstrap = Bootstrap(),
     seed: int = 0,

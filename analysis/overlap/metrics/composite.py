@@ -180,6 +180,10 @@ def _by_expert(pairs_UPP: Tensor) -> Tensor:
     return pairs_UPP.view(-1, *[experts] * 4)
 
 
+def _share(sums: Sums, part: int, of: str) -> Tensor:
+    return share(sums[of])[:, part]
+
+
 def _cosine(sums: Sums, relation: int) -> Tensor:
     return sums["cosine"][:, relation] / sums["tokens"]
 
@@ -199,7 +203,7 @@ def _share_metric(part: int, what: str) -> Metric:
         f"share of {what} in the squares of composed outputs about their mean; null: the same of B "
         "fed the mean over A's experts"
     )
-    of, null = (lambda sums, of=of: share(sums[of])[:, part] for of in ("squares", "null"))
+    of, null = (partial(_share, part=part, of=of) for of in ("squares", "null"))
     return Metric("composite", "sites", of, about, null)
 
 

@@ -59,8 +59,9 @@ class Streams:
                     if second in sites:
                         self._streams[second]["composite"] = SecondStage(layer)
 
-    def __bool__(self) -> bool:
-        """Whether any token has to be seen."""
+    @property
+    def need_tokens(self) -> bool:
+        """Whether documents have to be read at all."""
         return any(self._streams.values())
 
     def add(self, site: RouterSite, probe: Probe) -> None:

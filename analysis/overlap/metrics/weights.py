@@ -21,6 +21,7 @@ from torch import Tensor
 from analysis.adapters import Adapter
 from analysis.overlap.metrics.base import Metric, tensor_of
 from analysis.overlap.metrics.cores import on_cores
+from analysis.overlap.metrics.usage import share
 from cartmoe.hooks import RouterSite
 
 BLOCK = 8  # experts that one is compared with at a time: their similarities stay in the cache
@@ -179,7 +180,7 @@ def effective_rank(matrix_EXY: Tensor) -> Tensor:
     matrix_EXY = tensor_of("matrix_EXY", matrix_EXY, "experts, rows, columns")
     _check_finite(matrix_EXY)
     values_ES = torch.linalg.svdvals(matrix_EXY.float()).double()
-    return torch.special.entr(values_ES / values_ES.sum(-1, keepdim=True)).sum(-1).exp()
+    return torch.special.entr(share(values_ES)).sum(-1).exp()
 
 
 def _matched_null(w: ExpertWeights) -> Tensor:
