@@ -18,7 +18,7 @@ from .tiny import tiny_study, write_corpus
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PICTURES = {name for name in plots.__all__ if name.islower()} - {"paper_style", "save"}
+PICTURES = {name for name in dir(plots) if name.islower()} - {"paper_style", "save"}
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
