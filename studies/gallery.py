@@ -22,7 +22,7 @@ damage = results.damage()
 one_seed = damage[(damage.train_seed == 1) & damage.label.isin(LABELS)]
 split, cascade = (table[table.train_seed == 0] for table in (results.split(), results.cascade()))
 gap = results.gap()
-per_token = gap[~gap.condition.str.contains("per=sequence")]
+per_token = gap[gap.per == "token"]
 frequency = results.damage_by("frequency", ["DropTop(1)"])
 
 model = an.load(HERE / "runs" / "quick" / "models" / "cartesian-s0")

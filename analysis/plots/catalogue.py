@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from analysis.plots.dots import Look, checkpoint_names, dot_rows, figure_height
 from analysis.plots.style import canvas, model_styles, table_of
-from analysis.stats import CHECKPOINT, CONDITION, PLAIN, base_name, check_choice
+from analysis.stats import CHECKPOINT, CONDITION, PLAIN, check_choice
 
 ROW, LINE = 0.13, 0.05  # inches of a row beside its models, and of a model in it
 WRAP = 32  # characters of a label in one line
@@ -25,7 +25,7 @@ def catalogue_dots(
              perturbations; the axis is symlog where a linear one would hide half of them. Raises
              `ValueError` for an unknown model.
     """
-    frame = table_of(frame, "damage", [*CONDITION, "label", "delta_nats"])
+    frame = table_of(frame, "damage", [*CONDITION, "name", "label", "delta_nats"])
     styles = model_styles(frame)
     if models is None:
         models = list(styles)
@@ -50,7 +50,8 @@ def catalogue_dots(
     with canvas(ax, height) as ax:
         dot_rows(ax, rows, series, cells, columns=3)
         ax.tick_params(axis="y", labelsize=6)
-        starts = [i for i in range(1, len(rows)) if labels.base.iloc[i] != labels.base.iloc[i - 1]]
+        names = labels["name"]
+        starts = [i for i in range(1, len(rows)) if names.iloc[i] != names.iloc[i - 1]]
         for start in starts:
             ax.axhline(start - 0.5, color="#A0A0A0", lw=0.5, zorder=0.2)
     return ax
@@ -58,11 +59,9 @@ def catalogue_dots(
 
 def _in_order(conditions: pd.DataFrame) -> pd.DataFrame:
     """Perturbations as they come; of each the plain conditions first, then by what is other."""
-    base = base_name(conditions.perturbation)
-    order = {name: i for i, name in enumerate(base.unique())}
+    order = {name: i for i, name in enumerate(conditions["name"].unique())}
     ranked = conditions.assign(
-        base=base,
-        rank=base.map(order),
+        rank=conditions["name"].map(order),
         other=(conditions[list(PLAIN)] != list(PLAIN.values())).sum(axis=1),
     )
     return ranked.sort_values(

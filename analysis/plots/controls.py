@@ -27,7 +27,7 @@ def control_dots(frame: pd.DataFrame | Any, ax: Axes | None = None) -> Axes:
     Everywhere at once and on logits, with intervals; RandomRouting at its greatest strength.
     A number behind a model's name is its train_seed. Raises `ValueError` if none was run.
     """
-    frame = table_of(frame, "damage", [*CONDITION, "label", "delta_nats"])
+    frame = table_of(frame, "damage", [*CONDITION, "name", "label", "delta_nats"])
     styles = model_styles(frame)
     checkpoints: list[tuple[str, str]] = []
     cells: dict[Any, Any] = {}

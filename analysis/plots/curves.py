@@ -143,9 +143,9 @@ def gap_curve(frame: pd.DataFrame | Any, x: str = "budget", ax: Axes | None = No
     Of flips a token; the space between the lines is the robustness gap. Raises `ValueError` for
     an unknown x and where only flips per sequence were measured.
     """
-    frame = table_of(frame, "gap", ["condition", "part", "budget", "delta_nats"])
+    frame = table_of(frame, "gap", ["condition", "part", "budget", "per", "delta_nats"])
     check_choice("x", x, [name for name in GAP_X if name in frame])
-    per_token = ~frame.condition.str.contains("per=sequence")
+    per_token = frame.per == "token"
     if not per_token.any():
         raise ValueError("frame has flips per sequence only; the picture is of flips per token")
     styles, frame = model_styles(frame), frame[per_token]

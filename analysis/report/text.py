@@ -9,7 +9,6 @@ import pandas as pd
 
 from analysis import stats
 from analysis.measure import Results
-from analysis.stats import PLAIN
 
 LEAST = 1e-6  # routed weight or output that moved less did not: weights are rounded
 SETS = ("full", "selection", "no_refill", "part set")  # effects that let another set through
@@ -47,8 +46,7 @@ def tables(results: Results, contrasts: Mapping[str, Any] | None = None) -> dict
 def whole_conditions(results: Results) -> list[str]:
     """Labels of those that act everywhere with all their effect, and are to change something."""
     damage = results.damage()
-    plain = (damage[list(PLAIN)] == list(PLAIN.values())).all(axis=1)
-    return list(dict.fromkeys(damage.label[plain & (damage.expects != "none")]))
+    return list(dict.fromkeys(damage.label[stats.is_plain(damage) & (damage.expects != "none")]))
 
 
 def measured(results: Results, contrasts: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -110,7 +108,7 @@ def _failed(results: Results) -> list[str]:
 def _identity(results: Results) -> list[str]:
     """The verdict on the hooks themselves: an identity that is not exactly 0 voids the study."""
     damage = results.damage()
-    identity = damage[damage.perturbation == "Identity"]
+    identity = damage[damage["name"] == "Identity"]
     if identity.empty:
         return []
     wrong = identity[(identity[["delta_nats", "kl", "mass_moved"]] != 0).any(axis=1)]
@@ -122,7 +120,7 @@ def _identity(results: Results) -> list[str]:
 
 def _positive_control(results: Results) -> str:
     damage = results.damage()
-    if not damage.perturbation.str.startswith("RandomRouting").any():
+    if not (damage["name"] == "RandomRouting").any():
         return "Positive control: RandomRouting was not run, so nothing shows that routing matters"
     failed = stats.positive_control(damage)
     if failed.empty:
@@ -161,9 +159,7 @@ def _taken_apart(made: Mapping[str, pd.DataFrame], whole: list[str]) -> list[str
         if name in made:
             out += [f"{title} (nats per token; share of the whole)", _parts(made[name])]
     doses = made["per_dose"]
-    top = doses[
-        (doses.perturbation == "DropTop") & (doses.label == doses.label.str.split(",").str[0])
-    ]
+    top = doses[(doses.perturbation == "DropTop") & stats.is_plain(doses)]
     if len(top):
         columns = ["model", "train_seed", "label", "top_k", "renormalize", "routed_share"]
         renamed = top.rename(columns={"experts_off": "m / E", "delta_nats": "nats per token"})

@@ -26,9 +26,9 @@ from .pairs import CONDITION as CONDITION
 from .pairs import PLAIN as PLAIN
 from .pairs import SITE as SITE
 from .pairs import Pairs as Pairs
-from .pairs import base_name as base_name
 from .pairs import check_choice as check_choice
 from .pairs import check_columns as check_columns
+from .pairs import is_plain as is_plain
 from .pairs import label as label
 from .pairs import label_of as label_of
 from .pairs import pair as pair

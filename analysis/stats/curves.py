@@ -27,7 +27,7 @@ def curve_summary(
     value given, the largest dose tried. Point estimates; for intervals, read the curve's own.
     Raises `ValueError` for missing columns or a perturbation that is not there.
     """
-    check_columns("damage", damage, [*CURVE, "strength", "delta_nats", x])
+    check_columns("damage", damage, [*CURVE, "name", "strength", "delta_nats", x])
     check_choice("perturbation", perturbation, damage.perturbation.unique())
     rows = damage[damage.perturbation == perturbation]
     curves = [(key, _points(curve, x)) for key, curve in rows.groupby(CURVE, sort=False)]

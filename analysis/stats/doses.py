@@ -11,10 +11,10 @@ from analysis.stats.pairs import (
     KEY,
     Losses,
     Pairs,
-    base_name,
     check_columns,
     of_checkpoint,
     pair_conditions,
+    parameter,
 )
 from analysis.stats.robustness import router_columns
 
@@ -90,6 +90,6 @@ def per_dose(
 def _experts_off(table: pd.DataFrame, sites: pd.DataFrame) -> pd.Series:
     """m / E of DropTop in one checkpoint; where m is a share already, it itself."""
     experts = sites[sites.metric == "num_experts"].value.astype(float).mean()
-    is_share = table.perturbation.str.contains("ratio")
+    is_share = parameter(table, "ratio").notna()
     of_all = table.strength.where(is_share, table.strength / experts)
-    return of_all.where(base_name(table.perturbation) == "DropTop")
+    return of_all.where(table["name"] == "DropTop")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap
@@ -26,16 +29,18 @@ def gap(
     worst, random    their damages
     gap              worst minus random
 
-    and budget (n). With `routing` also flips, the share of the chosen experts that each changed
-    (the worst may leave a part of its budget); with `cells` price, seconds of a condition's cells
-    per second of the clean run's. Raises `ValueError` naming what a condition lacks.
+    and budget (n) and per ("token" or "sequence"). With `routing` also flips, the share of the
+    chosen experts that each changed (the worst may leave a part of its budget); with `cells` price,
+    seconds of a condition's cells per second of the clean run's. Raises `ValueError` naming what a
+    condition lacks.
     """
     tables = []
     how = 'Worst(n, choose="random") beside Worst(n)'
     for p, name, parts in choose(losses, condition, _parts, how):
         (random,) = parts["random"]
         table = combine(p, name, parts, "worst", bootstrap)
-        table["budget"] = p.by_label[name]["strength"]
+        worst = p.by_label[name]
+        table = table.assign(budget=worst["strength"], per=json.loads(worst["parameters"])["per"])
         table["label"] = [name, random, None]
         if cells is not None:
             seconds = of_checkpoint(cells, p.checkpoint).groupby("condition").seconds.mean()
@@ -48,22 +53,19 @@ def gap(
 def _parts(p: Pairs, name: str) -> Parts:
     """Empty for what is no Worst."""
     row = p.by_label[name]
-    if row["perturbation"].partition("(")[0] != "Worst" or RANDOM in row["perturbation"]:
+    options = json.loads(row["parameters"])
+    if row["name"] != "Worst" or options["choose"] == "random":
         return {}
-    kind, same = _kind(row["perturbation"]) | {RANDOM}, {**row, "perturbation": None}
-    found = [
-        label
-        for label, other in p.by_label.items()
-        if _kind(other["perturbation"]) == kind and other | {"perturbation": None} == same
-    ]
+
+    def kind(other: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        # Random flips are made in one round.
+        return {**other, "perturbation": None, "parameters": {**options, "rounds": None}}
+
+    wanted = kind(row, options | {"choose": "random"})
+    known = p.by_label.items()
+    found = [label for label, o in known if kind(o, json.loads(o["parameters"])) == wanted]
     random = found[0] if found else f"{name}, {RANDOM}"
     return {"worst": {name: 1.0}, "random": {random: 1.0}, "gap": {name: 1.0, random: -1.0}}
-
-
-def _kind(perturbation: str) -> frozenset[str]:
-    """Name and options, less the rounds: random flips are made in one."""
-    words = perturbation.rstrip(")").replace("(", ", ").split(", ")
-    return frozenset(word for word in words if not word.startswith("rounds="))
 
 
 def _price(seconds: pd.Series, ids: tuple[str, ...]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,7 +17,8 @@ KEY = CHECKPOINT + CONDITION
 SITE = [*CHECKPOINT, "layer", "stage"]
 UNIT = ["document_id", "sequence_id"]
 SUMS = ["num_tokens", "num_bytes", "nll_sum", "kl_sum", "num_agree"]
-OTHER = ["condition", "expects", "eval_seed", "delta_max"]
+NAMED = ["name", "parameters"]  # of the perturbation, to be read by programs; labels are for people
+OTHER = ["condition", *NAMED, "expects", "eval_seed", "delta_max"]
 MEASURED = ["kl", "agreement", "delta_max"]
 
 # What a condition has unless it says otherwise, and what a label therefore leaves out.
@@ -66,9 +68,14 @@ def label_of(perturbation: str, strength: float, **options: str) -> str:
     return ", ".join([perturbation, *extra])
 
 
-def base_name(perturbation: pd.Series) -> pd.Series:
-    """Without options: "RandomRouting" of "RandomRouting(draw=permute)"."""
-    return perturbation.str.partition("(")[0]
+def is_plain(conditions: pd.DataFrame) -> pd.Series:
+    """Whether a row acts everywhere, with all its effect, as `PLAIN` says."""
+    return (conditions[list(PLAIN)] == list(PLAIN.values())).all(axis=1)
+
+
+def parameter(conditions: pd.DataFrame, name: str) -> pd.Series:
+    """A parameter of each row's perturbation; None where it has none of that name."""
+    return conditions.parameters.map(lambda text: json.loads(text).get(name)).astype(object)
 
 
 def control(damage: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -76,8 +83,7 @@ def control(damage: pd.DataFrame, name: str) -> pd.DataFrame:
 
     Of two variants of equal strength the one with the perturbation's default options is last.
     """
-    plain = (damage[list(PLAIN)] == list(PLAIN.values())).all(axis=1)
-    rows = damage[plain & (base_name(damage.perturbation) == name)]
+    rows = damage[is_plain(damage) & (damage["name"] == name)]
     return rows.sort_values(["strength", "perturbation"], ascending=[True, False])
 
 
@@ -93,7 +99,7 @@ class Pairs:
     tokens_D: np.ndarray
     bytes_D: np.ndarray
     clean_D: np.ndarray  # nats
-    conditions: pd.DataFrame  # CONDITION, expects, label and ids (a tuple), a row each
+    conditions: pd.DataFrame  # CONDITION, NAMED, expects, label and ids (a tuple), a row each
     delta_CD: np.ndarray  # nats above the clean run
     measured: pd.DataFrame  # kl (nats per token), agreement (share), delta_max (nats, of a token)
 
@@ -114,8 +120,8 @@ class Pairs:
 
     @functools.cached_property
     def by_label(self) -> dict[str, dict[str, Any]]:
-        """label -> the columns `CONDITION` of that condition."""
-        rows = self.conditions[CONDITION].to_dict("records")
+        """label -> the columns `CONDITION` and `NAMED` of that condition."""
+        rows = self.conditions[[*CONDITION, *NAMED]].to_dict("records")
         return dict(zip(self.conditions.label, rows, strict=True))
 
     def variant(self, condition: str, **options: str) -> str:
@@ -190,7 +196,8 @@ def _pair_one(checkpoint: dict[str, Any], rows: pd.DataFrame) -> Pairs:
             infinite.append((condition, ids))
         # Differences before sums: equal rows then give a zero that is exact.
         deltas.append(by_document(nll - clean.nll_sum.to_numpy()))
-        conditions.append((*condition, arm.expects.iloc[0], ids))
+        known = arm[[*NAMED, "expects"]].iloc[0]
+        conditions.append((*condition, *known, ids))
         kl, agreement = arm.kl_sum.sum() / num_tokens, arm.num_agree.sum() / num_tokens
         measured.append((kl, agreement, arm.delta_max.max()))
     if unpaired:
@@ -201,7 +208,7 @@ def _pair_one(checkpoint: dict[str, Any], rows: pd.DataFrame) -> Pairs:
         )
     if infinite:
         raise ValueError(f"an nll_sum of {name} is not finite: {_listed(infinite)}")
-    table = pd.DataFrame(conditions, columns=[*CONDITION, "expects", "ids"])
+    table = pd.DataFrame(conditions, columns=[*CONDITION, *NAMED, "expects", "ids"])
     return Pairs(
         checkpoint=checkpoint,
         documents_D=documents_D,

@@ -11,7 +11,6 @@ from analysis.stats.bootstrap import interval_texts
 from analysis.stats.pairs import (
     CHECKPOINT,
     CONDITION,
-    base_name,
     check_columns,
     control,
     of_checkpoint,
@@ -37,7 +36,8 @@ def robustness_table(damage: pd.DataFrame, sites: pd.DataFrame | None = None) ->
     What was not run is NaN. RandomRouting is that of the greatest strength; of several
     identities the one that is farthest from 0 stands, since each has to be exactly 0.
     """
-    check_columns("damage", damage, [*CHECKPOINT, *CONDITION, "label", *INTERVAL, "perplexity"])
+    names = [*CHECKPOINT, *CONDITION, "name", "label"]
+    check_columns("damage", damage, [*names, *INTERVAL, "perplexity"])
     stages = sorted(w for w in damage["where"].unique() if str(w).startswith("stage "))
     top1 = [TOP1, f"{TOP1}, scores"]
     top1 += [f"{TOP1}, {stage}{point}" for stage in stages for point in ("", ", scores")]
@@ -61,7 +61,7 @@ def positive_control(damage: pd.DataFrame) -> pd.DataFrame:
     RandomRouting at its greatest strength; NaN where it was not run. A model here has not been
     shown to have learnt its routing, so no other condition proves anything about it.
     """
-    check_columns("damage", damage, [*CHECKPOINT, *CONDITION, "label", *INTERVAL])
+    check_columns("damage", damage, [*CHECKPOINT, *CONDITION, "name", "label", *INTERVAL])
     groups = damage.groupby(CHECKPOINT, sort=False)
     cells = [(*key, *_cell(rows, "RandomRouting")) for key, rows in groups]
     table = pd.DataFrame(cells, columns=[*CHECKPOINT, *INTERVAL])
@@ -71,7 +71,7 @@ def positive_control(damage: pd.DataFrame) -> pd.DataFrame:
 def find(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     """Rows, the decisive one last, of a label or a name in `CONTROLS` in one checkpoint's rows."""
     if name == "identity":
-        found = rows[base_name(rows.perturbation).str.lower() == name]
+        found = rows[rows["name"].str.lower() == name]
         return found.sort_values("delta_nats", key=np.abs, kind="stable")
     return (
         control(rows, name) if name in ("RandomRouting", "NoRouted") else rows[rows.label == name]

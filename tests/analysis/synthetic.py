@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 
@@ -13,7 +15,15 @@ PLAIN = {"where": "all", "point": "logits", "effect": "full", "downstream": "rer
 
 def arm(perturbation: str, strength: float = np.nan, cost: float = 0.0, **options: str) -> dict:
     """One condition and the nats per token that it costs on average."""
+    name, _, own = perturbation.rstrip(")").partition("(")
+    parameters = {"Worst": dict(flips=strength, per="token", rounds=1, choose="worst")}.get(
+        name, {}
+    )
+    parameters |= dict(option.split("=") for option in own.split(", ") if "=" in option)
+    if own == "ratio":
+        parameters["ratio"] = strength
     named = {"perturbation": perturbation, "strength": strength, "cost": cost}
+    named |= {"name": name, "parameters": json.dumps(parameters)}
     expects = "none" if perturbation in ("clean", "Identity") else "selection"
     return named | PLAIN | {"expects": expects} | options
 
@@ -66,6 +76,7 @@ def losses(
 def routing(losses: pd.DataFrame, layers: tuple[int, ...] = (0, 2)) -> pd.DataFrame:
     """Doses that grow with the strength of a condition and saturate."""
     keep = ["model", "family", "train_seed", "condition", "perturbation", "strength", *PLAIN]
+    keep += ["name", "parameters"]
     rows = losses[losses.perturbation != "clean"]
     rows = rows[[*keep, "eval_seed", "document_id", "sequence_id", "num_tokens"]]
     dose = 1 - np.exp(-rows.strength.fillna(3.0))
