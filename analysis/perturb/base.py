@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from cartmoe.fields import declared
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
 
+POINTS = ("logits", "scores")
 EXPECTS = ("none", "weights", "selection", "output")
 
 
@@ -36,9 +38,8 @@ class Perturbation:
     neutral   the value of that parameter which changes nothing
     listed    parameters whose value is a list, so that a study's TOML does not take one list for
               several conditions
-    points    the points (see `Condition`) that it can work at
+    within_experts   parameters that may not be larger than the number of a router's experts
     anew      whether a decision is replaced, whatever it was, so that it undoes one before it
-    needs_input   whether it needs what enters the router, which nothing does under "replay"
     source    the parameter that names another run, of which it needs something
     """
 
@@ -46,9 +47,8 @@ class Perturbation:
     strength_field: ClassVar[str | None] = None
     neutral: ClassVar[Any] = 0
     listed: ClassVar[frozenset[str]] = frozenset()
-    points: ClassVar[tuple[str, ...]] = ("logits", "scores")
+    within_experts: ClassVar[tuple[str, ...]] = ()
     anew: ClassVar[bool] = False
-    needs_input: ClassVar[bool] = False
     source: ClassVar[str | None] = None
     __dataclass_fields__: ClassVar[dict[str, Any]]  # a subclass is a dataclass
 
@@ -65,8 +65,20 @@ class Perturbation:
         name = type(self).__name__
         return f"{name}({', '.join(f'{n}={show(v)}' for n, v in changed)})" if changed else name
 
+    @property
+    def points(self) -> tuple[str, ...]:
+        """The points (see `Condition`) that it, and all that it is made of, can work at."""
+        return tuple(p for p in POINTS if all(p in part.points for part in self.inner()))
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether it needs what enters the router, which nothing does under "replay"."""
+        return any(part.needs_input for part in self.inner())
+
     def identity(self) -> Perturbation:
         """The same with the strength that changes nothing: it returns the very input."""
+        if self.inner():
+            return map_inner(self, lambda part: part.identity())
         if self.strength_field is None:
             return Identity()
         return replace(self, **{self.strength_field: self.neutral})
@@ -84,6 +96,12 @@ class Perturbation:
         """Raise `ValueError` if it cannot act on these routers of a model."""
         for part in self.inner():
             part.check(sites)
+        for name, site in product(self.within_experts, sites):
+            value = getattr(self, name)
+            largest, said = (max(value), "has") if isinstance(value, tuple) else (value, "is")
+            if largest > site.num_experts:
+                have = f"{site.name} has only {site.num_experts} experts"
+                raise ValueError(f"{name} {said} {largest}; {have}")
 
     def inner(self) -> tuple[Perturbation, ...]:
         """Those that it is made of."""
@@ -111,14 +129,6 @@ def map_inner(p: Perturbation, fn: Callable[[Perturbation], Perturbation]) -> Pe
     new = {name: of(value) for name, value in old.items()}
     changed = {n: v for n, v in new.items() if v is not old[n] and v != old[n]}
     return replace(p, **changed) if changed else p
-
-
-def check_experts(said: str, number: int, sites: Sequence[RouterSite]) -> None:
-    """Raise `ValueError` naming a router that has fewer experts. `said`: "m is", "ranks has"."""
-    for site in sites:
-        if number > site.num_experts:
-            have = site.num_experts
-            raise ValueError(f"{said} {number}; {site.name} has only {have} experts")
 
 
 def plain(value: Any) -> Any:

@@ -58,20 +58,6 @@ class Compose(Perturbation):
         kinds = ("none", "weights", "selection")
         return max((part.expects for part in self.parts), key=kinds.index)
 
-    @property
-    def points(self) -> tuple[str, ...]:
-        """Those that all parts can work at."""
-        return tuple(p for p in Perturbation.points if all(p in part.points for part in self.parts))
-
-    @property
-    def needs_input(self) -> bool:
-        """If any part does."""
-        return any(part.needs_input for part in self.parts)
-
-    def identity(self) -> Perturbation:
-        """All parts changing nothing."""
-        return Compose(tuple(part.identity() for part in self.parts))
-
 
 @declared
 class ResidualNoise(Perturbation):
@@ -91,20 +77,6 @@ class ResidualNoise(Perturbation):
     def label(self) -> str:
         """ "ResidualNoise(of=DropTop)"."""
         return f"ResidualNoise(of={flat(self.of.label)})"
-
-    @property
-    def points(self) -> tuple[str, ...]:
-        """Those of the perturbation whose size it has."""
-        return self.of.points
-
-    @property
-    def needs_input(self) -> bool:
-        """If the perturbation whose size it has does."""
-        return self.of.needs_input
-
-    def identity(self) -> Perturbation:
-        """Noise of norm 0."""
-        return ResidualNoise(self.of.identity())
 
 
 @declared

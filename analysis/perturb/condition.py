@@ -11,7 +11,7 @@ from pydantic import SkipValidation
 from torch import Tensor
 
 from analysis.adapters import Router, route
-from analysis.perturb.base import Identity, Perturbation, canonical
+from analysis.perturb.base import POINTS, Identity, Perturbation, canonical
 from analysis.perturb.catalogue import PERTURBATIONS, perturbation_from_dict
 from analysis.perturb.compound import Compose
 from analysis.perturb.context import RouterContext, after_score
@@ -23,7 +23,6 @@ from cartmoe.config import check_choice
 from cartmoe.fields import Count, declared
 from cartmoe.routing import Routing
 
-POINTS = ("logits", "scores")
 DOWNSTREAM: tuple[Literal["reroute", "replay"], ...] = ("reroute", "replay")
 
 

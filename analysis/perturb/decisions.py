@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from analysis.adapters import Router
-from analysis.perturb.base import Identity, Perturbation, check_experts
+from analysis.perturb.base import Identity, Perturbation
 from analysis.perturb.context import RouterContext
 from cartmoe.fields import Count, Flag, Positive, Share, declared
-from cartmoe.hooks import RouterSite
 from cartmoe.routing import EPS, Routing
 
 
@@ -36,12 +34,9 @@ class TopK(Perturbation):
     """
 
     strength_field: ClassVar[str] = "k"
+    within_experts: ClassVar[tuple[str, ...]] = ("k",)
     anew: ClassVar[bool] = True
     k: Positive = 1
-
-    def check(self, sites: Sequence[RouterSite]) -> None:
-        """`ValueError` for more experts than a router has."""
-        check_experts("k is", self.k, sites)
 
     def identity(self) -> Perturbation:
         """The router's own number."""
@@ -121,11 +116,7 @@ class Lag(Perturbation):
             return alike[-self.n] if len(alike) >= self.n else routing
         # Tokens of a sequence stand one after the other, so n rows before is n tokens before.
         late_T1 = (ctx.tokens.position_T >= self.n)[:, None]
-        return Routing(*(torch.where(late_T1, _shift(t, self.n), t) for t in routing))
-
-
-def _shift(rows_TX: Tensor, n: int) -> Tensor:
-    return rows_TX.roll(n, dims=0)
+        return Routing(*(torch.where(late_T1, t.roll(self.n, dims=0), t) for t in routing))
 
 
 def fit(rows_TK: Tensor, K: int) -> Tensor:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from analysis.perturb.base import Perturbation, check_experts, chosen_mask, finite_std
+from analysis.perturb.base import Perturbation, chosen_mask, finite_std
 from analysis.perturb.context import RouterContext
 from cartmoe.fields import PLAIN, NonNegative, Positive, Share, declared
-from cartmoe.hooks import RouterSite
 from cartmoe.routing import stable_topk
 
 FLOATS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -87,12 +85,9 @@ class SwapRanks(Perturbation):
     of the two is in use. Needs no learned router, so hash layers have it too."""
 
     expects: ClassVar[str] = "weights"
+    within_experts: ClassVar[tuple[str, ...]] = ("r", "s")
     r: Positive = 1
     s: Positive = 2
-
-    def check(self, sites: Sequence[RouterSite]) -> None:
-        """`ValueError` for a rank that a router does not have."""
-        check_experts("ranks r, s have", max(self.r, self.s), sites)
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A copy with two entries of each row exchanged."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from analysis.perturb.base import (
     Perturbation,
-    check_experts,
     chosen_mask,
     mask_experts,
 )
@@ -31,6 +30,7 @@ class DropTop(Perturbation):
     """
 
     strength_field: ClassVar[str] = "m"
+    within_experts: ClassVar[tuple[str, ...]] = ("m",)
     m: Count = 1
     ratio: Share | None = None
 
@@ -51,11 +51,6 @@ class DropTop(Perturbation):
     def identity(self) -> Perturbation:
         """m = 0."""
         return DropTop(0)
-
-    def check(self, sites: Sequence[RouterSite]) -> None:
-        """`ValueError` for more experts than a router has."""
-        if self.ratio is None:
-            check_experts("m is", self.m, sites)
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A masked copy."""
@@ -81,11 +76,8 @@ class KeepRanks(Perturbation):
     experts, or others (rank-k routing of SCMoE, arXiv 2405.14507)."""
 
     listed: ClassVar[frozenset[str]] = frozenset({"ranks"})
+    within_experts: ClassVar[tuple[str, ...]] = ("ranks",)
     ranks: Annotated[tuple[Positive, ...], Field(min_length=1), DIFFERENT] = (1,)
-
-    def check(self, sites: Sequence[RouterSite]) -> None:
-        """`ValueError` for a rank that a router does not have."""
-        check_experts("ranks has", self.ranks[-1], sites)
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A masked copy."""
@@ -195,11 +187,8 @@ def _names(site: RouterSite) -> tuple[str, str, str]:
 @declared
 class _DropRandom(Perturbation):
     strength_field: ClassVar[str] = "m"
+    within_experts: ClassVar[tuple[str, ...]] = ("m",)
     m: Count = 1
-
-    def check(self, sites: Sequence[RouterSite]) -> None:
-        """`ValueError` for more experts than a router has."""
-        check_experts("m is", self.m, sites)
 
     def _drop(self, logits_TE: Tensor, among_TE: Tensor, ctx: RouterContext) -> Tensor:
         if self.m == 0:

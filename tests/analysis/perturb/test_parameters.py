@@ -187,7 +187,7 @@ def test_wrong_parameters(make, message):
         (DropUnchosen(7), "m is 7; .* has only 6 experts"),
         (KeepRanks((7,)), "ranks has 7; .* has only 6 experts"),
         (TopK(7), "k is 7; .* has only 6 experts"),
-        (SwapRanks(1, 7), "ranks r, s have 7; .* has only 6 experts"),
+        (SwapRanks(1, 7), "s is 7; .* has only 6 experts"),
         (DropExperts(ids=[6]), "ids has 6; .* has only 6 experts"),
         (DropExperts(ids={"layer 0": [9]}), "ids has 9; .* has only 6 experts"),
         (DropExperts(ids={"layer 1": [0]}), "router of ids is 'layer 1'; choose one of 'layer 0'"),
