@@ -208,9 +208,9 @@ def test_a_copy_takes_over_and_nothing_is_lost(twins, docs):
     table, heirs = expert_damage(twins, docs, **FEW), takeover(twins, docs)
     pair = table.expert.isin([1, 4])
     np.testing.assert_allclose(table[pair].damage, 0, atol=1e-7)
-    assert (table[table.expert == 1].mass > 0).all()
+    assert (table[pair].groupby(SITE).mass.sum() > 0).all()
     assert table[~pair].damage.abs().max() > 1e-3
-    # Which of them a token prefers is a matter of rounding.
+    # Which of them a token prefers is a matter of rounding: one may never be in use.
     for dropped, heir in ((1, 4), (4, 1)):
         own = heirs[(heirs.expert_i == dropped) & heirs.takeover.notna()]
         assert own.takeover.tolist() == [float(j == heir) for j in own.expert_j]
