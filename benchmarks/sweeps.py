@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from analysis.adapters import Watch, as_adapter
+from analysis.adapters import State, Watch, as_adapter, run
 from analysis.measure.clean import CleanPass
 from analysis.measure.intervene import Intervention
 from analysis.measure.reuse import Table
@@ -66,38 +66,31 @@ def build(name: str, family: str = "cartesian"):
     return as_adapter(model), shard
 
 
-def run_segments(model, state, segments, intervention=None):
-    """The stream after these segments."""
-    if intervention is None:
-        for segment in segments:
-            state = segment.run(state)
-        return state
-    sites = frozenset(site for segment in segments for site in segment.sites)
-    with intervention.attached(model, sites.__contains__):
-        return run_segments(model, state, segments)
-
-
 def _layerwise(name: str) -> Row:
     model, shard = build(name)
     clean = CleanPass.of(model, shard)
     layers = sorted({site.layer for site in model.sites()})
     conditions = [Condition(DropTop(1), Where(layer)) for layer in layers]
 
-    def sweep(condition: Condition, first: int) -> Callable[[], torch.Tensor]:
-        def run():
-            intervention = Intervention(condition)
-            state = intervention.begin_at(clean, first)
-            state = run_segments(model, state, clean.segments[first:], intervention)
-            return clean.losses.compare(model, state.hidden_BLD.flatten(0, 1))["nll"]
+    def nll(state: State) -> torch.Tensor:
+        return clean.losses.compare(model, state.hidden_BLD.flatten(0, 1))["nll"]
 
-        return run
+    def from_the_start(condition: Condition) -> torch.Tensor:
+        intervention = Intervention(condition)
+        intervention.begin(clean.tokens, clean.draws)
+        with intervention.attached(model):
+            return nll(run(clean.segments, clean.states[0]))
+
+    def from_the_first(condition: Condition) -> torch.Tensor:
+        with Intervention(condition).rerunning(model, clean) as (segments, state):
+            return nll(run(segments, state))
 
     firsts = [clean.first_segment(c.where) for c in conditions]
-    whole = [sweep(c, 0) for c in conditions]
-    reused = [sweep(c, first) for c, first in zip(conditions, firsts, strict=True)]
+    whole = [partial(from_the_start, c) for c in conditions]
+    reused = [partial(from_the_first, c) for c in conditions]
     apart = max((a() - b()).abs().max().item() for a, b in zip(whole, reused, strict=True))
-    runs: dict[str, Callable[[], object]] = {f"whole {i}": run for i, run in enumerate(whole)}
-    runs |= {f"reused {i}": run for i, run in enumerate(reused)}
+    runs: dict[str, Callable[[], object]] = {f"whole {i}": fn for i, fn in enumerate(whole)}
+    runs |= {f"reused {i}": fn for i, fn in enumerate(reused)}
     pairs = zip(clean.segments, clean.states, strict=False)
     runs |= {f"segment {i}": partial(g.run, s) for i, (g, s) in enumerate(pairs)}
     hidden_TD = clean.states[-1].hidden_BLD.flatten(0, 1)
@@ -135,9 +128,11 @@ def _tabulated():
         def direct(experts=experts, x_TD=x_TD, decisions=decisions):
             return [experts(x_TD, routing) for routing in decisions]
 
-        def table(model=model, site=site, clean=clean, x_TD=x_TD, decisions=decisions):
+        def table(
+            model=model, site=site, clean=clean, x_TD=x_TD, decisions=decisions, experts=experts
+        ):
             made = Table(model, site, clean.routings[site])
-            return [made(x_TD, routing) for routing in decisions]
+            return [made(x_TD, routing, experts) for routing in decisions]
 
         apart = max((a - b).abs().max().item() for a, b in zip(direct(), table(), strict=True))
         times = interleaved({"direct": direct, "table": table}, repeats=5, warm_up=1)
@@ -163,7 +158,7 @@ def _overhead(perturbation: Perturbation) -> Row:
         runs = {
             "cells": cells,
             "clean": lambda: measure(model, [], shard, batch_size=len(shard)),
-            "skipped": lambda: run_segments(model, clean.states[0], before),
+            "skipped": lambda: run(before, clean.states[0]),
             "bare": lambda: model.model.losses(shard.tokens_SL, shard.targets_SL),
         }
         times = interleaved(runs, repeats=9, warm_up=2)

@@ -60,10 +60,6 @@ class CleanPass:
         """The number of the first segment in which one of these sites runs."""
         return next(i for i, s in enumerate(self.segments) if any(map(where, s.sites)))
 
-    def sites_from(self, first: int) -> frozenset[RouterSite]:
-        """The sites that run in the segment of this number and those after it."""
-        return frozenset(site for s in self.segments[first:] for site in s.sites)
-
     def residual_norm(self, number: int) -> Tensor:
         """(T,) norm of the stream before a segment."""
         return self.states[number].hidden_BLD.flatten(0, 1).float().norm(dim=-1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from analysis.adapters import Adapter, batches, routed_adapter, run
 from analysis.measure.calibrate import calibrate
 from analysis.measure.intervene import Intervention
+from analysis.measure.rows import SequenceRows, means
 from analysis.measure.sweep import CALIBRATION, Asked, conditions_of
 from analysis.perturb import CLEAN, Calibration, Condition, Tokens, token_kinds
 from analysis.stats import Bootstrap, label
@@ -78,30 +78,26 @@ def generation_agreement(
     arms = [(c, phase, _in_phase(c, phase, prompt)) for c in conditions for phase in phases]
     prompts = _prompts(docs, prompt)
     stats = calibrate(model, calibration or docs[:CALIBRATION])
-    needs_kinds = model.tokenizer and any(c.where.tokens for c in conditions)
-    kinds_V = token_kinds(model.tokenizer) if needs_kinds else None
-    agreement: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in arms]
+    kinds_V = token_kinds(model, [c.where for c in conditions])
+    rows = SequenceRows()
     with tqdm(
         total=-(-len(prompts) // batch_size) * len(arms), unit="text batch", disable=not progress
     ) as bar:
         for batch in batches(model, prompts, batch_size):
             decoder = Decoder(model, batch, prompt, new, stats, kinds_V)
             clean_BN = decoder.text(CLEAN, batch.targets_SL[:, prompt - 1 :])
-            for (_, _, condition), parts in zip(arms, agreement, strict=True):
+            for number, (_, _, condition) in enumerate(arms):
                 equal_BN = decoder.text(condition, clean_BN) == clean_BN
-                prefix_B = equal_BN.long().cumprod(-1).sum(-1)
-                parts.append((equal_BN.double().mean(-1).cpu().numpy(), prefix_B.cpu().numpy()))
+                equal_B = equal_BN.double().mean(-1).cpu().numpy()
+                prefix_B = equal_BN.long().cumprod(-1).sum(-1).cpu().numpy()
+                rows.append(batch, arm=number, num_tokens=1, equal=equal_B, prefix=prefix_B)
                 bar.update()
     table = pd.DataFrame([c.columns() | {"phase": phase} for c, phase, _ in arms])
     table = table.drop(columns=["condition", "expects"])
     table.insert(0, "label", label(table))
-    numbers_MD = np.array(
-        [np.concatenate(columns) for parts in agreement for columns in zip(*parts, strict=True)]
-    )
-    found = np.transpose(bootstrap.intervals(numbers_MD, np.ones_like(numbers_MD)))
-    names = [f"{name}{bound}" for name in ("equal", "prefix") for bound in ("", "_low", "_high")]
     table = table.assign(num_documents=len(prompts), prompt=prompt, new=new)
-    return table.join(pd.DataFrame(found.reshape(len(arms), -1), columns=names))
+    found = means(rows.frame(), ["arm"], bootstrap)  # of documents, each once
+    return table.join(found.drop(columns=["arm", "num_documents", "num_tokens"]))
 
 
 def _in_phase(condition: Condition, phase: str, prompt: int) -> Condition:
@@ -122,15 +118,7 @@ def _prompts(docs: Sequences, prompt: int) -> Sequences:
         raise ValueError(
             f"prompt is {prompt}; no sequence has so many tokens (the longest has {longest})"
         )
-    rows = list(first.values())
-    return Sequences(
-        docs.tokens_SL[rows],
-        docs.targets_SL[rows],
-        docs.sequence_id_S[rows],
-        [docs.document_id[row] for row in rows],
-        [docs.domain[row] for row in rows],
-        docs.num_bytes_S[rows],
-    )
+    return docs.take(list(first.values()))
 
 
 class Decoder:

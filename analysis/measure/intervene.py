@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, Experts, Router, State, as_adapter, run
+from analysis.adapters import Adapter, Experts, Router, Segment, State, as_adapter
 from analysis.measure.clean import CleanPass
 from analysis.measure.reuse import Table
 from analysis.perturb import (
@@ -68,14 +68,6 @@ class Intervention:
         self.tokens, self.draws = tokens, draws
         self.earlier, self.own = dict(earlier or {}), dict(earlier or {})
 
-    def begin_at(self, clean: CleanPass, first: int) -> State:
-        """A forward over the clean pass's tokens begins with the segment of this number; the
-        stream that enters it."""
-        remaining = clean.sites_from(first)
-        earlier = {s: r for s, r in clean.routings.items() if s not in remaining}
-        self.begin(clean.tokens, clean.draws, earlier)
-        return clean.states[first]
-
     @restoring
     def attached(
         self, model: Adapter, where: Callable[[RouterSite], bool] | None = None
@@ -94,10 +86,16 @@ class Intervention:
         ):
             yield
 
-    def run_from(self, clean: CleanPass, first: int) -> State:
-        """The state at the end of a forward over the clean pass's tokens, begun with the segment of
-        this number, under the condition."""
-        return run(clean.segments[first:], self.begin_at(clean, first))
+    @restoring
+    def rerunning(self, model: Adapter, clean: CleanPass) -> Iterator[tuple[list[Segment], State]]:
+        """Within the block a forward over the clean pass's tokens runs under the condition, from
+        the first segment in which it acts: the segments from there, and the stream before them."""
+        first = clean.first_segment(self.where)
+        remaining = {site for segment in clean.segments[first:] for site in segment.sites}
+        earlier = {s: r for s, r in clean.routings.items() if s not in remaining}
+        self.begin(clean.tokens, clean.draws, earlier)
+        with self.attached(model, remaining.__contains__):
+            yield clean.segments[first:], clean.states[first]
 
     def __call__(self, routing: Routing, router: Router, site: RouterSite, x_TD: Tensor) -> Routing:
         condition, tokens = self.condition, self.tokens
@@ -189,7 +187,7 @@ def perturbed(
         fired[site] += 1
 
     intervention = Intervention(condition, stats, where=selector, observe=count)
-    kinds_V = token_kinds(model.tokenizer) if condition.where.tokens and model.tokenizer else None
+    kinds_V = token_kinds(model, [condition.where])
 
     def begin(tokens_BL: Tensor) -> None:
         ids = sequence_hash(tokens_BL) if sequence_ids is None else torch.as_tensor(sequence_ids)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import Router, batches, check_documents, route, routed_adapter
+from analysis.adapters import Router, batches, check_documents, route, routed_adapter, run
 from analysis.measure.clean import CleanPass
 from analysis.measure.intervene import Intervention
 from analysis.measure.losses import token_nll
@@ -148,8 +148,7 @@ def _alternatives(
     model, clean: CleanPass, site: RouterSite, n, tau, every, seed, targets_2T: Tensor, advance
 ) -> Iterator[Tensor]:
     """(2, T) nll under each of n alternatives; from the clean stream that enters the site."""
-    first = clean.first_segment(site.__eq__)
-    alone = clean.segments[first].sites == (site,)
+    alone = clean.segments[clean.first_segment(site.__eq__)].sites == (site,)
     pays = alone and fits(model, site, len(targets_2T[0])) and n * every > site.num_experts
     tables = {site: Table(model, site, clean.routings[site])} if pays else None
     for number in range(n):
@@ -159,8 +158,8 @@ def _alternatives(
             asked = Alternative(tau, every, offset)
             condition = Condition(asked, Where.parse(site), eval_seed=seed * SEEDS + number)
             intervention = Intervention(condition, recorded=clean.routings, tables=tables)
-            with intervention.attached(model, clean.sites_from(first).__contains__):
-                state = intervention.run_from(clean, first)
+            with intervention.rerunning(model, clean) as (segments, state):
+                state = run(segments, state)
             inside_T = clean.tokens.position_T % every == offset
             found_2T = token_nll(model, state.hidden_BLD.flatten(0, 1), targets_2T)
             nll_2T = torch.where(inside_T, found_2T, nll_2T)

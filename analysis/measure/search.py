@@ -60,7 +60,6 @@ class _Task:
     def __post_init__(self) -> None:
         self.sites = [site for site in self.model.sites() if self.condition.where(site)]
         self.length = self.clean.length
-        self.first = self.clean.first_segment(self.condition.where)
 
     def per_sequence(self, values_T: Tensor) -> Tensor:
         return values_T.view(-1, self.length).double().sum(-1)
@@ -69,10 +68,9 @@ class _Task:
         """(T, D) hidden states at the end, under these flips."""
         condition = replace(self.condition, perturbation=flips)
         intervention = Intervention(condition, None, self.clean.routings)
-        state = intervention.begin_at(self.clean, self.first)
-        hidden_BLD = state.hidden_BLD.detach().requires_grad_(torch.is_grad_enabled())
-        with intervention.attached(self.model, self.clean.sites_from(self.first).__contains__):
-            state = run(self.clean.segments[self.first :], state._replace(hidden_BLD=hidden_BLD))
+        with intervention.rerunning(self.model, self.clean) as (segments, state):
+            hidden_BLD = state.hidden_BLD.detach().requires_grad_(torch.is_grad_enabled())
+            state = run(segments, state._replace(hidden_BLD=hidden_BLD))
         return state.hidden_BLD.flatten(0, 1)
 
     def nll(self, flips: Flips) -> Tensor:

@@ -75,8 +75,7 @@ def measure(
         sites_of(model, condition.where, tokens=True)
     if tabulate is None:
         tabulate = worth_tabulating(model, conditions, batch_size * shard.tokens_SL.shape[1])
-    needs_kinds = model.tokenizer and any(c.where.tokens for c in conditions)
-    kinds_V = token_kinds(model.tokenizer) if needs_kinds else None
+    kinds_V = token_kinds(model, [c.where for c in conditions])
     collectors = [_Collector(c, keep_tokens) for c in (CLEAN, *conditions)]
     for batch in batches(model, shard, batch_size):
         with collectors[0].timed():
@@ -139,10 +138,8 @@ def _run_condition(
     intervention = Intervention(
         condition, calibration, clean.routings, observe=observe, tables=tables
     )
-    state = intervention.begin_at(clean, first)
-    with intervention.attached(model, clean.sites_from(first).__contains__):
-        ran = steps(clean.segments[first:], state)
-        for number, (segment, before, state) in enumerate(ran, first):
+    with intervention.rerunning(model, clean) as (segments, start):
+        for number, (segment, before, state) in enumerate(steps(segments, start), first):
             if any(map(condition.where, segment.sites)):
                 change_T = clean.output_change(number, before, state)
                 for site in filter(condition.where, segment.sites):

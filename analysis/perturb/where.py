@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,12 @@ def kind_of(text: str) -> str:
     return _OF_CATEGORY.get(unicodedata.category(visible[0])[0], "other")
 
 
-def token_kinds(tokenizer: Any) -> Tensor:
-    """(V,) int64: by token id, the number of its kind in `KINDS`."""
+def token_kinds(model: Adapter, places: Iterable[Where]) -> Tensor | None:
+    """(V,) int64: by token id, the number of its kind in `KINDS`; None where no place asks for
+    kinds, or the model has no tokenizer."""
+    tokenizer = model.tokenizer
+    if tokenizer is None or not any(place.tokens for place in places):
+        return None
     texts = (tokenizer.decode([id]) for id in range(tokenizer.vocab_size))
     return torch.tensor([KINDS.index(kind_of(text)) for text in texts])
 

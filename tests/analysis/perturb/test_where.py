@@ -1,5 +1,7 @@
 """Kinds of tokens, and conditions that act on some alone."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from analysis.measure.shard import measure
 from analysis.perturb.condition import Condition
 from analysis.perturb.logits import GaussianNoise
 from analysis.perturb.masks import DropTop
-from analysis.perturb.where import KINDS, kind_of, token_kinds
+from analysis.perturb.where import KINDS, Where, kind_of, token_kinds
 from cartmoe.data import Sequences
 from cartmoe.hooks import capture_routing
 from cartmoe.tokenizers import ByteTokenizer
@@ -32,8 +34,12 @@ def test_kind_of(text, kind):
     assert kind_of(text) == kind
 
 
+def kinds_of(tokenizer):
+    return token_kinds(SimpleNamespace(tokenizer=tokenizer), [Where(), Where(tokens="digit")])
+
+
 def test_kinds_of_bytes():
-    kinds = [KINDS[k] for k in token_kinds(ByteTokenizer())]
+    kinds = [KINDS[k] for k in kinds_of(ByteTokenizer())]
     assert len(kinds) == 256
     assert kinds[ord("x")] == "letter"
     assert kinds[ord("0")] == "digit"
@@ -52,7 +58,13 @@ def test_kinds_of_another_tokenizer():
         def decode(self, ids):
             return "".join(["<s>", " of", "3", "\n"][i] for i in ids)
 
-    assert [KINDS[k] for k in token_kinds(Words())] == ["punctuation", "letter", "digit", "space"]
+    assert [KINDS[k] for k in kinds_of(Words())] == ["punctuation", "letter", "digit", "space"]
+
+
+def test_kinds_are_found_out_only_where_they_are_asked_for():
+    model = SimpleNamespace(tokenizer=ByteTokenizer())
+    assert token_kinds(model, [Where(), Where(positions=(0, 4))]) is None
+    assert token_kinds(SimpleNamespace(tokenizer=None), [Where(tokens="digit")]) is None
 
 
 # ---- conditions
@@ -76,7 +88,7 @@ def test_only_those_tokens_are_perturbed(model, kind):
     ):
         model.model(TOKENS_BL)
     masked_T = next(iter(seen.values()))[0].logits_TE.isinf().any(-1)
-    kinds_V = token_kinds(model.tokenizer)
+    kinds_V = kinds_of(model.tokenizer)
     assert masked_T.equal(kinds_V[TOKENS_BL.flatten()] == KINDS.index(kind))
     assert masked_T.any()
     assert not masked_T.all()
