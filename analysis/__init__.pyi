@@ -1,134 +1,66 @@
-from . import plots, stats
-from .adapters import adapt, documents, load
-from .measure import (
-    Comparison,
-    Results,
-    calibrate,
-    compare,
-    flip_prediction,
-    generation_agreement,
-    perturbed,
-    regret,
-    sweep,
-)
-from .overlap import (
-    METRICS,
-    Overlap,
-    Relation,
-    Training,
-    calibration,
-    expert_damage,
-    factor_information,
-    measure_overlap,
-    over_training,
-    relate,
-    saturation,
-    substitution,
-    takeover,
-    truth_scores,
-)
-from .perturb import (
-    PERTURBATIONS,
-    Compose,
-    Condition,
-    Custom,
-    DropChosen,
-    DropExperts,
-    DropSlots,
-    DropTop,
-    DropUnchosen,
-    GateSwap,
-    GaussianNoise,
-    GumbelNoise,
-    Identity,
-    KeepRanks,
-    Lag,
-    NoRouted,
-    Perturbation,
-    Quantize,
-    RandomRouting,
-    Replay,
-    ResidualNoise,
-    SwapRanks,
-    Temperature,
-    TopK,
-    Trace,
-    UniformWeights,
-    Where,
-    Worst,
-    cascade_arms,
-    site_arms,
-    split_arms,
-)
-from .report import export
-from .stats import Bootstrap
-from .study import Study, dask, processes, read, run
-
-__all__ = [
-    "METRICS",
-    "PERTURBATIONS",
-    "Bootstrap",
-    "Comparison",
-    "Compose",
-    "Condition",
-    "Custom",
-    "DropChosen",
-    "DropExperts",
-    "DropSlots",
-    "DropTop",
-    "DropUnchosen",
-    "GateSwap",
-    "GaussianNoise",
-    "GumbelNoise",
-    "Identity",
-    "KeepRanks",
-    "Lag",
-    "NoRouted",
-    "Overlap",
-    "Perturbation",
-    "Quantize",
-    "RandomRouting",
-    "Relation",
-    "Replay",
-    "ResidualNoise",
-    "Results",
-    "Study",
-    "SwapRanks",
-    "Temperature",
-    "TopK",
-    "Trace",
-    "Training",
-    "UniformWeights",
-    "Where",
-    "Worst",
-    "adapt",
-    "calibrate",
-    "calibration",
-    "cascade_arms",
-    "compare",
-    "dask",
-    "documents",
-    "expert_damage",
-    "export",
-    "factor_information",
-    "flip_prediction",
-    "generation_agreement",
-    "load",
-    "measure_overlap",
-    "over_training",
-    "perturbed",
-    "plots",
-    "processes",
-    "read",
-    "regret",
-    "relate",
-    "run",
-    "saturation",
-    "site_arms",
-    "split_arms",
-    "stats",
-    "substitution",
-    "sweep",
-    "takeover",
-    "truth_scores",
-]
+from . import plots as plots
+from . import stats as stats
+from .adapters import adapt as adapt
+from .adapters import documents as documents
+from .adapters import load as load
+from .measure import Comparison as Comparison
+from .measure import Results as Results
+from .measure import calibrate as calibrate
+from .measure import compare as compare
+from .measure import flip_prediction as flip_prediction
+from .measure import generation_agreement as generation_agreement
+from .measure import perturbed as perturbed
+from .measure import regret as regret
+from .measure import sweep as sweep
+from .overlap import METRICS as METRICS
+from .overlap import Overlap as Overlap
+from .overlap import Relation as Relation
+from .overlap import Training as Training
+from .overlap import calibration as calibration
+from .overlap import expert_damage as expert_damage
+from .overlap import factor_information as factor_information
+from .overlap import measure_overlap as measure_overlap
+from .overlap import over_training as over_training
+from .overlap import relate as relate
+from .overlap import saturation as saturation
+from .overlap import substitution as substitution
+from .overlap import takeover as takeover
+from .overlap import truth_scores as truth_scores
+from .perturb import PERTURBATIONS as PERTURBATIONS
+from .perturb import Compose as Compose
+from .perturb import Condition as Condition
+from .perturb import Custom as Custom
+from .perturb import DropChosen as DropChosen
+from .perturb import DropExperts as DropExperts
+from .perturb import DropSlots as DropSlots
+from .perturb import DropTop as DropTop
+from .perturb import DropUnchosen as DropUnchosen
+from .perturb import GateSwap as GateSwap
+from .perturb import GaussianNoise as GaussianNoise
+from .perturb import GumbelNoise as GumbelNoise
+from .perturb import Identity as Identity
+from .perturb import KeepRanks as KeepRanks
+from .perturb import Lag as Lag
+from .perturb import NoRouted as NoRouted
+from .perturb import Perturbation as Perturbation
+from .perturb import Quantize as Quantize
+from .perturb import RandomRouting as RandomRouting
+from .perturb import Replay as Replay
+from .perturb import ResidualNoise as ResidualNoise
+from .perturb import SwapRanks as SwapRanks
+from .perturb import Temperature as Temperature
+from .perturb import TopK as TopK
+from .perturb import Trace as Trace
+from .perturb import UniformWeights as UniformWeights
+from .perturb import Where as Where
+from .perturb import Worst as Worst
+from .perturb import cascade_arms as cascade_arms
+from .perturb import site_arms as site_arms
+from .perturb import split_arms as split_arms
+from .report import export as export
+from .stats import Bootstrap as Bootstrap
+from .study import Study as Study
+from .study import dask as dask
+from .study import processes as processes
+from .study import read as read
+from .study import run as run
