@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from analysis.adapters import (
     steps,
 )
 from analysis.measure import loss_gradient
-from analysis.overlap.metrics import Probe, UnitSums
+from analysis.overlap.metrics import Probe
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
@@ -34,10 +35,8 @@ VOCABULARY = 2048  # token ids told apart, the most frequent ones; all others ar
 
 def packs_of(docs: Sequences, batch_size: int, seed: int) -> Iterator[list[int]]:
     """Numbers of sequences: whole documents in a random order, until there are `batch_size`."""
-    by_document: dict[str, list[int]] = {}
-    for number, document in enumerate(docs.document_id):
-        by_document.setdefault(document, []).append(number)
-    documents = list(by_document.values())
+    numbers = pd.Series(range(len(docs)))
+    documents = numbers.groupby(list(docs.document_id), sort=False).agg(list).to_list()
     pack: list[int] = []
     for at in np.random.default_rng(seed).permutation(len(documents)):
         if pack and len(pack) + len(documents[at]) > batch_size:
@@ -66,19 +65,18 @@ class Labels:
     @classmethod
     def of(cls, docs: Sequences, seed: int) -> Labels:
         """Of these documents."""
-        domains = sorted(set(docs.domain))
-        domain_S = torch.tensor([domains.index(domain) for domain in docs.domain])
+        domains, domain_S = np.unique(docs.domain, return_inverse=True)
         counts_V = torch.bincount(docs.tokens_SL.flatten())
         frequent = counts_V.argsort(descending=True, stable=True)[:VOCABULARY]
         class_V = torch.full_like(counts_V, len(frequent))
         class_V[frequent] = torch.arange(len(frequent))
-        num_classes = len(frequent) + (len(counts_V) > len(frequent))
         rng = np.random.default_rng([seed, 1])
         document_S = np.unique(docs.document_id, return_inverse=True)[1]
         shuffles = SHUFFLES if document_S.any() else 0
         others = [_shuffled(document_S, rng) for _ in range(shuffles)]
         other_RS = torch.from_numpy(np.array(others, np.int64).reshape(-1, len(docs)))
-        return cls(domains, domain_S, class_V, num_classes, other_RS)
+        num_classes = int(class_V.max()) + 1
+        return cls(domains.tolist(), torch.from_numpy(domain_S), class_V, num_classes, other_RS)
 
 
 def _shuffled(document_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -190,11 +188,10 @@ def of_tokens(batch: Sequences, values_S: Sequence[int]) -> Tensor:
 
 def routed_tokens(model: Adapter, docs: Sequences, batch_size: int) -> dict[RouterSite, np.ndarray]:
     """By site (S, E): tokens with a target, of each sequence, that use each expert."""
-    sums = {site: UnitSums(len(docs)) for site in model.sites()}
-    first = 0
+    parts: dict[RouterSite, list[Tensor]] = {site: [] for site in model.sites()}
     for batch in batches(model, docs, batch_size):
-        sequence_T = of_tokens(batch, range(first, first + len(batch)))
-        for site, routing in decisions(model, batch, model.sites()).items():
-            sums[site].add_tokens(sequence_T, used=DenseRouting(routing).used_TE)
-        first += len(batch)
-    return {site: own.sums()["used"].numpy() for site, own in sums.items()}
+        counts_SL = batch.targets_SL != IGNORE
+        for site, routing in clean_routing(model, batch.tokens_SL).items():
+            used_SLE = DenseRouting(routing).used_TE.unflatten(0, counts_SL.shape)
+            parts[site].append((used_SLE & counts_SL[..., None]).sum(1).double().cpu())
+    return {site: torch.cat(counts_SE).numpy() for site, counts_SE in parts.items()}

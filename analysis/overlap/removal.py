@@ -101,15 +101,14 @@ class Removal:
         how often experts are used and at which weight, by half of the documents; gained (1, E, E),
         the weight that expert j gains on the tokens that used expert i when i is dropped."""
         half_of = halves(self.docs.document_id)
-        by_half = {site: UnitSums(len(HALVES)) for site in self.sites}
-        together = {site: UnitSums(1) for site in self.sites}
+        sums = {site: (UnitSums(len(HALVES)), UnitSums(1)) for site in self.sites}
         for batch in batches(self.model, self.docs, self.batch_size):
             half_T = of_tokens(batch, [half_of[d] for d in batch.document_id])
             for site, routing in decisions(self.model, batch, self.sites).items():
-                dense = DenseRouting(routing)
-                by_half[site].add_tokens(half_T, used=dense.used_TE, mass=dense.weights_TE)
-                together[site].add(0, gained=gains(routing, self.model.router(site)))
-        return {site: {**by_half[site].sums(), **together[site].sums()} for site in self.sites}
+                dense, (by_half, together) = DenseRouting(routing), sums[site]
+                by_half.add_tokens(half_T, used=dense.used_TE, mass=dense.weights_TE)
+                together.add(0, gained=gains(routing, self.model.router(site)))
+        return {site: by_half | together for site, (by_half, together) in sums.items()}
 
     @cached_property
     def shares(self) -> dict[RouterSite, np.ndarray]:
@@ -132,13 +131,11 @@ class Removal:
         nats_NH, tokens_H = nats_ND @ in_half_DH, tokens_D @ in_half_DH
         clean = self.clean.values()
         mass_NH = np.concatenate([sums["mass"].numpy().T for sums in clean])
-        value_N, low_N, high_N = bootstrap.intervals(
-            nats_ND, np.broadcast_to(tokens_D, nats_ND.shape)
-        )
+        rise = bootstrap.intervals(nats_ND, np.broadcast_to(tokens_D, nats_ND.shape))
         columns = {
             "load": np.concatenate([usage.share(sums["used"].sum(0)).numpy() for sums in clean]),
             "mass": mass_NH.sum(1) / tokens_D.sum(),
-            **{"damage": value_N, "damage_low": low_N, "damage_high": high_N},
+            **rise.columns("damage"),
             "per_mass": _ratio(nats_ND.sum(1), mass_NH.sum(1)),
         }
         for half, name in enumerate(HALVES):

@@ -18,25 +18,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import (
-    Adapter,
-    DenseRouting,
-    batches,
-    check_documents,
-    load,
-    routed_adapter,
-)
+from analysis.adapters import DenseRouting, batches, check_documents, load, routed_adapter
 from analysis.measure import Asked, sweep
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.metrics import MAX_UNITS, Metric, UnitSums, estimate, usage
 from analysis.overlap.probes import decisions, of_tokens
 from analysis.overlap.tables import Overlap, site_columns
 from analysis.perturb import sites_of
-from analysis.stats import check_confidence
+from analysis.stats import CHECKPOINT, check_confidence
 from cartmoe.checkpoint import run_checkpoints, step_of
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import Sequences
-from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
 from cartmoe.run import read_run
 
@@ -76,7 +68,7 @@ def saturation(
     check_documents(docs, last)
     unit_of = {d: number % MAX_UNITS for number, d in enumerate(dict.fromkeys(docs.document_id))}
     units = max(unit_of.values()) + 1
-    sums = {folder: {site: UnitSums(units) for site in chosen} for folder in folders}
+    sums = {(folder, site): UnitSums(units) for folder in folders for site in chosen}
     with tqdm(total=len(docs) * len(folders), unit="sequence", disable=not progress) as bar:
         for first in range(0, len(folders), TOGETHER):
             models = {folder: load(folder) for folder in folders[first : first + TOGETHER]}
@@ -85,22 +77,14 @@ def saturation(
                 final = decisions(last, batch, chosen)
                 for folder, model in models.items():
                     now = decisions(model, batch, chosen) if folder != folders[-1] else final
-                    for site, own in sums[folder].items():
-                        _add(own, unit_T, now[site], final[site])
+                    for site in chosen:
+                        _add(sums[folder, site], unit_T, now[site], final[site])
                     bar.update(len(batch))
-    tables = [_saturations(last, own, confidence).pipe(_at, step_of(f)) for f, own in sums.items()]
-    return pd.concat(tables, ignore_index=True)
-
-
-def _saturations(
-    model: Adapter, sums: dict[RouterSite, UnitSums], confidence: float
-) -> pd.DataFrame:
-    """Of one checkpoint, a row a site."""
     rows = []
-    for site, own in sums.items():
-        found = estimate(SATURATION, own.sums(), confidence)._asdict()
-        rows.append(site_columns(model, site) | {n: float(value) for n, value in found.items()})
-    return pd.DataFrame(rows)
+    for (_, site), own in sums.items():
+        found = estimate(SATURATION, own, confidence)._asdict()
+        rows.append(site_columns(last, site) | {n: float(value) for n, value in found.items()})
+    return _at(pd.DataFrame(rows), [step_of(folder) for folder, _ in sums])
 
 
 SATURATION = Metric(
@@ -193,8 +177,8 @@ def over_training(
     return Training(pd.concat(damages, ignore_index=True), Overlap.join(overlaps))
 
 
-def _at(table: pd.DataFrame, step: int) -> pd.DataFrame:
+def _at(table: pd.DataFrame, step: int | list[int]) -> pd.DataFrame:
     """The table with a column step behind those that name the model."""
-    columns = ["model", "family", "train_seed", "step"]
-    table = table.assign(step=step)
-    return table[columns + [name for name in table if name not in columns]]
+    table = table.copy()
+    table.insert(len(CHECKPOINT), "step", step)
+    return table

@@ -113,19 +113,19 @@ class Estimate(NamedTuple):
     null: np.ndarray
 
 
-class UnitSums:
+class UnitSums(dict[str, Tensor]):
     """fp64 sums by name and unit, made when first added to."""
 
     def __init__(self, units: int):
+        super().__init__()
         self.units = units
-        self._sums: dict[str, Tensor] = {}
 
     def add(self, unit: int, **values: Tensor) -> None:
         """Add to one unit's sums; each name has one shape."""
         for name, value in values.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros(self.units, *value.shape, dtype=torch.float64)
-            self._sums[name][unit] += value.detach().to("cpu", torch.float64)
+            if name not in self:
+                self[name] = torch.zeros(self.units, *value.shape, dtype=torch.float64)
+            self[name][unit] += value.detach().to("cpu", torch.float64)
 
     def add_tokens(self, unit_T: Tensor, **values_TX: Tensor) -> None:
         """Add tokens, each to the sums of its unit; none of them leave zeros."""
@@ -133,10 +133,6 @@ class UnitSums:
         for unit in unit_T.unique().tolist() or [0]:
             own_T = (unit_T == unit).cpu()
             self.add(unit, **{name: value_TX[own_T].sum(0) for name, value_TX in wide_TX.items()})
-
-    def sums(self) -> Sums:
-        """All of them."""
-        return dict(self._sums)
 
 
 def total(sums: Sums) -> Sums:

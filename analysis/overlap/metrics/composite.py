@@ -110,7 +110,7 @@ class CompositeStream:
     def sums(self) -> Sums:
         """squares (U, 3) and null (U, 3) of `PARTS`; cosine (U, R), tokens (U,); hsic (U, P, P),
         HSIC_1 times tokens."""
-        return self._sums.sums()
+        return self._sums
 
 
 class SecondStage:

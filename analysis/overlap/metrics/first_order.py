@@ -46,7 +46,7 @@ class SubstitutionStream:
 
     def sums(self) -> Sums:
         """slopes (U, E, E), routed (U, E)."""
-        return self._sums.sums()
+        return self._sums
 
 
 def _sums(slopes_TE: Tensor, weights_TE: Tensor) -> dict[str, Tensor]:

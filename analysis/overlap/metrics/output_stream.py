@@ -85,7 +85,7 @@ class OutputStream:
 
     def sums(self) -> Sums:
         """By name (U, ...), and "max" (1, E) over all units: a maximum is no sum."""
-        return {**self._sums.sums(), "max": self._max_E[None]}
+        return {**self._sums, "max": self._max_E[None]}
 
     def _sets(self, used_TE: Tensor) -> Iterator[tuple[Tensor, list[int], Tensor]]:
         """(Numbers of tokens, experts to compare on them, the pairs of these that count); an expert

@@ -17,6 +17,7 @@ from analysis.overlap.metrics.base import Metric, Sums
 from analysis.overlap.metrics.chance import by_chance, share_of_tokens
 
 PAIRS, EXPERTS, SITES = (partial(Metric, "usage", table) for table in ("pairs", "experts", "sites"))
+OWN, OTHERS = slice(1), slice(1, None)  # of the ways to label tokens
 NOTHING = torch.tensor([math.nan], dtype=torch.float64)
 NO_TASTE = "null: experts without a taste in company (quasi-independence, Goodman 1968)"
 OTHER_TOKENS = "null: token labels of other documents, NaN where there is one document"
@@ -58,17 +59,15 @@ def _of_loads(function: Callable[[Tensor], Tensor], about: str, null: float) -> 
 def _of_classes(
     table: Callable[..., Metric], function: Callable[[Tensor, Tensor], Tensor], about: str
 ) -> Metric:
-    """A function of (classes (E, V), class_tokens (V,)); its null is the mean over shuffles, NaN
-    where there are none."""
+    """The mean over ways to label tokens of a function of (classes (E, V), class_tokens (V,)): of
+    the tokens' own, and as its null of all others, NaN where there are none."""
 
-    def of(sums: Sums) -> Tensor:
-        return function(sums["classes"][0], sums["class_tokens"][0])[None]
-
-    def null(sums: Sums) -> Tensor:
-        others = zip(sums["other_classes"][0], sums["other_class_tokens"][0], strict=True)
-        found = [function(*other) for other in others]
+    def mean(sums: Sums, ways: slice) -> Tensor:
+        own = zip(sums["classes"][0, ways], sums["class_tokens"][0, ways], strict=True)
+        found = [function(*counts) for counts in own]
         return torch.stack(found).mean(0, keepdim=True) if found else NOTHING
 
+    of, null = (partial(mean, ways=ways) for ways in (OWN, OTHERS))
     return table(of, f"{about}; {OTHER_TOKENS}; {TOTALS}", null, units=False)
 
 
@@ -149,15 +148,15 @@ METRICS = {
         lambda sums: _of_other_domains(usage.mutual_information(sums["other_domains"]), sums),
     ),
     "mi_token": SITES(
-        lambda sums: usage.mutual_information(sums["classes"]),
+        lambda sums: usage.mutual_information(sums["classes"][:, 0]),
         f"I(expert; token id) of a use, nats, Miller-Madow; {OTHER_TOKENS}; {TOTALS}",
-        lambda sums: usage.mutual_information(sums["other_classes"]).mean(-1),
+        lambda sums: usage.mutual_information(sums["classes"][:, OTHERS]).mean(-1),
         units=False,
     ),
     "mi_domain_given_token": SITES(
-        lambda sums: sums["mi_domain_given_token"],
+        lambda sums: sums["mi_domain_given_token"][:, 0],
         f"I(expert; domain | token id) of a use, nats, Miller-Madow; {OTHER_DOMAINS}; {TOTALS}",
-        lambda sums: _of_other_domains(sums["other_mi_domain_given_token"], sums),
+        lambda sums: _of_other_domains(sums["mi_domain_given_token"][:, OTHERS], sums),
         units=False,
     ),
 }

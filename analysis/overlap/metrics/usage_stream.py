@@ -1,10 +1,13 @@
 """Sums of which experts the tokens of one site use, from the decisions of the real run.
 
 Shapes: U units, T tokens, E experts, K slots, F experts of the site before, V classes of tokens, Z
-domains, R shuffles of labels over documents, none of a single one.
+domains, R shuffles of labels over documents, none of a single one, N = 1 + R ways to label tokens,
+their own first.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from cartmoe.hooks import RouterSite
 from cartmoe.routing import EPS, Routing
 
 
+@dataclass(eq=False)
 class UsageStream:
     """Sums over one site's tokens of which experts they use.
 
@@ -26,21 +30,18 @@ class UsageStream:
     classes       count by classes too, which metrics that are not by units need
 
     What needs classes of tokens is counted over all units together, for its size, which grows with
-    the number of domains: (R + 1) (E + 1) V Z int32 numbers. A use is an expert and a token that
-    uses it, once however many slots it has.
+    the number of domains: N (E + 1) V Z int32 numbers. A use is an expert and a token that uses it,
+    once however many slots it has.
     """
 
-    def __init__(
-        self,
-        site: RouterSite,
-        units: int,
-        num_classes: int,
-        num_domains: int,
-        classes: bool = True,
-    ):
-        self.site, self.num_classes, self.num_domains = site, num_classes, num_domains
-        self.classes = classes
-        self._sums = UnitSums(units)
+    site: RouterSite
+    units: int
+    num_classes: int
+    num_domains: int
+    classes: bool = True
+
+    def __post_init__(self) -> None:
+        self._sums = UnitSums(self.units)
         self._counts: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -68,29 +69,22 @@ class UsageStream:
 
         and with classes
 
-        classes (E, V), class_tokens (V,)   as by domain
-        other_classes (R, E, V), other_class_tokens (R, V)   under shuffled labels
-        mi_domain_given_token, other_mi_domain_given_token (R,)   which are no sums
+        classes (N, E, V), class_tokens (N, V)   as by domain
+        mi_domain_given_token (N,)   which is no sum
         """
-        E, counts = self.site.num_experts, self._counts
+        E = self.site.num_experts
         if self.classes:
-            joint_EVZ, other_REVZ = counts["joint"][:E], counts["other_joint"][:, :E]
-            given, *others = (
-                conditional_mutual_information(joint_EVZ.double().mT)
-                for joint_EVZ in (joint_EVZ, *other_REVZ)
-            )
+            joint_NEVZ = self._counts["joint"][:, :E]
+            given = [conditional_mutual_information(n_EVZ.double().mT) for n_EVZ in joint_NEVZ]
             together = {
-                "classes": joint_EVZ.sum(-1),
-                "class_tokens": counts["class_tokens"],
-                "other_classes": counts["other_classes"][:, :E],
-                "other_class_tokens": counts["other_class_tokens"],
-                "other_domains": other_REVZ.sum(-2),
-                "mi_domain_given_token": given,
-                "other_mi_domain_given_token": torch.tensor(others, dtype=torch.float64),
+                "other_domains": joint_NEVZ[1:].sum(-2),
+                "classes": self._counts["classes"][:, :E],
+                "class_tokens": self._counts["class_tokens"],
+                "mi_domain_given_token": torch.stack(given),
             }
         else:
-            together = {"other_domains": counts["other_domains"][:, :E]}
-        return {**self._sums.sums(), **{n: t[None].double() for n, t in together.items()}}
+            together = {"other_domains": self._counts["domains"][1:, :E]}
+        return self._sums | {name: counts[None].double() for name, counts in together.items()}
 
     def _add_to_unit(self, probe: Probe, dense: DenseRouting) -> None:
         domain_TZ = one_hot(probe.domain_T, self.num_domains)
@@ -111,21 +105,19 @@ class UsageStream:
             self._sums.add(probe.unit, transition=both_FE, before=before_TF.sum(0))
 
     def _count_labels(self, probe: Probe, ids_KT: Tensor) -> None:
-        """Each axis is its size and the tokens' places on it, (K, T) or (R, K, T)."""
-        E, V, Z = self.site.num_experts + 1, self.num_classes, self.num_domains  # E: with nobody
-        expert, token, domain = (E, ids_KT), (V, probe.tokens_T), (Z, probe.domain_T)
-        R = len(probe.other_domain_RT)
-        shuffle = R, torch.arange(R)[:, None, None]
-        other_token = V, probe.other_tokens_RT[:, None]
-        other_domain = Z, probe.other_domain_RT[:, None]
+        """Each axis is its size and the tokens' places on it, (K, T) or (N, K, T)."""
+        token_NT = torch.cat([probe.tokens_T[None], probe.other_tokens_RT])
+        domain_NT = torch.cat([probe.domain_T[None], probe.other_domain_RT])
+        labels = len(token_NT), torch.arange(len(token_NT))[:, None, None]
+        expert = self.site.num_experts + 1, ids_KT  # the last is nobody
+        token = self.num_classes, token_NT[:, None]
+        domain = self.num_domains, domain_NT[:, None]
         if not self.classes:
-            self._count("other_domains", shuffle, expert, other_domain)
+            self._count("domains", labels, expert, domain)
             return
-        self._count("joint", expert, token, domain)
-        self._count("other_joint", shuffle, expert, token, other_domain)
-        self._count("other_classes", shuffle, expert, other_token)
-        self._count("class_tokens", token)
-        self._count("other_class_tokens", shuffle, other_token)
+        self._count("joint", labels, expert, (self.num_classes, probe.tokens_T), domain)
+        self._count("classes", labels, expert, token)
+        self._count("class_tokens", labels, token)
 
     def _count(self, name: str, *axes: tuple[int, Tensor]) -> None:
         """In place: a batch touches few of the cells."""

@@ -187,7 +187,7 @@ def test_independent_outputs():
         sums.add(unit, **{f"own.{n}": v for n, v in hsic_sums(outputs_ETD).items()})
         with pytest.warns(UserWarning, match="T is 64 and D 256"):
             biased.append(biased_cka(outputs_ETD))
-    found = estimate(METRICS["cka"]._replace(null=None), sums.sums())
+    found = estimate(METRICS["cka"]._replace(null=None), sums)
     apart = ~np.eye(12, dtype=bool)
     covered = ((found.low <= 0) & (found.high >= 0))[apart]
     assert 0.85 < covered.mean() < 1
