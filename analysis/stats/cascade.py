@@ -6,7 +6,7 @@ import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.pairs import PLAIN, Losses, Pairs, of_checkpoint, pair
-from analysis.stats.parts import Parts, choose, combine, stack, with_doses
+from analysis.stats.parts import COLUMNS, Parts, choose, combine, stack, with_doses
 
 
 def cascade(
@@ -32,15 +32,13 @@ def cascade(
         if p.variant(name, downstream=PLAIN["downstream"]) != name:
             return {}
         replay = p.variant(name, downstream="replay")
-        parts = {"reroute": {name: 1.0}, "replay": {replay: 1.0}}
-        return parts | {"cascade": {name: 1.0, replay: -1.0}}
+        cascade = {name: 1.0, replay: -1.0}
+        return {"reroute": {name: 1.0}, "replay": {replay: 1.0}, "cascade": cascade}
 
     how = "the conditions of analysis.cascade_arms(perturbation)"
-    tables = []
-    for p, name, parts in choose(losses, condition, parts_of, how):
-        table = combine(p, name, parts, "reroute", bootstrap)
-        tables.append(table.assign(label=[name, *parts["replay"], None]))
-    return with_doses(stack(tables), routing, "flips", "flips_total")
+    chosen = choose(losses, condition, parts_of, how)
+    table = stack(combine(*one, "reroute", bootstrap) for one in chosen)
+    return with_doses(table, routing, "flips", "flips_total")
 
 
 def additivity(
@@ -89,7 +87,7 @@ def additivity(
 
     how = "the conditions of analysis.site_arms(model, perturbation)"
     chosen = choose(pairs, condition, parts_of, how)
-    return stack(combine(*one, "joint", bootstrap) for one in chosen)
+    return stack(combine(*one, "joint", bootstrap) for one in chosen)[COLUMNS]
 
 
 def sites_in(where: pd.Series) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -54,20 +55,14 @@ def family_contrasts(
         conditions = [conditions]
     pairs = pair(losses)
     of_reference = by_seed(pairs, "reference", reference)
+    known = dict.fromkeys(name for p in of_reference.values() for name in p.by_label)
     models = dict.fromkeys(p.checkpoint["model"] for p in pairs)
+    others = {model: by_seed(pairs, "model", model) for model in models if model != reference}
     rows = []
     for condition in conditions:
-        have = [p for p in of_reference.values() if condition in p.by_label]
-        if not have:
-            known = dict.fromkeys(c for p in of_reference.values() for c in p.by_label)
-            check_choice(f"condition of {reference}", condition, known)
-        for model in models:
-            others = [
-                p
-                for p in by_seed(pairs, "model", model).values()
-                if model != reference and condition in p.by_label
-            ]
-            for mine, theirs in _matched(have, others):
+        check_choice(f"condition of {reference}", condition, known)
+        for model, of_model in others.items():
+            for mine, theirs in _matched(of_reference, of_model, condition):
                 named = {"reference": reference, "model": model, "condition": condition}
                 rows.append(named | _test(mine, theirs, condition, bootstrap))
     if not rows:
@@ -83,15 +78,16 @@ def family_contrasts(
     return table
 
 
-def _matched(mine: list[Pairs], theirs: list[Pairs]) -> list[tuple[list[Pairs], list[Pairs]]]:
-    """All seeds at once, or, where one of the models has one alone, common seeds one by one."""
-    if min(len(mine), len(theirs)) != 1:
-        return [(mine, theirs)] if theirs else []
-    seeds = {p.checkpoint["train_seed"]: p for p in theirs}
-    common = [p for p in mine if p.checkpoint["train_seed"] in seeds]
-    return [([p], [seeds[p.checkpoint["train_seed"]]]) for p in common] or [
-        ([p], [q]) for p in mine for q in theirs
-    ]
+def _matched(
+    mine: dict[int, Pairs], theirs: dict[int, Pairs], condition: str
+) -> list[tuple[list[Pairs], list[Pairs]]]:
+    """All seeds that have the condition at once, or, where one of the models has one alone, common
+    seeds one by one."""
+    a, b = ({s: p for s, p in side.items() if condition in p.by_label} for side in (mine, theirs))
+    if min(len(a), len(b)) != 1:
+        return [([*a.values()], [*b.values()])] if b else []
+    common = [(a[s], b[s]) for s in a if s in b]
+    return [([p], [q]) for p, q in common or product(a.values(), b.values())]
 
 
 def _test(
@@ -110,17 +106,18 @@ def _test(
         named = {"speaks_for": CHECKPOINTS, "train_seed": " and ".join(numbers)}
         delta_CD, tokens_CD = (np.concatenate(arrays) for arrays in zip(a, b, strict=True))
         (value, low, high), (_, *inner) = (
-            (float(array[0]) for array in asked.intervals(delta_CD, tokens_CD, DIFFERENCE))
+            np.ravel(asked.intervals(delta_CD, tokens_CD, DIFFERENCE)).tolist()
             for asked in (bootstrap, one_sided)
         )
-        per_token = [d / t.sum() for d, t in zip(delta_CD, tokens_CD, strict=True)]
-        p, min_p = sign_flip_test(per_token[0] - per_token[1], bootstrap)
-    return named | {
-        **{"seeds_reference": len(mine), "seeds": len(theirs)},
-        **{"num_documents": len(mine[0].documents_D)},
-        **{"delta_nats": value, "low": low, "high": high},
-        **{"p": p, "min_p": min_p, "inner": inner},
-    }
+        mine_D, theirs_D = delta_CD / tokens_CD.sum(axis=1, keepdims=True)
+        p, min_p = sign_flip_test(mine_D - theirs_D, bootstrap)
+    return (
+        named
+        | {"seeds_reference": len(mine), "seeds": len(theirs)}
+        | {"num_documents": len(mine[0].documents_D)}
+        | {"delta_nats": value, "low": low, "high": high}
+        | {"p": p, "min_p": min_p, "inner": inner}
+    )
 
 
 def holm(p: np.ndarray) -> np.ndarray:

@@ -37,15 +37,14 @@ def gap(
     tables = []
     how = 'Worst(n, choose="random") beside Worst(n)'
     for p, name, parts in choose(losses, condition, _parts, how):
-        (random,) = parts["random"]
         table = combine(p, name, parts, "worst", bootstrap)
         worst = p.by_label[name]
         table = table.assign(budget=worst["strength"], per=json.loads(worst["parameters"])["per"])
-        table["label"] = [name, random, None]
         if cells is not None:
             seconds = of_checkpoint(cells, p.checkpoint).groupby("condition").seconds.mean()
             ids = p.conditions.set_index("label").ids
-            table["price"] = [*(_price(seconds, ids[label]) for label in (name, random)), None]
+            prices = [_price(seconds, ids[label]) for label in (*parts["worst"], *parts["random"])]
+            table["price"] = [*prices, None]
         tables.append(table)
     return with_doses(stack(tables), routing, "flips")
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns, check_conditions, pair
+from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns, chosen
 from analysis.stats.parts import stack
 from analysis.stats.tokens import CleanTokens, Tokens, rises
 
@@ -80,15 +79,13 @@ class Sums(NamedTuple):
 def _by_tokens(
     losses: pd.DataFrame, tokens: Tokens | None, conditions: Collection[str] | None, group: Group
 ) -> Iterator[Sums]:
-    of_checkpoint = groupby(rises(losses, tokens, conditions), key=lambda item: item[0].name)
-    for _, items in of_checkpoint:
-        labels, sums, cell_N = [], [], None
-        for p, clean, name, rise_VN in items:  # one condition's tokens are held at once
-            if cell_N is None:
-                bin_N, names = group(clean)
-                shape = len(names), len(p.documents_D)
-                cell_N = bin_N * shape[1] + clean.document_N
-                count_GD = np.bincount(cell_N, minlength=shape[0] * shape[1]).reshape(shape)
+    for p, clean, changes in rises(losses, tokens, conditions):
+        bin_N, names = group(clean)
+        shape = len(names), len(p.documents_D)
+        cell_N = bin_N * shape[1] + clean.document_N
+        count_GD = np.bincount(cell_N, minlength=shape[0] * shape[1]).reshape(shape)
+        labels, sums = [], []
+        for name, rise_VN in changes:  # one condition's tokens are held at once
             summed = np.bincount(cell_N, weights=rise_VN.mean(axis=0), minlength=count_GD.size)
             labels.append(name)
             sums.append(summed.reshape(shape))
@@ -97,22 +94,17 @@ def _by_tokens(
 
 def _by_domain(losses: pd.DataFrame, conditions: Collection[str] | None) -> Iterator[Sums]:
     check_columns("losses", losses, ["domain"])
-    pairs = pair(losses)
-    check_conditions(pairs, conditions or ())
     domain_of = losses.drop_duplicates("document_id").set_index("document_id").domain
     names = sorted(domain_of.unique())
-    for p in pairs:
-        labels = [n for n in p.conditions.label if conditions is None or n in conditions]
-        if labels:
-            is_of_GD = np.array(names)[:, None] == domain_of[p.documents_D].to_numpy()
-            delta_CD = np.array([p.delta_D(name) for name in labels])
-            yield Sums(
-                p.checkpoint, labels, names, delta_CD[:, None] * is_of_GD, p.tokens_D * is_of_GD
-            )
+    for p, labels in chosen(losses, conditions):
+        is_of_GD = np.array(names)[:, None] == domain_of[p.documents_D].to_numpy()
+        delta_CGD = np.array([p.delta_D(name) for name in labels])[:, None] * is_of_GD
+        yield Sums(p.checkpoint, labels, names, delta_CGD, p.tokens_D * is_of_GD)
 
 
 def _groups(sums: Sums, bootstrap: Bootstrap) -> pd.DataFrame:
     total_C = sums.delta_CGD.sum(axis=(1, 2))
+    total_C[total_C == 0] = np.nan
     tables = []
     for g, name in enumerate(sums.names):
         count_D = sums.count_GD[g]
@@ -121,13 +113,12 @@ def _groups(sums: Sums, bootstrap: Bootstrap) -> pd.DataFrame:
             continue
         delta_CD = sums.delta_CGD[:, g, has_D]
         count_CD = np.broadcast_to(count_D[has_D], delta_CD.shape).astype(float)
-        share_C = np.where(total_C == 0, np.nan, delta_CD.sum(axis=1))
         tables.append(
             pd.DataFrame(
                 {"condition": sums.labels, "group": name, "order": g}
                 | {"num_documents": has_D.sum(), "num_tokens": int(count_D.sum())}
                 | bootstrap.intervals(delta_CD, count_CD).columns("delta_nats", "low", "high")
-                | {"share": share_C / np.where(total_C == 0, 1, total_C)}
+                | {"share": delta_CD.sum(axis=1) / total_C}
             )
         )
     # By condition in their order, which is that of the rows of each table.

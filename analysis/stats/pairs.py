@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -158,11 +158,18 @@ def pair_conditions(losses: Losses) -> list[Pairs]:
     return pairs
 
 
-def check_conditions(pairs: list[Pairs], conditions: Iterable[str]) -> None:
-    """Raise `ValueError` with the choices for a label that no checkpoint has."""
+def chosen(losses: Losses, conditions: Collection[str] | None) -> Iterator[tuple[Pairs, list[str]]]:
+    """Each checkpoint that has any of these conditions (labels; None: all), and those it has.
+
+    Raises `ValueError` with the choices for a label that no checkpoint has.
+    """
+    pairs = pair(losses)
     known = dict.fromkeys(name for p in pairs for name in p.by_label)
-    for name in conditions:
+    for name in conditions or ():
         check_choice("condition", name, known)
+    for p in pairs:
+        if own := [name for name in p.by_label if conditions is None or name in conditions]:
+            yield p, own
 
 
 def _name(checkpoint: Mapping[str, object]) -> str:
@@ -184,39 +191,38 @@ def _pair_one(checkpoint: dict[str, Any], rows: pd.DataFrame) -> Pairs:
     def by_document(values: np.ndarray) -> np.ndarray:
         return np.bincount(document, weights=values, minlength=len(documents_D))
 
-    conditions, measured, deltas, unpaired, infinite = ([] for _ in range(5))
+    conditions, paired, deltas, measured = ([] for _ in range(4))
     for condition, arm in rows[~is_clean].groupby(CONDITION, sort=False, dropna=False):
-        ids, num_tokens = tuple(arm.condition.unique()), arm.num_tokens.sum()
-        runs = [run for _, run in arm.groupby("eval_seed", sort=False)]
-        if not all(_same_sequences(run, clean) for run in runs):
-            unpaired.append((condition, ids))
-            continue
-        nll = np.mean([run.nll_sum for run in runs], axis=0)
-        if not np.isfinite(nll).all():
-            infinite.append((condition, ids))
-        # Differences before sums: equal rows then give a zero that is exact.
-        deltas.append(by_document(nll - clean.nll_sum.to_numpy()))
         known = arm[[*NAMED, "expects"]].iloc[0]
-        conditions.append((*condition, *known, ids))
-        kl, agreement = arm.kl_sum.sum() / num_tokens, arm.num_agree.sum() / num_tokens
-        measured.append((kl, agreement, arm.delta_max.max()))
-    if unpaired:
+        conditions.append((*condition, *known, tuple(arm.condition.unique())))
+        runs = [run for _, run in arm.groupby("eval_seed", sort=False)]
+        paired.append(all(_same_sequences(run, clean) for run in runs))
+        if paired[-1]:
+            nll = np.mean([run.nll_sum for run in runs], axis=0)
+            # Differences before sums: equal rows then give a zero that is exact.
+            deltas.append(by_document(nll - clean.nll_sum.to_numpy()))
+            shares = (arm[name].sum() / arm.num_tokens.sum() for name in ("kl_sum", "num_agree"))
+            measured.append((*shares, arm.delta_max.max()))
+    table = pd.DataFrame(conditions, columns=[*CONDITION, *NAMED, "expects", "ids"])
+    table["label"] = label(table)
+    if not all(paired):
         raise ValueError(
             f"conditions of {name} are not paired with its clean run (each needs the same "
             "sequences and token counts, once per eval_seed; conditions that differ in nothing "
-            f"but their ids need names of their own): {_listed(unpaired)}"
+            f"but their ids need names of their own): {_listed(table[~np.array(paired)])}"
         )
-    if infinite:
-        raise ValueError(f"an nll_sum of {name} is not finite: {_listed(infinite)}")
-    table = pd.DataFrame(conditions, columns=[*CONDITION, *NAMED, "expects", "ids"])
+    delta_CD = np.reshape(deltas, (len(deltas), len(documents_D)))
+    finite_C = np.isfinite(delta_CD).all(axis=1)
+    if not finite_C.all():
+        raise ValueError(f"an nll_sum of {name} is not finite: {_listed(table[~finite_C])}")
     return Pairs(
         checkpoint=checkpoint,
         documents_D=documents_D,
         tokens_D=by_document(clean.num_tokens),
         bytes_D=by_document(clean.num_bytes),
         clean_D=by_document(clean.nll_sum),
-        conditions=table.assign(label=label(table)),
-        delta_CD=np.reshape(deltas, (len(deltas), len(documents_D))),
+        conditions=table,
+        delta_CD=delta_CD,
         measured=pd.DataFrame(measured, columns=MEASURED, dtype=float),
     )
 
@@ -225,8 +231,6 @@ def _same_sequences(run: pd.DataFrame, clean: pd.DataFrame) -> bool:
     return all(np.array_equal(run[c], clean[c]) for c in ("unit", "num_tokens"))
 
 
-def _listed(failed: list[tuple[tuple, tuple[str, ...]]]) -> str:
-    names = label(pd.DataFrame([condition for condition, _ in failed], columns=CONDITION))
-    return "; ".join(
-        f"{name} [{', '.join(map(str, ids))}]" for name, (_, ids) in zip(names, failed, strict=True)
-    )
+def _listed(failed: pd.DataFrame) -> str:
+    rows = failed[["label", "ids"]].itertuples(index=False)
+    return "; ".join(f"{name} [{', '.join(map(str, ids))}]" for name, ids in rows)

@@ -20,7 +20,7 @@ import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap, Intervals
 from analysis.stats.doses import doses
-from analysis.stats.pairs import CHECKPOINT, Losses, Pairs, check_conditions, label, pair
+from analysis.stats.pairs import CHECKPOINT, Losses, Pairs, chosen, label
 
 COLUMNS = [
     *CHECKPOINT, "condition", "part", "delta_nats", "low", "high",
@@ -42,12 +42,10 @@ def choose(
     Raises `ValueError` for a label that no checkpoint has, or for which something is missing in
     every checkpoint.
     """
-    pairs = pair(losses)
-    check_conditions(pairs, [] if condition is None else [condition])
     found = False
     missing: dict[str, None] = {}
-    for p in pairs:
-        for name in p.by_label if condition is None else {condition} & p.by_label.keys():
+    for p, names in chosen(losses, None if condition is None else [condition]):
+        for name in names:
             parts = parts_of(p, name)
             lacks = [label for label in _labels(parts) if label not in p.by_label]
             missing |= dict.fromkeys(lacks)
@@ -62,7 +60,10 @@ def choose(
 def combine(
     p: Pairs, condition: str, parts: Parts, whole: str, bootstrap: Bootstrap
 ) -> pd.DataFrame:
-    """Rows of one checkpoint; `whole` is the part that the others are shares of."""
+    """Rows of one checkpoint; `whole` is the part that the others are shares of.
+
+    Beside the columns of every such table `label`, of a part that is one condition's damage.
+    """
     labels = _labels(parts)
     delta_CD = np.array([p.delta_D(name) for name in labels])
     factors_CP = np.array([[part.get(name, 0.0) for part in parts.values()] for name in labels])
@@ -79,6 +80,7 @@ def combine(
     return pd.DataFrame(
         p.checkpoint
         | {"condition": condition, "part": list(parts)}
+        | {"label": [next(iter(part)) if len(part) == 1 else None for part in parts.values()]}
         | nats.columns("delta_nats", "low", "high")
         | share.columns("share")
     )
@@ -95,7 +97,7 @@ def stack(tables: Iterable[pd.DataFrame], columns: Sequence[str] = COLUMNS) -> p
 
 
 def with_doses(table: pd.DataFrame, routing: pd.DataFrame | None, *columns: str) -> pd.DataFrame:
-    """These doses beside parts that are the damage of one condition, whose column `label` goes."""
+    """These doses beside the parts that are one condition's damage; the column `label` goes."""
     if routing is not None and len(table):
         dose = doses(routing)
         dose = dose.assign(label=label(dose))[[*CHECKPOINT, "label", *columns]]

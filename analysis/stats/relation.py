@@ -83,21 +83,18 @@ def relation(
             f"experts has a model called {ALL!r}, as all together are; name it otherwise"
         )
     used = experts[(experts.mass > 0) & experts[damage].notna()]
-    tables = []
+    rows = []
     families = {ALL: ALL} | dict(zip(experts.model, experts.family, strict=True))
     for model, family in families.items():
         own = used if model == ALL else used[used.model == model]
-        keys = {"damage": damage, "model": model, "family": family}
-        rows = []
         for metric in (*(name for name in metrics if name != LOAD), LOAD):
+            named = {"metric": metric, "damage": damage, "model": model, "family": family}
             known = own[own[metric].notna()]
-            found = _relate(known, metric, damage, halves, bootstrap)
-            rows.append({"metric": metric} | keys | found)
-        table = pd.DataFrame(rows)
-        defined = table.p.notna()
-        table.loc[defined, "p_holm"] = holm(table.p[defined].to_numpy())
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+            rows.append(named | _relate(known, metric, damage, halves, bootstrap))
+    table = pd.DataFrame(rows)
+    by_model = table[table.p.notna()].groupby("model")
+    table["p_holm"] = by_model.p.transform(lambda p: holm(p.to_numpy()))
+    return table
 
 
 def _relate(
@@ -120,14 +117,13 @@ def _relate(
     moments_of_halves_CMM, free_C = _moments(*_ranks(split, halves, control))
     half = _partial(moments_of_halves_CMM.sum(0), free_C.sum())
     reliability = 2 * half / (1 + half) if half > -1 else np.nan
-    checkpoints = rows.groupby(CHECKPOINT[:2]).train_seed
+    seeds = rows.groupby(CHECKPOINT[:2]).train_seed.nunique()
     return {
         **{"r": r, "low": low, "high": high, "null_low": null_low, "null_high": null_high},
         **{"p": p, "p_holm": np.nan},
         **{"reliability": reliability, "ceiling": np.sqrt(max(reliability, 0.0))},
         **{"num_sites": len(moments_CMM), "num_experts": len(rows)},
-        "num_models": int(checkpoints.nunique().sum()),
-        "min_seeds": int(checkpoints.nunique().min()) if len(rows) else 0,
+        **{"num_models": int(seeds.sum()), "min_seeds": int(seeds.min()) if len(rows) else 0},
     }
 
 

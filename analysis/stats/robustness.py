@@ -8,17 +8,15 @@ import numpy as np
 import pandas as pd
 
 from analysis.stats.bootstrap import interval_texts
-from analysis.stats.pairs import (
-    CHECKPOINT,
-    CONDITION,
-    check_columns,
-    control,
-    of_checkpoint,
-)
+from analysis.stats.pairs import CHECKPOINT, CONDITION, check_columns, control, of_checkpoint
 
 TOP1 = "DropTop(1)"
 CONTROLS = ("identity", "DropChosen(1)", "DropUnchosen(1)", "RandomRouting", "NoRouted")
-ROUTER = {"top_k": "K", "renormalize": "renorm", "routed_share": "routed share"}
+# What is printed of a checkpoint, and its title.
+NUMBERS = {
+    **{"top_k": "K", "renormalize": "renorm", "routed_share": "routed share"},
+    **{"clean_perplexity": "clean ppl", "perplexity": "top-1 off ppl"},
+}
 INTERVAL = ["delta_nats", "low", "high"]
 
 
@@ -115,11 +113,9 @@ def format_robustness(table: pd.DataFrame, width: int = 140) -> str:
     if table.model.duplicated().any():
         names = names + " #" + table.train_seed.astype(str)
     columns = {"model": names.tolist()}
-    for name, title in ROUTER.items():
+    for name, title in NUMBERS.items():
         if name in table:
-            columns[title] = [_number(v, ".2f") for v in table[name]]
-    columns["clean ppl"] = [_number(v, ".2f") for v in table.clean_perplexity]
-    columns["top-1 off ppl"] = [_number(v, ".2f") for v in table.perplexity]
+            columns[title] = [_number(v) for v in table[name]]
     for name in table.columns:
         if f"{name} low" in table:
             columns[name] = interval_texts(table, name, f"{name} low", f"{name} high")
@@ -141,12 +137,11 @@ def format_robustness(table: pd.DataFrame, width: int = 140) -> str:
 
 def _aligned(title: str, cells: list[str]) -> list[str]:
     size = max(map(len, (title, *cells)))
-    if title == "model":
-        return [text.ljust(size) for text in (title, *cells)]
-    return [text.rjust(size) for text in (title, *cells)]
+    side = "<" if title == "model" else ">"
+    return [f"{text:{side}{size}}" for text in (title, *cells)]
 
 
-def _number(value: Any, form: str) -> str:
+def _number(value: Any) -> str:
     if isinstance(value, str):
         return value
-    return "-" if value is None or np.isnan(value) else format(value, form)
+    return "-" if pd.isna(value) else f"{value:.2f}"

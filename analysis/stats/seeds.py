@@ -99,13 +99,10 @@ def sign_flip_test(
         fewest = 2  # the observed signs and their mirror image
     else:
         rng = np.random.default_rng(bootstrap.seed)
+        signs = (2.0 * rng.integers(2, size=(rows, size)) - 1 for rows in bootstrap.blocks(size))
+        drawn = [some_RD @ differences_D for some_RD in signs]
         # The observed signs count, too.
-        sums = [differences_D.sum()[None]]
-        sums += [
-            (2.0 * rng.integers(2, size=(rows, size)) - 1) @ differences_D
-            for rows in bootstrap.blocks(size)
-        ]
-        sums, fewest = np.concatenate(sums), 1
+        sums, fewest = np.concatenate([[differences_D.sum()], *drawn]), 1
     p = (np.abs(sums) >= abs(differences_D.sum()) - 1e-12 * total).mean()
     return float(p), min(1.0, fewest / len(sums))
 

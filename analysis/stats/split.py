@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.pairs import PLAIN, Losses, Pairs
-from analysis.stats.parts import Parts, choose, combine, stack
+from analysis.stats.parts import COLUMNS, Parts, choose, combine, stack
 
 PARTS = ("set", "weights", "mass")
 # Every coalition but the empty one, which is the clean run, and the effect that lets it through.
@@ -73,4 +73,4 @@ def split(
 
     how = "the conditions of analysis.split_arms(perturbation)"
     chosen = choose(losses, condition, parts_of, how)
-    return stack(combine(*one, "full", bootstrap) for one in chosen)
+    return stack(combine(*one, "full", bootstrap) for one in chosen)[COLUMNS]

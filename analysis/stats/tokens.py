@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.stats.pairs import UNIT, Pairs, check_conditions, of_checkpoint, pair
+from analysis.stats.pairs import UNIT, Pairs, chosen, of_checkpoint
 
 # (model, train_seed, condition) -> a row a sequence: document_id, sequence_id, nll (float32 as
 # bytes), and of the condition "clean" targets (int32 as bytes).
@@ -25,56 +25,43 @@ class CleanTokens:
     document_N: np.ndarray  # index into `Pairs.documents_D`
 
 
-def _kept(tokens: Tokens | None) -> Tokens:
-    """The same; `ValueError` saying how to keep tokens where they were not kept."""
+def rises(
+    losses: pd.DataFrame, tokens: Tokens | None, conditions: Collection[str] | None = None
+) -> Iterator[tuple[Pairs, CleanTokens, Iterator[tuple[str, np.ndarray]]]]:
+    """(checkpoint, its clean tokens, (label, rise of nll in nats (V, N)) of V eval_seeds).
+
+    conditions   labels; None: all. Raises `ValueError` for one that no checkpoint has, and for
+                 tokens that are not those of `losses`, or were not kept.
+    """
     if tokens is None:
         raise ValueError(
             "every token's loss is needed and was not kept: give tokens=True to sweep, or write "
             "tokens = true under [measure] of the study"
         )
-    return tokens
+    for p, names in chosen(losses, conditions):
+        rows = of_checkpoint(losses, p.checkpoint)
+        order = rows[rows.perturbation == "clean"][UNIT].sort_values(UNIT, kind="stable")
+        clean = _clean(_rows(tokens, p, order, "clean", "clean"), p)
+        yield p, clean, _rises(tokens, p, order, clean, names)
 
 
-def rises(
-    losses: pd.DataFrame, tokens: Tokens | None, conditions: Collection[str] | None = None
-) -> Iterator[tuple[Pairs, CleanTokens, str, np.ndarray]]:
-    """(checkpoint, its clean tokens, label, rise of nll in nats (V, N)) of V eval_seeds.
-
-    conditions   labels; None: all. Raises `ValueError` for one that no checkpoint has, and for
-                 tokens that are not those of `losses`, or were not kept.
-    """
-    rows_of = _kept(tokens)
-    pairs = pair(losses)
-    check_conditions(pairs, conditions or ())
-    for p in pairs:
-        wanted = p.conditions
-        if conditions is not None:
-            wanted = wanted[wanted.label.isin(list(conditions))]
-        if wanted.empty:
-            continue
-        key = p.checkpoint["model"], p.checkpoint["train_seed"]
-        order = _sequences(losses, p)
-        frame = _rows(rows_of(*key, "clean"), order, p, "clean")
-        clean = _clean(frame, p)
-        for name, ids in wanted[["label", "ids"]].itertuples(index=False):
-            rows = []
-            for condition in ids:
-                frame = _rows(rows_of(*key, condition), order, p, name)
-                nll_N = _joined(frame.nll, np.float32)
-                if len(nll_N) != len(clean.nll_N):
-                    raise ValueError(
-                        f"tokens of {p.name} under {name} are not those of its clean run"
-                    )
-                rows.append(nll_N.astype(float) - clean.nll_N)
-            yield p, clean, name, np.array(rows)
+def _rises(
+    tokens: Tokens, p: Pairs, order: pd.DataFrame, clean: CleanTokens, names: list[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    ids = p.conditions.set_index("label").ids
+    for name in names:
+        rows = []
+        for condition in ids[name]:
+            nll_N = _joined(_rows(tokens, p, order, condition, name).nll, np.float32)
+            if len(nll_N) != len(clean.nll_N):
+                raise ValueError(f"tokens of {p.name} under {name} are not those of its clean run")
+            rows.append(nll_N.astype(float) - clean.nll_N)
+        yield name, np.array(rows)
 
 
-def _sequences(losses: pd.DataFrame, p: Pairs) -> pd.DataFrame:
-    mine = of_checkpoint(losses, p.checkpoint)
-    return mine[mine.perturbation == "clean"][UNIT].sort_values(UNIT, kind="stable")
-
-
-def _rows(frame: pd.DataFrame, order: pd.DataFrame, p: Pairs, name: str) -> pd.DataFrame:
+def _rows(tokens: Tokens, p: Pairs, order: pd.DataFrame, condition: str, name: str) -> pd.DataFrame:
+    """Those of a condition (by its id) in the order of these sequences."""
+    frame = tokens(p.checkpoint["model"], p.checkpoint["train_seed"], condition)
     rows = order.merge(frame, on=UNIT, how="left", validate="one_to_one")
     if rows.nll.isna().any():
         raise ValueError(f"tokens of {p.name} under {name} lack sequences that losses have")
@@ -153,7 +140,8 @@ def _falling(
 ) -> Iterator[tuple[dict[str, object], np.ndarray, float]]:
     """(what names a checkpoint and condition, its tokens' rises from the greatest down, their sum:
     NaN where it is but rounding)."""
-    for p, clean, name, rise_VN in rises(losses, tokens, conditions):
-        fall_N = np.sort(rise_VN, axis=None)[::-1]
-        shown = fall_N.mean() > ROUNDING * clean.nll_N.mean()
-        yield p.checkpoint | {"condition": name}, fall_N, fall_N.sum() if shown else np.nan
+    for p, clean, changes in rises(losses, tokens, conditions):
+        for name, rise_VN in changes:
+            fall_N = np.sort(rise_VN, axis=None)[::-1]
+            shown = fall_N.mean() > ROUNDING * clean.nll_N.mean()
+            yield p.checkpoint | {"condition": name}, fall_N, fall_N.sum() if shown else np.nan
