@@ -7,13 +7,7 @@ from typing import Any
 
 from analysis.adapters.base import Adapter, as_adapter
 from analysis.adapters.cartmoe import CartMoEAdapter
-from cartmoe.checkpoint import (
-    CHECKPOINTS,
-    checkpoint_sha256,
-    newest,
-    read_meta,
-    read_tokenizer,
-)
+from cartmoe.checkpoint import CHECKPOINTS, checkpoint_sha256, newest, read_meta, read_tokenizer
 from cartmoe.checkpoint import load as load_checkpoint
 from cartmoe.config import ModelConfig
 from cartmoe.corpora import is_built_in, read_corpus

@@ -56,10 +56,7 @@ class Intervention:
         self.tokens: Any = None  # Tokens, once they are announced
 
     def begin(
-        self,
-        tokens: Tokens,
-        draws: dict,
-        earlier: Mapping[RouterSite, Routing] | None = None,
+        self, tokens: Tokens, draws: dict, earlier: Mapping[RouterSite, Routing] | None = None
     ) -> None:
         """A forward over these tokens comes next. `draws` keeps noise for all that share it.
 

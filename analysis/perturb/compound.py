@@ -8,14 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from analysis.perturb.base import (
-    Identity,
-    Perturbation,
-    flat,
-    import_name,
-    parts_of,
-    plain,
-)
+from analysis.perturb.base import Identity, Perturbation, flat, import_name, parts_of, plain
 from analysis.perturb.context import RouterContext
 from analysis.perturb.masks import DropTop
 from cartmoe.fields import Count, declared

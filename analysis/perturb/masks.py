@@ -9,11 +9,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
-from analysis.perturb.base import (
-    Perturbation,
-    chosen_mask,
-    mask_experts,
-)
+from analysis.perturb.base import Perturbation, chosen_mask, mask_experts
 from analysis.perturb.context import RouterContext
 from cartmoe.config import check_choice
 from cartmoe.fields import Count, Positive, Share, declared
@@ -155,10 +151,9 @@ class DropExperts(Perturbation):
 
     def _listed(self, site: RouterSite) -> list[int]:
         """The dead of one router, where `ids` say which."""
-        ids: Any = self.ids or ()
-        dead: set[int] = set() if self.by_site else set(ids)
+        dead: Any = self.ids or ()
         if self.by_site:
-            dead = {e for name, own in ids if name in _names(site) for e in own}
+            dead = {e for name, own in dead if name in _names(site) for e in own}
         if dead and max(dead) >= site.num_experts:
             raise ValueError(
                 f"ids has {max(dead)}; {site.name} has only {site.num_experts} experts"
