@@ -1,4 +1,4 @@
-"""Conditions at work in a running model, and calibration, which only listens to one."""
+"""Conditions at work in a running model."""
 
 from __future__ import annotations
 
