@@ -15,15 +15,14 @@ from matplotlib.figure import Figure
 from analysis import plots
 from analysis.adapters import Adapter, load
 from analysis.overlap import Overlap
-from analysis.overlap.metrics import METRICS, TABLES
+from analysis.overlap.metrics import METRICS
 from analysis.plots import SHARES, SIMILAR
 from analysis.report.made import are_there, draw, record, recorded
-from analysis.stats import facts_of
+from analysis.stats import CHECKPOINT, facts_of
 from analysis.study import manifest
 from cartmoe.files import write_atomically
 
 MANIFEST = "manifest.json"
-CHECKPOINT = ["model", "train_seed"]
 Picture = Callable[[], Axes | Figure]
 
 
@@ -66,8 +65,7 @@ def write_overlap(overlap: Overlap, out: Path, asked: dict[str, Any]) -> list[Pa
     whole or not at all; returns their paths."""
     said, files = asked | manifest(), [out / MANIFEST]
     record(files[0], said, [])
-    for name in TABLES:
-        table = getattr(overlap, name)
+    for name, table in overlap.tables.items():
         if not table.empty:
             files.append(out / f"{name}.csv")
             write_atomically(files[-1], table.to_csv(index=False))
@@ -81,10 +79,10 @@ def _pictures(overlap: Overlap) -> Iterator[tuple[str, Picture]]:
     """For all models one picture a metric of pairs; for each model its first site in detail."""
     for name in _within_sites(overlap):
         yield name, partial(plots.overlap_profile, overlap, name)
-    tables = (getattr(overlap, name) for name in TABLES)
-    checkpoints = pd.concat([table[CHECKPOINT] for table in tables]).drop_duplicates()
-    for key in checkpoints.itertuples(index=False, name=None):
-        own, stem = _of_checkpoint(overlap, key), f"{key[0]}-s{key[1]}"
+    rows = pd.concat([table[CHECKPOINT] for table in overlap.tables.values()])
+    for checkpoint in rows.drop_duplicates().itertuples(index=False):
+        own = overlap.map(partial(_rows_of, checkpoint))
+        stem = f"{checkpoint.model}-s{checkpoint.train_seed}"
         for name in _within_sites(own):
             if METRICS[name].kind == "function":
                 draw = partial(plots.substitution_matrix, own, **_first_site(own, name))
@@ -121,9 +119,5 @@ def _cartesian_layers(overlap: Overlap) -> list[int]:
     return [layer for layer, found in layers.items() if needed <= found]
 
 
-def _of_checkpoint(overlap: Overlap, key: tuple[str, int]) -> Overlap:
-    parts = {}
-    for name in TABLES:
-        table = getattr(overlap, name)
-        parts[name] = table[(table[CHECKPOINT] == list(key)).all(axis=1)]
-    return Overlap(**parts)
+def _rows_of(checkpoint: Sequence[Any], table: pd.DataFrame) -> pd.DataFrame:
+    return table[(table[CHECKPOINT] == list(checkpoint)).all(axis=1)]

@@ -40,23 +40,19 @@ PROBE = 4  # sequences
 
 
 class Estimate(NamedTuple):
-    """Of one model: cells, and seconds in one process.
+    """Of one model.
 
-    steps   that are left to train, and seconds of all of them
+    arms        what each shard is measured under;  missing   cells that are left
+    measuring   seconds in one process
+    steps       that are left to train;  training   seconds of all of them
     """
 
-    spec: ModelSpec
-    shards: int
+    model: str
     arms: int
     missing: int
-    seconds: float
+    measuring: float
     steps: int
     training: float
-
-    @property
-    def cells(self) -> int:
-        """All of the model."""
-        return self.shards * self.arms
 
 
 def dry_run(study: Study, out: str | Path, workers: int = 1, threads: int | None = None) -> str:
@@ -74,30 +70,29 @@ def dry_run(study: Study, out: str | Path, workers: int = 1, threads: int | None
             _estimate(plan, spec, checkpoint, out, finished)
             for spec, checkpoint in zip(study.models, found, strict=True)
         ]
-    return _describe(plan, rows, workers)
+    return _describe(plan, pd.DataFrame(rows, columns=Estimate._fields), workers)
 
 
 def _estimate(
     plan: Plan, spec: ModelSpec, checkpoint: Checkpoint | None, out: Path, finished: set[str]
 ) -> Estimate:
-    arms = plan.arms(spec, checkpoint)[1]
+    arms, tokenizer = plan.arms(spec, checkpoint)[1], plan.corpus.tokenizer
+    seconds, steps, training = 0.0, 0, 0.0
     if checkpoint:
         cells = plan.work(checkpoint).cells
         missing = [(cell.shard, cell.condition) for cell in cells if cell.key not in finished]
-        steps, training = 0, 0.0
     else:
         missing = list(itertools.product(range(len(plan.shards)), arms))
         steps, training = _training(spec, run_folder(out, spec))
-    seconds = 0.0
     if missing:
-        device, tokenizer = default_device(), plan.corpus.tokenizer
         if checkpoint:
-            model = load(checkpoint.path, tokenizer=tokenizer, device=device)
+            model = load(checkpoint.path, tokenizer=tokenizer, device=default_device())
         else:
-            model = adapt(LanguageModel(spec.config).to(device).eval(), tokenizer)
+            model = adapt(LanguageModel(spec.config).to(default_device()).eval(), tokenizer)
         once, each = _probe(plan, model, arms)
         seconds = once + sum(each[arm] * len(plan.shards[shard]) for shard, arm in missing)
-    return Estimate(spec, len(plan.shards), len(arms), len(missing), seconds, steps, training)
+    name = f"{spec.name} (seed {spec.train_seed})"
+    return Estimate(name, len(arms), len(missing), seconds, steps, training)
 
 
 def _probe(
@@ -153,29 +148,28 @@ def _training(spec: ModelSpec, folder: Path) -> tuple[int, float]:
     return left, seconds * left * config.batch_size / rows
 
 
-def _describe(plan: Plan, rows: list[Estimate], workers: int) -> str:
+def _describe(plan: Plan, rows: pd.DataFrame, workers: int) -> str:
+    """`rows`: an `Estimate` each."""
+    shards = len(plan.shards)
     table = pd.DataFrame(
         {
-            "model": f"{row.spec.name} (seed {row.spec.train_seed})",
-            "cells": f"{row.shards} shards x {row.arms} = {row.cells}",
-            "finished": row.cells - row.missing,
-            "missing": row.missing,
-            "measuring": spoken(row.seconds),
-            "steps": row.steps,
-            "training": spoken(row.training),
+            "model": rows.model,
+            "cells": [f"{shards} shards x {arms} = {shards * arms}" for arms in rows.arms],
+            "finished": shards * rows.arms - rows.missing,
+            "missing": rows.missing,
+            "measuring": rows.measuring.map(spoken),
+            "steps": rows.steps,
+            "training": rows.training.map(spoken),
         }
-        for row in rows
     )
-    cells, missing = sum(row.cells for row in rows), table.missing.sum()
-    measuring, training = sum(row.seconds for row in rows), sum(row.training for row in rows)
     probe = f"{min(PROBE, plan.study.measure.batch_size)} sequences"
     return f"""\
-Study {plan.study.name!r}: {len(rows)} models, {cells} cells, {cells - missing} finished, \
-{missing} missing
+Study {plan.study.name!r}: {len(rows)} models, {shards * rows.arms.sum()} cells, \
+{table.finished.sum()} finished, {rows.missing.sum()} missing
 {table.to_string(index=False)}
-Training, one model after the other: about {spoken(training)}
+Training, one model after the other: about {spoken(rows.training.sum())}
 Measuring with {workers} process{"es" * (workers > 1)} of {plan.threads} \
-thread{"s" * (plan.threads > 1)}: about {spoken(measuring / workers)}
+thread{"s" * (plan.threads > 1)}: about {spoken(rows.measuring.sum() / workers)}
 Estimated from one batch of {probe} a model and kind of condition, and one training step of as \
 many (models not trained yet: with random weights); nothing was written."""
 

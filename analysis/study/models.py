@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from analysis.study.reading import Mistakes
 from analysis.study.specs import ModelSpec
 from analysis.study.study import Study
 from cartmoe.checkpoint import (
-    CHECKPOINTS,
     checkpoint_sha256,
     newest,
     read_config,
@@ -23,10 +23,9 @@ from cartmoe.checkpoint import (
     read_tokenizer,
     run_checkpoints,
 )
-from cartmoe.config import ModelConfig
 from cartmoe.corpora import CORPORA, is_built_in
 from cartmoe.data import Corpus
-from cartmoe.run import RUN, read_run
+from cartmoe.run import read_run
 from cartmoe.tokenizers import tokenizer_key
 from cartmoe.train import train
 
@@ -44,27 +43,17 @@ class Checkpoint:
         """By what its manifest says."""
         return cls(spec, path, checkpoint_sha256(path))
 
-    @property
-    def config(self) -> ModelConfig:
-        """Of the model."""
-        return read_config(self.path)
-
 
 def check_sources(study: Study) -> None:
     """Raise `ValueError`, a line a mistake, for a corpus or a tokenizer that is not there."""
-    mistakes = []
-    corpus = study.data.corpus
+    noted, corpus = Mistakes(), study.data.corpus
     if not is_built_in(corpus) and not Path(corpus).expanduser().exists():
-        mistakes.append(
+        noted.mistakes.append(
             f"data.corpus: corpus is {corpus!r}, which is no file, folder or built-in corpus "
             f"({', '.join(CORPORA)})"
         )
-    try:
-        tokenizer_key(study.data.tokenizer)
-    except (ValueError, OSError) as error:
-        mistakes.append(f"data.tokenizer: {error}")
-    if mistakes:
-        raise ValueError("\n".join(f"{study.origin}: {mistake}" for mistake in mistakes))
+    noted.attempt("data.tokenizer", tokenizer_key, study.data.tokenizer)
+    noted.finish(study.origin)
 
 
 def find(study: Study, spec: ModelSpec, corpus: Corpus, out: Path) -> Checkpoint | None:
@@ -115,15 +104,11 @@ def _named(study: Study, spec: ModelSpec) -> Iterator[None]:
 
 def _last(directory: Path) -> Path:
     """The checkpoint itself, or the newest one of a run, damaged or not."""
-    if (directory / CHECKPOINTS).is_dir() and run_checkpoints(directory):
-        return run_checkpoints(directory)[-1]
-    return directory
+    return [directory, *run_checkpoints(directory)][-1]
 
 
 def _trained(spec: ModelSpec, folder: Path, corpus: Corpus) -> Path | None:
     """The last checkpoint of a finished run of exactly what is asked for."""
-    if not (folder / RUN).is_file() or not run_checkpoints(folder):
-        return None
     asked = {
         "model": spec.config.to_dict(),
         "train": asdict(spec.train),
@@ -133,7 +118,7 @@ def _trained(spec: ModelSpec, folder: Path, corpus: Corpus) -> Path | None:
     try:
         same = read_run(folder)["asked"] == json.loads(json.dumps(asked))
         return path if same and read_meta(path)["step"] >= spec.train.steps else None
-    except (ValueError, KeyError, OSError):  # `train` says what is wrong, or makes it good
+    except (ValueError, KeyError, OSError):  # `train` begins, says what is wrong, or makes it good
         return None
 
 

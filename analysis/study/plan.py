@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from analysis.adapters import Adapter, skeleton
-from analysis.measure import facts_of, worth_tabulating
+from analysis.measure import worth_tabulating
 from analysis.perturb import CLEAN, Condition, Where
 from analysis.study.models import Checkpoint, check_sources, find
 from analysis.study.provenance import default_device, platform_identity
+from analysis.study.reading import Mistakes
 from analysis.study.specs import ModelSpec
 from analysis.study.store import cell_key
 from analysis.study.study import Study
 from analysis.study.worker import PlannedCell, Source, Task
+from cartmoe.checkpoint import read_config
 from cartmoe.corpora import is_built_in
 from cartmoe.data import Corpus, Sequences, prepare, sequences
 
@@ -28,11 +30,13 @@ MOST_CELLS = 32  # of a task: what is lost when it is stopped; its clean pass is
 
 @dataclass(frozen=True)
 class Work:
-    """The cells of one model, shard by shard."""
+    """The cells of one model, shard by shard.
+
+    model   without weights
+    """
 
     checkpoint: Checkpoint
-    family: str
-    facts: list[dict[str, Any]]
+    model: Adapter
     cells: list[PlannedCell]
 
 
@@ -67,26 +71,22 @@ class Plan:
         fit a model, and for layers that none has. (Stages may be missing: most families have one.)
         """
         found = [find(self.study, spec, self.corpus, out) for spec in self.study.models]
-        mistakes: dict[str, None] = {}
+        noted = Mistakes()
         layers: set[int] = set()
         for spec, checkpoint in zip(self.study.models, found, strict=True):
             model, arms = self.arms(spec, checkpoint)
-            mistakes |= dict.fromkeys(self._misfits(model, arms))
+            for condition in arms:
+                p, sites = condition.perturbation, filter(condition.where, model.sites())
+                noted.attempt(f"conditions: {p.label}, model {model.name!r}", p.check, list(sites))
             layers |= {site.layer for site in model.sites()}
-        for place in dict.fromkeys(condition.where for condition in self.study.conditions):
-            if place.layer is not None and place.layer not in layers:
-                have = ", ".join(map(str, sorted(layers))) or "none: all are dense"
-                mistakes[f"conditions: where is '{place}'; layers with a router are {have}"] = None
-        if mistakes:
-            raise ValueError("\n".join(f"{self.study.origin}: {m}" for m in mistakes))
+        have = ", ".join(map(str, sorted(layers))) or "none: all are dense"
+        for where in (condition.where for condition in self.study.conditions):
+            if where.layer is not None and where.layer not in layers:
+                noted.mistakes.append(
+                    f"conditions: where is '{where}'; layers with a router are {have}"
+                )
+        noted.finish(self.study.origin)
         return found
-
-    def _misfits(self, model: Adapter, conditions: Iterable[Condition]) -> Iterator[str]:
-        for condition in conditions:
-            try:
-                condition.perturbation.check([s for s in model.sites() if condition.where(s)])
-            except ValueError as error:
-                yield f"conditions: {condition.perturbation.label}, model {model.name!r}: {error}"
 
     @cached_property
     def platform(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Plan:
         The latter is decided here, by all conditions of the study, so that it does not depend on
         which of them are measured together.
         """
-        config = checkpoint.config if checkpoint else spec.config
+        config = read_config(checkpoint.path) if checkpoint else spec.config
         model = skeleton(config, name=spec.name, train_seed=spec.train_seed)
         conditions = conditions_for(model, self.study.conditions_of(spec))
         tokens = self.study.measure.batch_size * self.study.data.length
@@ -113,8 +113,7 @@ class Plan:
         """The cells of one model."""
         model, arms = self.arms(checkpoint.spec, checkpoint)
         measure = self.study.measure
-        size = measure.batch_size
-        calibration = {"sequences": self.calibration.sha256, "batch_size": size}
+        calibration = {"sequences": self.calibration.sha256, "batch_size": measure.batch_size}
         # The clean run has neither.
         own: dict[Condition, dict[str, Any]] = {
             c: {"condition": c.to_dict(), "calibration": calibration} for c in arms
@@ -123,7 +122,7 @@ class Plan:
         common = self.platform | {
             "model": checkpoint.identity,
             "tokenizer": self.corpus.tokenizer.identity,
-            "batch_size": size,
+            "batch_size": measure.batch_size,
             "precision": measure.precision,
             "keep_tokens": measure.tokens,
         }
@@ -133,7 +132,7 @@ class Plan:
                 identity = common | own[condition] | {"data": shard.sha256, "tabulated": tabulated}
                 key = cell_key(identity)
                 cells.append(PlannedCell(key, number, condition, tabulated, identity))
-        return Work(checkpoint, model.family, facts_of(model), cells)
+        return Work(checkpoint, model, cells)
 
     def tasks(self, work: Sequence[Work], keys: Collection[str], workers: int) -> list[Task]:
         """These cells in tasks: those of one model and shard together, since they share a clean
@@ -158,7 +157,6 @@ class Plan:
             checkpoint=checkpoint.path.resolve(),
             identity=checkpoint.identity,
             name=checkpoint.spec.name,
-            train_seed=checkpoint.spec.train_seed,
             tokenizer=(tokenizer.name, getattr(tokenizer, "json", None)),
             calibration=self.calibration,
             calibration_sha256=self.calibration.sha256,

@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    BrokenExecutor,
-    CancelledError,
-    Executor,
-    Future,
-    wait,
-)
-from itertools import islice
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent import futures
+from concurrent.futures import BrokenExecutor, Executor, Future
+from dataclasses import replace
+from itertools import chain, islice
 from typing import NamedTuple
 
 from analysis.measure import Cell
@@ -53,9 +48,8 @@ class InProcess:
 
     def run(self, tasks: Iterable[Task], suspects: Iterable[Task] = ()) -> Outcomes:
         """(task, its cells), in their order."""
-        for part in (tasks, suspects):
-            for task in part:
-                yield task, compute(task)
+        for task in chain(tasks, suspects):
+            yield task, compute(task)
 
 
 class Pool:
@@ -91,51 +85,52 @@ class Pool:
 
         Raises what a task raises, and `ConnectionError` where the executor lost it.
         """
-        tasks, suspects = iter(tasks), list(suspects)
-        flying: dict[Future, Task] = {}
-        while True:
-            # No more than keeps all busy: the others are not even made yet.
-            for task in islice(tasks, self.workers + 1 - len(flying)):
-                flying[self._submit(task)] = task
-            if not flying:
-                break
-            done = self._wait(flying)
-            broken = False
-            for future in done:
-                task, error = flying.pop(future), _error(future)
-                if error is None:
-                    yield task, future.result()
-                elif deaths(error):
-                    suspects.append(task)
-                    broken |= isinstance(error, BrokenExecutor)
-                else:
-                    raise error
-            if broken:
-                suspects += flying.values()
-                flying.clear()
-                self._restart()
+        suspects = list(suspects)
+        # No more at once than keeps all busy: the others are not even made yet.
+        for task, outcome in self._fly(iter(tasks), self.workers + 1):
+            if isinstance(outcome, BaseException):
+                suspects.append(task)
+            else:
+                yield task, outcome
         for task in suspects:
-            for cell in task.alone():
-                yield cell, self._alone(cell)
+            for cell in task.cells:
+                alone = replace(task, cells=(cell,))
+                yield alone, self._alone(alone)
 
     def _alone(self, task: Task) -> list[Cell] | Failure:
         died = 0
         while died < MAX_DEATHS:
-            future = self._submit(task)
-            self._wait([future])
-            error = _error(future)
-            if error is None:
-                return future.result()
-            if not deaths(error):
-                raise error
-            died += deaths(error)
-            if isinstance(error, BrokenExecutor):
-                self._restart()
+            ((_, outcome),) = self._fly(iter([task]), 1)
+            if not isinstance(outcome, BaseException):
+                return outcome
+            died += deaths(outcome)
         return Failure("the worker process died: killed, crashed, or out of memory", died)
 
-    def _wait(self, futures: Iterable[Future]) -> set[Future]:
+    def _fly(
+        self, tasks: Iterator[Task], at_once: int
+    ) -> Iterator[tuple[Task, list[Cell] | BaseException]]:
+        """(task, its cells, or by what a worker died that had it), as they are done."""
+        flying: dict[Future, Task] = {}
+        while True:
+            for task in islice(tasks, at_once - len(flying)):
+                flying[self._submit(task)] = task
+            if not flying:
+                return
+            broken = None
+            for future in self._wait(flying):
+                task, error = flying.pop(future), _error(future)
+                if error and not deaths(error):
+                    raise error
+                yield task, error or future.result()
+                broken = error if isinstance(error, BrokenExecutor) else broken
+            if broken:
+                yield from ((task, broken) for task in flying.values())
+                flying.clear()
+                self._restart()
+
+    def _wait(self, flying: Iterable[Future]) -> set[Future]:
         """Those that are done, once one is; asks now and then whether there still are workers."""
-        while not (done := wait(futures, PATIENCE, FIRST_COMPLETED).done):
+        while not (done := futures.wait(flying, PATIENCE, futures.FIRST_COMPLETED).done):
             check = getattr(self.executor, "check", None)
             if check:
                 check()
@@ -172,5 +167,5 @@ class Pool:
 def _error(future: Future) -> BaseException | None:
     try:
         return future.exception()
-    except CancelledError as error:
+    except futures.CancelledError as error:
         return ConnectionError(f"the executor lost a task ({error}); finished cells are kept")

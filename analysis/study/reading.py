@@ -9,18 +9,11 @@ from typing import Any
 from cartmoe.config import check_choice
 
 
-class TableReader:
-    """Reads the tables of a file, and goes on after a mistake so that all are reported at once."""
+class Mistakes:
+    """Noted one after the other, so that all are reported at once."""
 
     def __init__(self):
         self.mistakes: list[str] = []
-
-    def known(self, where: str, table: Mapping, keys: Iterable[str]) -> dict[str, Any]:
-        """Those of the table's keys that there are."""
-        keys = sorted(keys)
-        for key in (key for key in table if key not in keys):
-            self.mistakes.append(f"{where}{key}: no such key; choose one of {', '.join(keys)}")
-        return {key: value for key, value in table.items() if key in keys}
 
     def attempt(self, where: str, make, /, *args, **kwargs):
         """make(...), or None with its mistakes noted."""
@@ -30,7 +23,24 @@ class TableReader:
             # What a TypeError says names no parameter.
             given = f" ({kwargs})" if isinstance(error, TypeError) else ""
             lines = f"{error}{given}".splitlines()
-            self.mistakes += [f"{where}: {line}".removeprefix(": ") for line in lines]
+            self.mistakes += [f"{where}: {line}" for line in lines]
+
+    def finish(self, origin: str) -> None:
+        """Raise `ValueError`, a line a mistake, each of them beginning with `origin`."""
+        if self.mistakes:
+            # One may be met once for each member of a grid.
+            raise ValueError("\n".join(f"{origin}: {m}" for m in dict.fromkeys(self.mistakes)))
+
+
+class TableReader(Mistakes):
+    """Reads the tables of a file, and goes on after a mistake."""
+
+    def known(self, where: str, table: Mapping, keys: Iterable[str]) -> dict[str, Any]:
+        """Those of the table's keys that there are."""
+        keys = sorted(keys)
+        for key in (key for key in table if key not in keys):
+            self.mistakes.append(f"{where}{key}: no such key; choose one of {', '.join(keys)}")
+        return {key: value for key, value in table.items() if key in keys}
 
     def table(self, where: str, value: Any) -> Mapping:
         """The value if it is a table; else an empty one."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from analysis.measure import Results, key_columns
+from analysis.measure import Results, facts_of, key_columns
 from analysis.study.folder import PLAN, STORE, read
 from analysis.study.models import Checkpoint, check_bytes, make, run_folder
 from analysis.study.plan import Plan, Work
@@ -79,11 +79,10 @@ def _ready(
 
     def checked(checkpoint: Checkpoint) -> Work:
         work = plan.work(checkpoint)
-        if any(cell.key not in finished for cell in work.cells):
-            # It will be read, perhaps after hours of training others.
-            good = check_bytes(study, checkpoint)
-            return work if good == checkpoint else plan.work(good)
-        return work
+        if all(cell.key in finished for cell in work.cells):
+            return work
+        # It will be read, perhaps after hours of training others.
+        return plan.work(check_bytes(study, checkpoint))
 
     found = [checked(there) if there else None for there in plan.find(out)]
     works = []
@@ -139,13 +138,11 @@ def _write_plan(out: Path, study: Study, work: Sequence[Work]) -> None:
         "study": study_dict(study),
         "contrasts": study.contrasts and asdict(study.contrasts),
         "manifest": manifest(),
-        "facts": [row for w in work for row in w.facts],
+        "facts": [row for w in work for row in facts_of(w.model)],
         # A list: one checkpoint under two names has the same cells twice.
         "cells": [
             {"key": cell.key, "shard": cell.shard}
-            | key_columns(
-                w.checkpoint.spec.name, w.family, w.checkpoint.spec.train_seed, cell.condition
-            )
+            | key_columns(w.model.name, w.model.family, w.model.train_seed, cell.condition)
             for w in work
             for cell in w.cells
         ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 import tomllib
@@ -57,9 +56,7 @@ def study_fields(table: Mapping[str, Any], origin: str, default_name: str) -> di
     contrasts = reader.contrasts(table, models, only)
     if not models and not reader.mistakes:
         reader.mistakes.append("no models: give [train] with families, or [[models]] with path")
-    if reader.mistakes:
-        # A mistake may be met once for each member of a grid.
-        raise ValueError("\n".join(f"{origin}: {m}" for m in dict.fromkeys(reader.mistakes)))
+    reader.finish(origin)
     return dict(
         name=name,
         data=data,
@@ -96,8 +93,7 @@ class _Reader(TableReader):
         asked = [("train.model", family, family, options) for family in families]
         asked += self.variants(variants, options)
         for preset, (where, name, family, model) in itertools.product(presets[:1], asked):
-            build = functools.partial(ModelConfig.preset, preset, family)
-            config = self.attempt(where, build, **model)
+            config = self.attempt(where, ModelConfig.preset, preset, family, **model)
             if config and train:
                 # Seeds that are none are mistakes already.
                 for seed in (seed for seed in seeds if type(seed) is int and seed >= 0):
@@ -175,13 +171,12 @@ class _Reader(TableReader):
             "models": dict.fromkeys(m.name for m in models),
             "train_seeds": dict.fromkeys(m.train_seed for m in models),
         }
-        asked = {key: choices for key, choices in have.items() if key in table}
-        return Only(
-            **{
-                key: tuple(self.choices(f"{where}.{key}", key, table[key], choices))
-                for key, choices in asked.items()
-            }
-        )
+        asked = {
+            key: tuple(self.choices(f"{where}.{key}", key, table[key], choices))
+            for key, choices in have.items()
+            if key in table
+        }
+        return Only(**asked)
 
     def names(self, models: list[ModelSpec], only: Mapping[Condition, Only]) -> None:
         """Conditions on one model need different names in tables."""

@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from analysis.measure import Cell, calibrate, measure
 from analysis.perturb import CLEAN, Calibration, Condition
 from analysis.study.provenance import default_device, platform_identity
 from cartmoe.data import Sequences
-from cartmoe.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer
+from cartmoe.tokenizers import ByteTokenizer, JsonTokenizer
 
 # Threads of one process share model and hooks, so one task at a time.
 _ONE_AT_A_TIME = threading.Lock()
@@ -42,7 +42,6 @@ class Source:
     checkpoint: Path
     identity: str
     name: str
-    train_seed: int
     tokenizer: tuple[str, str | None]
     calibration: Sequences = field(compare=False, repr=False)
     calibration_sha256: str
@@ -72,10 +71,6 @@ class Task:
     shard: Sequences
     cells: tuple[PlannedCell, ...]
     keep_tokens: bool
-
-    def alone(self) -> list[Task]:
-        """One task for each cell."""
-        return [replace(self, cells=(cell,)) for cell in self.cells]
 
 
 def compute(task: Task) -> list[Cell]:
@@ -117,11 +112,11 @@ def forget() -> None:
 
 @lru_cache(maxsize=1)
 def _prepared(source: Source) -> tuple[Adapter, Calibration | None]:
+    name, json = source.tokenizer
     model = load(
         source.checkpoint,
         name=source.name,
-        train_seed=source.train_seed,
-        tokenizer=_tokenizer(*source.tokenizer),
+        tokenizer=JsonTokenizer(json, name) if json else ByteTokenizer(),
         device=default_device(),
     )
     if model.identity != source.identity:
@@ -129,10 +124,6 @@ def _prepared(source: Source) -> tuple[Adapter, Calibration | None]:
     if not model.sites():
         return model, None
     return model, calibrate(model, source.calibration, batch_size=source.batch_size)
-
-
-def _tokenizer(name: str, json: str | None) -> Tokenizer:
-    return ByteTokenizer() if json is None else JsonTokenizer(json, name)
 
 
 @contextmanager

@@ -206,7 +206,7 @@ def test_tasks(study_of, tmp_path, workers):
     assert sorted(cell.key for task in tasks for cell in task.cells) == sorted(missing)
     assert all(len({cell.shard for cell in task.cells}) == 1 for task in tasks)
     if workers == 1:
-        places = {(w.family, c.shard) for w in work for c in w.cells if c.key in missing}
+        places = {(w.model.family, c.shard) for w in work for c in w.cells if c.key in missing}
         assert len(tasks) == len(places) == 2 * SHARDS
     else:
         assert len(tasks) >= min(TASKS_A_WORKER * workers, len(missing) / 2)
