@@ -68,7 +68,7 @@ def measure_overlap(
     sizes = labels.num_classes, len(labels.domains)
     options = dict(probe=probe, minibatch=minibatch, seed=seed)
     streams = Streams(model, chosen, asked, units, sizes, **options)
-    if streams.need_tokens:
+    if streams.kinds != {"weights"}:  # which need no tokens
         probes = Probes(model, docs, chosen, labels, skip_first, DAMAGE in streams.kinds)
         with tqdm(total=len(docs), unit="sequence", disable=not progress) as bar:
             for number, pack in enumerate(packs):

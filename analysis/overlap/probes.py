@@ -113,14 +113,12 @@ class Probes:
         counts_SL = batch.targets_SL != IGNORE
         if self.skip_first:
             counts_SL[:, 0] = False
-        counted = counts_SL.flatten().nonzero()[:, 0]
-        order = torch.from_numpy(np.random.default_rng(key).permutation(len(counted)))
-        counted = counted[order.to(counted.device)]
-        rows_S, L = torch.tensor(rows), counts_SL.shape[1]
-        own_SL = torch.arange(L).expand(len(rows_S), L)
+        at = np.random.default_rng(key).permutation(np.flatnonzero(counts_SL.cpu()))
+        counted = torch.from_numpy(at).to(self.model.device)
+        own_SL = torch.arange(counts_SL.shape[1]).expand_as(counts_SL)
         others_RS = self.labels.other_RS[:, rows]
-        own = self._labels(rows_S, own_SL, counted)
-        others = self._labels(others_RS, self._places(others_RS), counted)
+        own = self._labels(torch.tensor(rows), own_SL, at)
+        others = self._labels(others_RS, self._places(others_RS), at)
         before: Routing | None = None
         for site in self.model.sites():
             x_TD, routing, _ = flows[site]
@@ -128,10 +126,8 @@ class Probes:
             if site in self.sites:
                 x_TD, stream_TD = x_TD.detach()[counted], streams[site][counted]
                 gradient_TD = gradient_of[site][counted] if self.gradients else None
-                yield (
-                    site,
-                    Probe(unit, x_TD, routing, *own, *others, before, stream_TD, gradient_TD),
-                )
+                labels = *own, *others
+                yield site, Probe(unit, x_TD, routing, *labels, before, stream_TD, gradient_TD)
             before = routing
 
     def _run(
@@ -162,12 +158,11 @@ class Probes:
         length_S1 = (~empty_SL).sum(-1, keepdim=True)
         return first_SL.gather(-1, torch.arange(empty_SL.shape[-1]) % length_S1.clamp(min=1))
 
-    def _labels(self, rows_S: Tensor, place_SL: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    def _labels(self, rows_S: Tensor, place_SL: Tensor, at: np.ndarray) -> tuple[Tensor, Tensor]:
         """Token classes and domains, (..., T), of these sequences, (..., S), at places of theirs,
         (..., S, L), that stand where the counted ones are."""
         tokens_SL = self.docs.tokens_SL[rows_S].gather(-1, place_SL)
         domain_SL = self.labels.domain_S[rows_S, None].expand_as(tokens_SL)
-        at = counted.cpu()
         tokens_T, domain_T = (x_SL.flatten(-2)[..., at] for x_SL in (tokens_SL, domain_SL))
         return self.labels.class_V[tokens_T], domain_T
 

@@ -115,8 +115,7 @@ def substitution(
     table = table.assign(
         measured=np.nan, low=np.nan, high=np.nan, num_tokens=np.array(tokens, np.int64)
     )
-    groups = table.groupby(SITE, sort=False)
-    choices = [_choose(pairs, lowest, random, seed) for _, pairs in groups]
+    choices = [_choose(pairs, lowest, random, seed) for _, pairs in table.groupby(SITE, sort=False)]
     table = table.join(pd.concat(choices)).assign(downstream=downstream)
     rows = table.index[table.chosen != ""]
     places = table.loc[rows, ["layer", "stage", "expert_i", "expert_j"]].to_numpy().tolist()
@@ -142,9 +141,9 @@ def calibration(frame: pd.DataFrame) -> pd.DataFrame:
     those, and its standard error mean_measured_se (0 if all were measured). Where none were drawn
     at random, all of it speaks of the lowest alone and mean_measured_se is NaN.
     """
-    check_columns("pairs of substitution", frame, [*SITE, "downstream", "chosen", "probability"])
-    groups = frame.groupby([*SITE, "downstream"], sort=False)
     keys = [*SITE, "downstream"]
+    check_columns("pairs of substitution", frame, [*keys, "chosen", "probability"])
+    groups = frame.groupby(keys, sort=False)
     return pd.DataFrame([dict(zip(keys, key, strict=True)) | _calibrate(f) for key, f in groups])
 
 

@@ -6,7 +6,7 @@ D documents, S sequences, L length, T = S * L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from scipy.stats import rankdata
 from analysis.adapters import check_documents, routed_adapter
 from analysis.overlap.metrics import usage
 from analysis.overlap.probes import routed_tokens
+from analysis.overlap.removal import by_document
 from analysis.overlap.request import metric_names
 from analysis.overlap.tables import KEYS, Overlap, site_columns
 from analysis.stats import Bootstrap, facts_of
@@ -62,12 +63,11 @@ def _corpus(factorial: Factorial | str) -> Factorial:
     return Factorial.parse(options)
 
 
-def _numbers(domains: Iterable[str], factorial: Factorial) -> np.ndarray:
-    known = {domain: number for number, domain in enumerate(factorial.domains)}
-    domains = list(domains)
+def _numbers(domains: Collection[str], factorial: Factorial) -> np.ndarray:
+    known = factorial.domains
     for domain in domains:
         check_choice(f"domain of {factorial.name!r}", domain, known)
-    return np.array([known[domain] for domain in domains])
+    return np.array([known.index(domain) for domain in domains])
 
 
 def truth_scores(
@@ -178,18 +178,17 @@ def factor_information(
     check_whole("shuffles", shuffles, 1)
     check_whole("batch_size", batch_size, 1)
     check_documents(docs, model)
-    _, first_D, document_S = np.unique(docs.document_id, return_index=True, return_inverse=True)
+    _, first_D = np.unique(docs.document_id, return_index=True)
     domain_D = _numbers([docs.domain[s] for s in first_D], factorial)
-    of_document_DS = np.arange(len(first_D))[:, None] == document_S
     routed = routed_tokens(model, docs, batch_size)
-    counts = {site: of_document_DS @ counts_SE for site, counts_SE in routed.items()}
     rng = np.random.default_rng(seed)
     order_RD = rng.permuted(np.tile(np.arange(len(domain_D)), (shuffles, 1)), axis=1)
     order_RD = np.concatenate([np.arange(len(domain_D))[None], order_RD])
     topic_D, style_D = np.divmod(domain_D, factorial.styles)
     factors = dict(topic=topic_D, style=style_D, pair=domain_D)
     rows = []
-    for site, counts_DE in counts.items():
+    for site, counts_SE in routed.items():
+        counts_DE = by_document(docs, counts_SE.T).T
         row = site_columns(model, site) | {"num_documents": len(domain_D)}
         row["num_slots"] = int(counts_DE.sum())
         for factor, label_D in factors.items():

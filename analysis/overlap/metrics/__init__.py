@@ -2,7 +2,7 @@
 
 base.py              what a metric is; units of documents and the jackknife over them
 usage.py             which tokens experts are used for, and with whom, on tensors; usage_stream.py:
-                     over batches; usage_metrics.py, chance.py: metrics, and company by chance
+                     over batches; usage_metrics.py: metrics, and company by chance
 weights.py           their parameters, up to SwiGLU's symmetries
 outputs.py           what they compute, on tensors; output_stream.py: over batches
 first_order.py       what one costs in another's place, to first order: this is damage itself

@@ -198,13 +198,16 @@ def _experts_cka(sums: Sums) -> Tensor:
     return _by_expert(cosines(sums["hsic"])).diagonal(dim1=2, dim2=4).mean(-1)
 
 
+PAIRS, SITES = (partial(Metric, "composite", table) for table in ("pairs", "sites"))
+
+
 def _share_metric(part: int, what: str) -> Metric:
     about = (
         f"share of {what} in the squares of composed outputs about their mean; null: the same of B "
         "fed the mean over A's experts"
     )
     of, null = (partial(_share, part=part, of=of) for of in ("squares", "null"))
-    return Metric("composite", "sites", of, about, null)
+    return SITES(of, about, null)
 
 
 def _relation_metrics(name: str, of: Callable[..., Tensor], measure: str) -> dict[str, Metric]:
@@ -214,9 +217,7 @@ def _relation_metrics(name: str, of: Callable[..., Tensor], measure: str) -> dic
         about = f"{measure} of composed experts that {which}, {few}"
         null = None if number == UNRELATED else partial(of, relation=UNRELATED)
         about += "; null: of those that share neither" if null else ""
-        metrics[f"{name}_{relation}"] = Metric(
-            "composite", "sites", partial(of, relation=number), about, null
-        )
+        metrics[f"{name}_{relation}"] = SITES(partial(of, relation=number), about, null)
     return metrics
 
 
@@ -226,9 +227,7 @@ METRICS = {
     **_relation_metrics(
         "composite_cosine", _cosine, "mean cosine, about the token's mean of these,"
     ),
-    "composite_cka": Metric(
-        "composite",
-        "pairs",
+    "composite_cka": PAIRS(
         _experts_cka,
         "mean debiased CKA of composed experts that differ in these two of one stage alone, over "
         f"the other's experts; of stages of at most {PAIR_EXPERTS} experts, the first of which is "

@@ -9,6 +9,8 @@ Shapes: U units, T tokens, E experts, D model.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -66,17 +68,14 @@ def _removal(sums: Sums) -> Tensor:
     return -sums["slopes"].diagonal(dim1=-2, dim2=-1) / sums["routed"]
 
 
+PAIRS, EXPERTS = (partial(Metric, "function", table) for table in ("pairs", "experts"))
 METRICS = {
-    "substitution": Metric(
-        "function",
-        "pairs",
+    "substitution": PAIRS(
         _substitution,
         "rise of the loss, to first order, if expert_j runs in expert_i's slots at its weight; "
         "nats per token routed to expert_i",
     ),
-    "removal_linear": Metric(
-        "function",
-        "experts",
+    "removal_linear": EXPERTS(
         _removal,
         "rise of the loss, to first order, if the expert is taken away and not refilled; nats per "
         "token routed to it",

@@ -6,6 +6,7 @@ Shapes: U units, E experts, the shared one last where there is one, N of them, T
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from itertools import combinations
 
@@ -20,9 +21,10 @@ from analysis.overlap.metrics.base import Metric, Probe, Sums, UnitSums
 from analysis.overlap.metrics.weights import ExpertWeights
 from cartmoe.hooks import RouterSite
 
-Experts = Callable[[Tensor, list[int]], Tensor]  # (x_TD, N ids) -> (N, T, D)
+Experts = list[Callable[[Tensor], Tensor]]  # each x_TD -> (1, T, D)
 
 
+@dataclass(eq=False)
 class OutputStream:
     """Sums over one site's tokens of how its experts' outputs compare.
 
@@ -38,32 +40,29 @@ class OutputStream:
     names, on the CPU: of 32 units and 64 experts 18 MB a site.
     """
 
+    model: Adapter
+    site: RouterSite
+    units: int
+    _: KW_ONLY
+    probe: str = "all"
+    minibatch: int = 256
+    seed: int = 0
+
     @torch.no_grad()
-    def __init__(
-        self,
-        model: Adapter,
-        site: RouterSite,
-        units: int,
-        *,
-        probe: str = "all",
-        minibatch: int = 256,
-        seed: int = 0,
-    ):
-        self.probe, self.minibatch = probe, minibatch
-        key = (seed, site.layer, site.stage)
-        self._null = ExpertWeights(*model.expert_weights(site)).reinitialized(*key, 0)
-        own: Experts = partial(model.expert_outputs, site)
-        null: Experts = partial(outputs.swiglu, self._null)
-        shared = model.shared_weights(site)
+    def __post_init__(self) -> None:
+        site, key = self.site, (self.seed, self.site.layer, self.site.stage)
+        null = ExpertWeights(*self.model.expert_weights(site)).reinitialized(*key, 0)
+        ids = range(site.num_experts)
+        self._own: Experts = [partial(self.model.expert_outputs, site, ids=[e]) for e in ids]
+        self._null: Experts = [partial(outputs.swiglu, null, ids=[e]) for e in ids]
+        shared = self.model.shared_weights(site)
         if shared is not None:
             alone = ExpertWeights(*(matrix[None] for matrix in shared))
-            self._null_shared = alone.reinitialized(*key, 1)
-            own = _with_shared(own, alone, site.num_experts)
-            null = _with_shared(null, self._null_shared, site.num_experts)
-        self._own_outputs, self._null_outputs = own, null
+            self._own.append(partial(outputs.swiglu, alone))
+            self._null.append(partial(outputs.swiglu, alone.reinitialized(*key, 1)))
+        self.num_experts = len(self._own)
         self._permutations = np.random.default_rng((*key, 2))
-        self.num_experts = site.num_experts + (shared is not None)
-        self._sums = UnitSums(units)
+        self._sums = UnitSums(self.units)
         self._max_E = torch.zeros(self.num_experts, dtype=torch.float64)
 
     @torch.no_grad()
@@ -74,12 +73,12 @@ class OutputStream:
         for tokens, ids, counts_NN in self._sets(weights_TE != 0):
             for number, some in enumerate(tokens.split(self.minibatch)):
                 x_TD = probe.x_TD[some]
-                own_NTD = self._own_outputs(x_TD, ids)
+                own_NTD = _outputs(self._own, ids, x_TD)
                 sums = outputs.expert_sums(own_NTD, weights_TE[some][:, ids])
                 sums["max"] = outputs.max_output(own_NTD)
                 sums |= _named("own", outputs.pair_sums(own_NTD))
                 if number == 0:
-                    sums |= _named("null", outputs.pair_sums(self._null_outputs(x_TD, ids)))
+                    sums |= _named("null", outputs.pair_sums(_outputs(self._null, ids, x_TD)))
                     sums |= _named("permuted", outputs.hsic_sums(self._permuted(own_NTD)))
                 self._add(probe.unit, ids, counts_NN, sums)
 
@@ -123,15 +122,9 @@ class OutputStream:
         self._sums.add(unit, **placed)
 
 
-def _with_shared(experts: Experts, shared: ExpertWeights, num_experts: int) -> Experts:
-    """The shared expert has the id behind the others."""
-
-    def together(x_TD: Tensor, ids: list[int]) -> Tensor:
-        routed = [e for e in ids if e < num_experts]
-        parts = [experts(x_TD, routed)] if routed else []
-        return torch.cat(parts + [outputs.swiglu(shared, x_TD)] * (num_experts in ids))
-
-    return together
+def _outputs(experts: Experts, ids: list[int], x_TD: Tensor) -> Tensor:
+    """(N, T, D)"""
+    return torch.cat([experts[e](x_TD) for e in ids])
 
 
 def _named(part: str, sums: Sums) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class Streams:
             site: {k: make[k](site) for k in make if k in self.kinds} for site in sites
         }
         if "composite" in self.kinds:
-            tokens = TOKENS if any(name in SHARES for name in metrics) else PAIR_TOKENS
+            tokens = TOKENS if metrics.keys() & set(SHARES) else PAIR_TOKENS
             for first in sites:
                 second = second_stage(model, first)
                 if second is not None:
@@ -58,11 +58,6 @@ class Streams:
                     self._streams[first]["composite"] = layer
                     if second in sites:
                         self._streams[second]["composite"] = SecondStage(layer)
-
-    @property
-    def need_tokens(self) -> bool:
-        """Whether documents have to be read at all."""
-        return any(self._streams.values())
 
     def add(self, site: RouterSite, probe: Probe) -> None:
         """Add a batch, as the site saw it."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from analysis.overlap.metrics import usage
 from analysis.overlap.metrics.base import Metric, Sums
-from analysis.overlap.metrics.chance import by_chance, share_of_tokens
 
 PAIRS, EXPERTS, SITES = (partial(Metric, "usage", table) for table in ("pairs", "experts", "sites"))
+ROUNDS = 200  # of the fit; slowest, within 1 % then, is one expert that is in all company
 OWN, OTHERS = slice(1), slice(1, None)  # of the ways to label tokens
 NOTHING = torch.tensor([math.nan], dtype=torch.float64)
 NO_TASTE = "null: experts without a taste in company (quasi-independence, Goodman 1968)"
@@ -29,9 +29,39 @@ def _loads(sums: Sums) -> Tensor:
     return usage.loads_of(sums["both"])
 
 
+def _share_of_tokens(sums: Sums) -> Tensor:
+    """(U, E) f: the share of tokens that use the expert."""
+    return _loads(sums) / sums["tokens"][:, None]
+
+
+def _by_chance(sums: Sums) -> tuple[Tensor, Tensor]:
+    """What pairs of experts would have in common if no expert had a taste in company.
+
+    Quasi-independence (Goodman, JASA 63, 1968): P_ij = a_i a_j for i != j, with the a for which
+    each expert meets as many others as it does, sum_{j != i} P_ij = c_i. Independence would give
+    f_i f_j, which k experts of E drawn without replacement do not reach.
+
+    (U, E, E) P_ij, at most the smaller of both shares, which the fit may just pass; (U, E) f.
+    """
+    f_UE = _share_of_tokens(sums)
+    met_UEE = sums["both"] / sums["tokens"][:, None, None]
+    company_UE = met_UEE.sum(-1) - f_UE  # c: the diagonal is f
+    a_UE = company_UE / _positive(company_UE.sum(-1, keepdim=True)).sqrt()
+    for _ in range(ROUNDS):  # to a (sum(a) - a) = c
+        others_UE = a_UE.sum(-1, keepdim=True) - a_UE
+        a_UE = (a_UE * company_UE / _positive(others_UE)).sqrt()
+    both_UEE = a_UE[..., None] * a_UE[..., None, :]
+    return both_UEE.minimum(torch.minimum(f_UE[..., None], f_UE[..., None, :])), f_UE
+
+
+def _positive(x: Tensor) -> Tensor:
+    """Divisors: nobody's company is 0 / 0, and counts as 0."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny)
+
+
 def _used_experts(sums: Sums) -> Tensor:
     """(U,) mean number of experts that a token uses."""
-    return share_of_tokens(sums).sum(-1)
+    return _share_of_tokens(sums).sum(-1)
 
 
 def _experts(sums: Sums) -> int:
@@ -49,7 +79,7 @@ def _company(function: Callable[..., Tensor], about: str) -> Metric:
     def of(sums: Sums) -> Tensor:
         return function(sums["both"], _loads(sums), sums["tokens"][:, None, None])
 
-    return PAIRS(of, about, lambda sums: function(*by_chance(sums), 1))
+    return PAIRS(of, about, lambda sums: function(*_by_chance(sums), 1))
 
 
 def _of_loads(function: Callable[[Tensor], Tensor], about: str, null: float) -> Metric:
@@ -90,7 +120,7 @@ METRICS = {
         lambda sums: sums["transition"] / sums["before"][..., None],
         "of the tokens that use i at the site before, the share that uses j at this one; null: j's "
         "share of all tokens",
-        share_of_tokens,
+        _share_of_tokens,
     ),
     "token_jaccard": _of_classes(
         PAIRS,
@@ -115,7 +145,7 @@ METRICS = {
         lambda sums: sums["domains"] / sums["domain_tokens"][:, None],
         "of a domain's tokens, the share that uses the expert (OLMoE, arXiv 2409.02060, eq. 7); "
         "null: the share over all domains",
-        lambda sums: share_of_tokens(sums)[..., None],
+        lambda sums: _share_of_tokens(sums)[..., None],
     ),
     "vocabulary_specialization": _of_classes(
         EXPERTS,

@@ -49,8 +49,7 @@ class ExpertWeights(NamedTuple):
             pairs = zip(matrices, shared, strict=True)
             matrices = [torch.cat([own, other.detach()[None]]) for own, other in pairs]
         router_ED = model.router(site).rows
-        w = cls(*matrices)
-        return w if router_ED is None else w._replace(router_ED=router_ED.detach())
+        return cls(*matrices, router_ED=None if router_ED is None else router_ED.detach())
 
     @torch.no_grad()
     def reinitialized(self, *seed: int) -> ExpertWeights:
@@ -132,8 +131,7 @@ def _checked(w: ExpertWeights) -> list[Tensor]:
         found = type(w).__name__
         raise ValueError(f"w is a {found}; give ExpertWeights(gate_EFD, up_EFD, down_EDF)")
     names = ("experts, neurons, model",) * 2 + ("experts, model, neurons",)
-    fields = zip(w._fields[:3], w[:3], names, strict=True)
-    matrices = [tensor_of(*field) for field in fields]
+    matrices = list(map(tensor_of, w._fields, w[:3], names))
     gate, up, down = (tuple(matrix.shape) for matrix in matrices)
     if not gate == up == (down[0], down[2], down[1]):
         raise ValueError(
