@@ -1,14 +1,11 @@
-"""Tables of damage in, axes out: one file a picture, no statistics.
+"""Tables of damage in, axes out: pictures of one kind in a file, no statistics.
 
 style.py      column width, fonts, one colour and one marker a family, saving
 marks.py      lines with intervals, rows, legends and their keys
 dots.py       rows of estimates with intervals
-catalogue.py  every condition, a row each
+conditions.py every condition, a row each; top-1 disabled beside its controls, and at each stage
 curves.py     damage against dose, or several doses; the worst flips against random ones
-controls.py   top-1 disabled beside its controls
-stages.py     all stages and each alone, at both mask points
-splits.py     damage divided into set, weights and mass
-cascades.py   with and without the routers behind
+apart.py      damage divided into set, weights and mass; with and without the routers behind
 tokens.py     by position, frequency, domain; what the worst tokens carry
 scatter.py    flips that margins predict, or damage of experts, against what was measured
 depth.py      over the depth: damage, or a metric of overlap

@@ -1,9 +1,11 @@
+from .apart import cascade_dots as cascade_dots
+from .apart import split_bars as split_bars
 from .cartesian import SHARES as SHARES
 from .cartesian import SIMILAR as SIMILAR
 from .cartesian import cartesian_usage as cartesian_usage
-from .cascades import cascade_dots as cascade_dots
-from .catalogue import catalogue_dots as catalogue_dots
-from .controls import control_dots as control_dots
+from .conditions import catalogue_dots as catalogue_dots
+from .conditions import control_dots as control_dots
+from .conditions import stage_dots as stage_dots
 from .curves import damage_curve as damage_curve
 from .curves import dose_panels as dose_panels
 from .curves import gap_curve as gap_curve
@@ -15,8 +17,6 @@ from .relation import relation_dots as relation_dots
 from .saturation import saturation_curve as saturation_curve
 from .scatter import damage_against_overlap as damage_against_overlap
 from .scatter import flip_calibration as flip_calibration
-from .splits import split_bars as split_bars
-from .stages import stage_dots as stage_dots
 from .style import paper_style as paper_style
 from .style import save as save
 from .substitution import substitution_matrix as substitution_matrix

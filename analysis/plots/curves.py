@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.marks import GREY, draw_line, face, key, legend_above
+from analysis.plots.marks import GREY, draw_line, draw_lines, face, key, legend_above
 from analysis.plots.style import (
     COLUMN_WIDTH,
     DELTA,
@@ -86,9 +86,7 @@ def damage_curve(
     with canvas(ax, height=2.5) as ax:
         several = rows.groupby("model").train_seed.nunique().max() > 1
         thin: dict[str, Any] = {"lw": 0.7, "ms": 2.5} if several else {}
-        for (model, _, _), curve in rows.groupby(CHECKPOINT, sort=False):
-            curve = curve.dropna(subset=[x, y]).sort_values(x)
-            draw_line(ax, curve, x, y, bounds, label=model, **styles[model], **thin)
+        draw_lines(ax, rows, styles, x, y, bounds=bounds, **thin)
         widen_scale(ax.yaxis, rows[y])
         if (rows[x].dropna() % 1 == 0).all():
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -130,8 +128,6 @@ def dose_panels(
 
 
 GAP_X = {"budget": "flips allowed per token", "flips": X["flips"][0]}
-
-
 GAP_PARTS = {"worst": ("-", True), "random": ("--", False)}
 
 
@@ -150,14 +146,12 @@ def gap_curve(frame: pd.DataFrame | Any, x: str = "budget", ax: Axes | None = No
         raise ValueError("frame has flips per sequence only; the picture is of flips per token")
     styles, frame = model_styles(frame), frame[per_token]
     with canvas(ax, height=2.5) as ax:
-        models = {}
         for (model, *_), rows in frame.groupby(CHECKPOINT, sort=False):
             color, marker = styles[model]["color"], styles[model]["marker"]
             for part, (line, filled) in GAP_PARTS.items():
                 curve = rows[rows.part == part].sort_values(x)
                 look: dict[str, Any] = dict(marker=marker, ls=line, **face(color, filled))
-                draw_line(ax, curve, x, "delta_nats", **look)
-            models[model] = key(model, color=color, marker=marker)
+                draw_line(ax, curve, x, "delta_nats", label=model if filled else None, **look)
         widen_scale(ax.yaxis, frame[frame.part != "gap"].delta_nats)
         if x == "budget":
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -167,5 +161,5 @@ def gap_curve(frame: pd.DataFrame | Any, x: str = "budget", ax: Axes | None = No
             key(part, ls=line, marker="o", **face(GREY, filled))
             for part, (line, filled) in GAP_PARTS.items()
         ]
-        legend_above(ax, [*models.values(), *kinds])
+        legend_above(ax, [*ax.get_legend_handles_labels()[0], *kinds])
     return ax

@@ -9,12 +9,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.marks import GREY, ZERO, draw_line, key, legend_above, offsets
+from analysis.plots.marks import (
+    GREY,
+    change_axis,
+    draw_line,
+    draw_lines,
+    key,
+    legend_above,
+    offsets,
+)
 from analysis.plots.rows import metric_rows
-from analysis.plots.style import DELTA, canvas, model_styles, rows_of, table_of, widen_scale
-from analysis.stats import CHECKPOINT, INDEX, SHARED, check_choice, facts_of, sites_in
-
-TABLES = ("pairs", "experts", "sites")
+from analysis.plots.style import canvas, model_styles, under
+from analysis.stats import CHECKPOINT, INDEX, SHARED, facts_of, sites_in
 
 
 def overlap_profile(overlap: Any, metric: str, ax: Axes | None = None) -> Axes:
@@ -28,15 +34,14 @@ def overlap_profile(overlap: Any, metric: str, ax: Axes | None = None) -> Axes:
     layer stands half a layer behind its first, at a short tick. Raises `ValueError` with the
     choices for an unknown metric and for several steps of training.
     """
-    rows = metric_rows(overlap, metric, *TABLES)
+    rows = metric_rows(overlap, metric, "pairs", "experts", "sites")
     index = [name for name in INDEX["pairs"] + INDEX["experts"] if name in rows]
     rows = rows[(rows[index] != SHARED).all(axis=1)] if index else rows
     styles = model_styles(rows)
     sites = _sites(rows.assign(x=depth(rows)), many=bool(index))
-    shifts = offsets(list(styles), 0.3)
+    sites["x"] += sites.model.map(offsets(list(styles), 0.3))
     with canvas(ax, height=2.5) as ax:
         for (model, *_), line in sites.groupby(CHECKPOINT, sort=False):
-            line = line.assign(x=line.x + shifts[model])
             draw_line(ax, line, "x", "value", label=model, bars=True, **styles[model])
             null = dict(color=styles[model]["color"], lw=0.8, ls=":", marker="_", ms=5)
             ax.plot(line.x, line.null, **null)
@@ -74,34 +79,24 @@ def layer_profile(
     The second stage of a layer stands half a layer behind its first, at a short tick. Intervals
     over documents.
     """
-    frame = table_of(frame, "additivity", ["condition", "part", "delta_nats"])
-    styles = model_styles(frame)
-    condition = frame.condition.iloc[0] if condition is None else condition
-    check_choice("condition", condition, frame.condition.unique())
-    frame = rows_of(frame, condition)
-    frame = frame[frame.part != "joint - sum"]
+    frame, styles = under(condition, frame, "additivity", ["part", "delta_nats"])
+    condition = frame.condition.iloc[0]
+    frame = frame[(frame.condition == condition) & (frame.part != "joint - sum")]
     sites = sites_in(frame.part)
-    frame = frame.assign(x=depth(sites))
     last = sites.layer.max()
     step = max(1.0, 0.15 * (last - sites.layer.min()))
     places = {name: last + step * (i + 1.5) for i, name in enumerate(WHOLES)}
     # Shares of a layer, so that a site is nearest to its tick.
     even = np.linspace(-0.15, 0.15, len(styles)) if len(styles) > 1 else [0.0]
-    shifts = dict(zip(styles, even, strict=True))
+    shift = frame.model.map(dict(zip(styles, even, strict=True)))
+    alone = frame.assign(x=depth(sites) + shift)
+    whole = frame.assign(x=frame.part.map(places) + step * shift)
     with canvas(ax, height=2.5) as ax:
-        for (model, _, _), rows in frame.groupby(CHECKPOINT, sort=False):
-            look, shift = styles[model], shifts[model]
-            alone = rows[rows.x.notna()].sort_values("x")
-            alone = alone.assign(x=alone.x + shift)
-            draw_line(ax, alone, "x", "delta_nats", label=model, bars=True, **look)
-            ends = rows[rows.x.isna()]
-            ends = ends.assign(x=ends.part.map(places) + step * shift)
-            draw_line(ax, ends, "x", "delta_nats", bars=True, **look | {"linestyle": ""})
-        ax.axhline(0, **ZERO)
+        draw_lines(ax, alone, styles, "x", "delta_nats", bars=True)
+        draw_lines(ax, whole, styles, "x", "delta_nats", bars=True, linestyle="")
         ax.axvline(last + 0.9 * step, color="#A0A0A0", lw=0.6, ls=":")
-        widen_scale(ax.yaxis, frame.delta_nats)
+        change_axis(ax.yaxis, frame.delta_nats)
         depth_axis(ax, sites, f"layer at which {condition} acts alone", places)
-        ax.set_ylabel(DELTA)
         legend_above(ax)
     return ax
 

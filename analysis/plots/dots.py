@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.marks import GREY, ZERO, face, key, legend_above, name_rows, offsets
-from analysis.plots.style import DELTA, widen_scale
+from analysis.plots.marks import GREY, change_axis, face, key, legend_above, name_rows, offsets
 from analysis.stats import CHECKPOINT
 
 ROW_HEIGHT, FRAME_HEIGHT = 0.32, 0.95  # inches
@@ -30,34 +30,29 @@ def figure_height(num_rows: int, row: float = ROW_HEIGHT) -> float:
 
 def dot_rows(
     ax: Axes,
-    rows: Sequence[tuple[str, str]],
+    rows: Mapping[Any, tuple[str, str]],
     series: Mapping[str, Look],
-    cells: Mapping[tuple[int, str], pd.Series],
+    cells: Mapping[tuple[Any, str], Any],
     columns: int = 2,
 ) -> None:
     """Draw change of loss sidewards, so that the names of rows need no turning.
 
-    rows     (name, color) from top to bottom
+    rows     row -> (name, color), from top to bottom
     series   name -> its look; each has a line of its own within the row
-    cells    (row, series) -> delta_nats, low, high; what is missing was not run
+    cells    (row, series) -> a tuple with delta_nats, low, high; what is missing was not run
     columns  of the legend
     """
     shifts = offsets(list(series), 0.7)
-    for i, (_, row_color) in enumerate(rows):
+    for i, (row, (_, row_color)) in enumerate(rows.items()):
         if i % 2:
             ax.axhspan(i - 0.5, i + 0.5, color="#F2F2F2", lw=0, zorder=0)
         for name, (marker, filled, own) in series.items():
-            if (i, name) not in cells:
-                continue
-            color = own or row_color
-            value, low, high = cells[i, name][["delta_nats", "low", "high"]]
-            height = i + shifts[name]
-            ax.plot([low, high], [height, height], color=color, lw=1.0)
-            ax.plot(value, height, marker, **face(color, filled), mew=1.0)
-    ax.axvline(0, **ZERO)
-    widen_scale(ax.xaxis, [cell.delta_nats for cell in cells.values()])
-    name_rows(ax, [name for name, _ in rows])
-    ax.set_xlabel(DELTA)
+            if cell := cells.get((row, name)):
+                color, height = own or row_color, i + shifts[name]
+                ax.plot([cell.low, cell.high], [height, height], color=color, lw=1.0)
+                ax.plot(cell.delta_nats, height, marker, **face(color, filled), mew=1.0)
+    change_axis(ax.xaxis, [cell.delta_nats for cell in cells.values()])
+    name_rows(ax, [name for name, _ in rows.values()])
     keys = [
         key(name, marker=marker, ls="", **face(own or GREY, filled))
         for name, (marker, filled, own) in series.items()
@@ -75,8 +70,8 @@ def groups_of(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
         yield f"{title}\n{name}" if conditions else title, model, rows
 
 
-def checkpoint_names(checkpoints: pd.DataFrame) -> list[str]:
-    """A model's name, with its train_seed where there are several."""
-    several = checkpoints.model.duplicated(keep=False)
-    seeds = " #" + checkpoints.train_seed.astype(str)
-    return checkpoints.model.where(~several, checkpoints.model + seeds).tolist()
+def checkpoint_names(keys: Iterable[tuple[str, str, int]]) -> dict[tuple[str, str, int], str]:
+    """Names of checkpoints: that of the model, with its train_seed where it has several."""
+    checkpoints = dict.fromkeys(keys)
+    seeds = Counter(model for model, _, _ in checkpoints)
+    return {(m, f, s): f"{m} #{s}" if seeds[m] > 1 else m for m, f, s in checkpoints}

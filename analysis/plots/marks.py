@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
+
+from analysis.plots.style import DELTA, widen_scale
+from analysis.stats import CHECKPOINT
 
 GREY = "#404040"
 ZERO: dict[str, Any] = dict(color=GREY, lw=0.6, zorder=0.5)  # the line that changes are read from
@@ -37,6 +41,26 @@ def draw_line(
         ax.vlines(rows[x], rows[low], rows[high], color=look["color"], lw=0.8)
     elif low in rows:
         ax.fill_between(rows[x], rows[low], rows[high], color=look["color"], alpha=0.2, lw=0)
+
+
+def draw_lines(
+    ax: Axes, frame: pd.DataFrame, styles: Mapping[str, dict[str, Any]], x: str, y: str, **how: Any
+) -> None:
+    """A line a checkpoint along x, in the style of its model, which the legend names once.
+
+    how   options of `draw_line`, and what differs from that style
+    """
+    for (model, *_), rows in frame.groupby(CHECKPOINT, sort=False):
+        rows = rows.dropna(subset=[x, y]).sort_values(x)
+        draw_line(ax, rows, x, y, label=model, **styles[model] | how)
+
+
+def change_axis(axis: Axis, values: Iterable[float], label: str = DELTA) -> None:
+    """An axis of these changes, on which 0 is a line that they are read from."""
+    zero_line = axis.axes.axvline if axis.axis_name == "x" else axis.axes.axhline
+    zero_line(0, **ZERO)
+    widen_scale(axis, values)
+    axis.set_label_text(label)
 
 
 def face(color: str, filled: bool) -> dict[str, str]:

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from analysis.plots.marks import GREY, key, legend_above, name_rows
 from analysis.plots.rows import toward_common
-from analysis.plots.style import canvas, check_rows, marker_colors, model_styles
+from analysis.plots.style import canvas, check_rows, marker_look, model_styles
 from analysis.stats import LOAD
 
 ALL, ALL_STYLE = "all", {"color": "black", "marker": "d", "linestyle": "-"}
@@ -34,7 +34,7 @@ def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     check_rows("relation", table, ["metric", "damage", "model", "family", *COLUMNS])
     models = sorted(table.model.unique(), key=lambda model: model != ALL)  # stable
     styles = {ALL: ALL_STYLE} | model_styles(table[table.model != ALL])
-    looks = {model: _look(styles[model], main=model == ALL) for model in models}
+    looks = {m: marker_look(styles[m]) | {"ms": 5 if m == ALL else 3} for m in models}
     several = table.damage.nunique() > 1
     keys = list(dict.fromkeys(zip(table.metric, table.damage, strict=True)))
     names = [
@@ -67,13 +67,6 @@ def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ceiling = key("noise ceiling", color=GREY, marker="|", ls="")
         legend_above(ax, [*handles, Patch(fc=BAND, label="null"), ceiling], right=True)
     return ax
-
-
-def _look(style: dict[str, str], main: bool) -> dict[str, object]:
-    face, edge = marker_colors(style)
-    edged = 0.3 if edge == "white" else 0.8
-    look = dict(color=style["color"], marker=style["marker"], mfc=face, mec=edge, mew=edged)
-    return look | dict(ms=5 if main else 3)
 
 
 def _label(table: pd.DataFrame) -> str:

@@ -7,9 +7,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.marks import GREY, ZERO, draw_line, face, key, legend_above
+from analysis.plots.marks import GREY, ZERO, change_axis, draw_line, face, key, legend_above
 from analysis.plots.rows import toward_common
-from analysis.plots.style import DELTA, canvas, check_rows, marker_colors, model_styles, widen_scale
+from analysis.plots.style import DELTA, canvas, check_rows, marker_look, model_styles
 from analysis.stats import SITE, check_choice, check_columns
 
 DAMAGE = {"per_mass": "change of loss\n(nats per unit of routed weight)", "damage": DELTA}
@@ -34,28 +34,19 @@ def damage_against_overlap(
     numbers = experts.select_dtypes("number").columns
     bounds = ("_a", "_b", "_low", "_high")
     check_choice("metric", metric, [n for n in numbers if n not in keys and not n.endswith(bounds)])
-    looks = {
-        model: (style["marker"], *marker_colors(style))
-        for model, style in model_styles(experts).items()
-    }
+    looks = {model: marker_look(style) for model, style in model_styles(experts).items()}
     most = experts.load.max()
     with canvas(ax, height=2.8) as ax:
-        for model, (marker, fill, edge) in looks.items():
+        for model, look in looks.items():
             own = experts[experts.model == model].dropna(subset=[metric, damage])
-            ax.scatter(
-                own[metric], own[damage], s=LARGEST * own.load / most, marker=marker,
-                fc=fill, ec=edge, alpha=0.75, lw=_edge(edge), label=model,
-            )  # fmt: skip
-        ax.axhline(0, **ZERO)
-        widen_scale(ax.yaxis, experts[damage])
+            shown = dict(fc=look["mfc"], ec=look["mec"], lw=look["mew"], alpha=0.75, label=model)
+            area = LARGEST * own.load / most
+            ax.scatter(own[metric], own[damage], area, marker=look["marker"], **shown)
+        change_axis(ax.yaxis, experts[damage], DAMAGE[damage])
         ax.xaxis.set_major_locator(MaxNLocator(5))
         with_whom = "" if metric == "load" else "\nwith the experts that take over"
         ax.set_xlabel(toward_common(metric) + with_whom)
-        ax.set_ylabel(DAMAGE[damage])
-        models = [
-            key(model, ls="", marker=marker, mfc=fill, mec=edge, mew=_edge(edge))
-            for model, (marker, fill, edge) in looks.items()
-        ]
+        models = [key(model, ls="", **look) for model, look in looks.items()]
         circle = dict(ls="", marker="o", mfc="none", mec=GREY)
         loads = [
             key(f"load {share * most:.2g}", ms=np.sqrt(LARGEST * share), **circle)
@@ -63,11 +54,6 @@ def damage_against_overlap(
         ]
         legend_above(ax, [*models, *loads])
     return ax
-
-
-def _edge(color: str) -> float:
-    """Width: a white edge parts a marker from others, and must leave something of it."""
-    return 0.3 if color == "white" else 0.8
 
 
 # Name in the legend, whether the marker is filled.

@@ -95,12 +95,19 @@ def check_rows(name: str, frame: pd.DataFrame, columns: Iterable[str]) -> None:
         raise ValueError(f"table {name} has no rows: nothing of it was measured")
 
 
-def rows_of(frame: pd.DataFrame, condition: str | None) -> pd.DataFrame:
-    """Those of one condition (a label), or all. `ValueError` with the choices for another."""
-    if condition is None:
-        return frame
-    check_choice("condition", condition, frame.condition.unique())
-    return frame[frame.condition == condition]
+def under(
+    condition: str | None, source: Any, name: str, columns: Iterable[str], *args: Any
+) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Rows of one condition (a label; None: all) in `table_of`; the styles of all of its models.
+
+    Raises `ValueError` like `table_of`, and with the choices for another condition.
+    """
+    frame = table_of(source, name, ["condition", *columns], *args)
+    styles = model_styles(frame)
+    if condition is not None:
+        check_choice("condition", condition, frame.condition.unique())
+        frame = frame[frame.condition == condition]
+    return frame, styles
 
 
 def model_styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -118,12 +125,13 @@ def model_styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def marker_colors(style: dict[str, str]) -> tuple[str, str]:
-    """Face and edge where there are no lines to tell models of one family apart by: solid, hollow,
-    then two tints."""
+def marker_look(style: dict[str, str]) -> dict[str, Any]:
+    """A marker where there are no lines to tell models of one family apart by: solid, hollow, then
+    two tints. A white edge parts it from others, and must leave something of it."""
     share = FACES[LINES.index(style["linestyle"])]
-    face = 1 - share * (1 - np.array(to_rgb(style["color"])))
-    return to_hex(face), "white" if share == 1 else style["color"]
+    face = to_hex(1 - share * (1 - np.array(to_rgb(style["color"]))))
+    edge = {"mec": "white", "mew": 0.3} if share == 1 else {"mec": style["color"], "mew": 0.8}
+    return {"color": style["color"], "marker": style["marker"], "mfc": face, **edge}
 
 
 def widen_scale(axis: Any, values: Iterable[float]) -> None:

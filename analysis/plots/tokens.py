@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from analysis.plots.marks import GREY, ZERO, draw_line, legend_above, offsets
-from analysis.plots.style import DELTA, canvas, model_styles, rows_of, table_of, widen_scale
-from analysis.stats import CHECKPOINT, check_choice
+from analysis.plots.marks import GREY, ZERO, change_axis, draw_lines, legend_above, offsets
+from analysis.plots.style import canvas, under
+from analysis.stats import check_choice
 
 X = {
     "position": "position in the sequence",
@@ -31,25 +31,20 @@ def group_curve(
     frame   the table of `stats.damage_by`, or a Results; the line breaks between domains, which
             have no order. Raises `ValueError` for an unknown condition.
     """
-    columns = ["condition", "by", "group", "order", "delta_nats", "low", "high"]
-    frame = table_of(frame, "damage_by", columns, by, [condition])
-    styles = model_styles(frame)
-    frame = rows_of(frame, condition)
+    columns = ["by", "group", "order", "delta_nats", "low", "high"]
+    frame, styles = under(condition, frame, "damage_by", columns, by, [condition])
     by = frame.by.iloc[0]
     groups = frame.drop_duplicates("group").sort_values("order").group.tolist()
-    shifts = offsets(list(styles), 0.4)
+    shift = frame.model.map(offsets(list(styles), 0.4))
+    frame = frame.assign(x=frame.group.map(groups.index) + shift)
+    look = {"linestyle": ""} if by == "domain" else {}
     with canvas(ax, height=2.5) as ax:
-        for (model, *_), rows in frame.groupby(CHECKPOINT, sort=False):
-            look = styles[model] | ({"linestyle": ""} if by == "domain" else {})
-            rows = rows.assign(x=rows.group.map(groups.index) + shifts[model])
-            draw_line(ax, rows, "x", "delta_nats", label=model, bars=True, **look)
-        ax.axhline(0, **ZERO)
-        widen_scale(ax.yaxis, frame.delta_nats)
+        draw_lines(ax, frame, styles, "x", "delta_nats", bars=True, **look)
+        change_axis(ax.yaxis, frame.delta_nats)
         turned = sum(map(len, groups)) > 28
         turn = dict(rotation=40, ha="right", rotation_mode="anchor") if turned else {}
         ax.set_xticks(range(len(groups)), groups, **turn)
         ax.set_xlabel(X[by])
-        ax.set_ylabel(DELTA)
         legend_above(ax)
     return ax
 
@@ -71,13 +66,9 @@ def tail_shares(
     over tokens would give. Raises `ValueError` for an unknown condition or y.
     """
     check_choice("y", y, TAIL_Y)
-    frame = table_of(frame, "tail_curve", ["condition", "share", *TAIL_Y], [condition])
-    styles = model_styles(frame)
-    frame = rows_of(frame, condition)
+    frame, styles = under(condition, frame, "tail_curve", ["share", *TAIL_Y], [condition])
     with canvas(ax, height=2.4) as ax:
-        for (model, *_), rows in frame.groupby(CHECKPOINT, sort=False):
-            look = styles[model] | {"markevery": (0.05, 0.2)}
-            draw_line(ax, rows, "share", y, label=model, **look)
+        draw_lines(ax, frame, styles, "share", y, markevery=(0.05, 0.2))
         if y == "carried":
             even = np.geomspace(frame.share.min(), 1, 50)
             ax.plot(even, even, color=GREY, lw=0.8, ls=":", label="evenly spread")

@@ -1,4 +1,4 @@
-"""Damage divided into set, weights and mass."""
+"""Damage taken apart: with and without the routers behind; divided into set, weights and mass."""
 
 from __future__ import annotations
 
@@ -8,9 +8,28 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from analysis.plots.dots import groups_of
+from analysis.plots.dots import Look, dot_rows, figure_height, groups_of
 from analysis.plots.marks import GREY, key, legend_above, name_rows, offsets
-from analysis.plots.style import DELTA, canvas, rows_of, table_of
+from analysis.plots.style import DELTA, canvas, under
+
+PARTS = {"reroute": Look("o"), "replay": Look("o", False), "cascade": Look("D", False)}
+
+
+def cascade_dots(
+    frame: pd.DataFrame | Any, condition: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """Damage where later routers reroute, where they repeat the clean run, and the difference.
+
+    frame   the table of `stats.cascade`, or a Results; condition: a label, None: all, a row each
+    """
+    frame, styles = under(condition, frame, "cascade", ["part", "delta_nats"])
+    groups = list(groups_of(frame))
+    names = {i: (title, styles[model]["color"]) for i, (title, model, _) in enumerate(groups)}
+    cells = {(i, row.part): row for i, (*_, rows) in enumerate(groups) for row in rows.itertuples()}
+    with canvas(ax, figure_height(len(names))) as ax:
+        dot_rows(ax, names, PARTS, cells, columns=3)
+    return ax
+
 
 # Okabe and Ito's colors; hatches for a print in grey. The interaction is a reading of its own.
 BARS = {
@@ -31,7 +50,7 @@ def split_bars(
                 the whole, which the three add up to; a large interaction says that the division
                 depends on its rule.
     """
-    frame = rows_of(table_of(frame, "split", ["condition", "part", "delta_nats"]), condition)
+    frame, _ = under(condition, frame, "split", ["part", "delta_nats"])
     groups = list(groups_of(frame))
     height, shifts = 0.8 / len(BARS), offsets(list(BARS), 0.8)
     with canvas(ax, 0.95 + 0.62 * len(groups)) as ax:
