@@ -51,10 +51,10 @@ class Metric(NamedTuple):
 
     kind    what it is computed from, one of `KINDS`
     table   what a row speaks of, one of `TABLES`: values are (U, E), (U,) or (U, E, E)
-    of      sums -> values; for kind "weights": `ExpertWeights` -> values, U = 1
+    of      sums -> values; for kind "weights": `ExpertWeights` -> values
     about   one line: what it is and what its null is
     null    the same under chance, as `about` says; a number: that everywhere; None: there is none
-    units   False: it is of all units together, (1, ...), so there is no interval
+    units   False: it is of all units together, values have no U, and there is no interval
     """
 
     kind: str
@@ -154,7 +154,8 @@ def estimate(metric: Metric, sums: Sums | Any, confidence: float = 0.95) -> Esti
     not by units; the first of the sums is. Of kind "weights" the sums are `ExpertWeights`.
     """
     whole = total(sums) if metric.units else sums
-    value = metric.of(whole)[0].double().cpu().numpy()
+    value = metric.of(whole).double().cpu().numpy()
+    value = value[0] if metric.units else value
     null = metric.null(whole).double().cpu().numpy() if callable(metric.null) else metric.null
     null = np.broadcast_to(np.asarray(null, float), (1, *value.shape))[0]  # NaN for None
     half = np.full(value.shape, np.nan)

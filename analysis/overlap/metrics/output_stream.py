@@ -165,7 +165,7 @@ METRICS = {
         "weight times norm of the output, mean over the tokens routed to it; no null",
     ),
     "max_output": EXPERTS(
-        lambda sums: sums["max"],
+        lambda sums: sums["max"][0],
         "largest |output| of any token and dimension; no null and no interval",
         units=False,
     ),

@@ -18,7 +18,7 @@ from analysis.overlap.metrics.base import Metric, Sums
 PAIRS, EXPERTS, SITES = (partial(Metric, "usage", table) for table in ("pairs", "experts", "sites"))
 ROUNDS = 200  # of the fit; slowest, within 1 % then, is one expert that is in all company
 OWN, OTHERS = slice(1), slice(1, None)  # of the ways to label tokens
-NOTHING = torch.tensor([math.nan], dtype=torch.float64)
+NOTHING = torch.tensor(math.nan, dtype=torch.float64)
 NO_TASTE = "null: experts without a taste in company (quasi-independence, Goodman 1968)"
 OTHER_TOKENS = "null: token labels of other documents, NaN where there is one document"
 OTHER_DOMAINS = "null: domains of other documents, NaN where there is one domain"
@@ -95,7 +95,7 @@ def _of_classes(
     def mean(sums: Sums, ways: slice) -> Tensor:
         own = zip(sums["classes"][0, ways], sums["class_tokens"][0, ways], strict=True)
         found = [function(*counts) for counts in own]
-        return torch.stack(found).mean(0, keepdim=True) if found else NOTHING
+        return torch.stack(found).mean(0) if found else NOTHING
 
     of, null = (partial(mean, ways=ways) for ways in (OWN, OTHERS))
     return table(of, f"{about}; {OTHER_TOKENS}; {TOTALS}", null, units=False)
@@ -178,15 +178,15 @@ METRICS = {
         lambda sums: _of_other_domains(usage.mutual_information(sums["other_domains"]), sums),
     ),
     "mi_token": SITES(
-        lambda sums: usage.mutual_information(sums["classes"][:, 0]),
+        lambda sums: usage.mutual_information(sums["classes"][0, 0]),
         f"I(expert; token id) of a use, nats, Miller-Madow; {OTHER_TOKENS}; {TOTALS}",
-        lambda sums: usage.mutual_information(sums["classes"][:, OTHERS]).mean(-1),
+        lambda sums: usage.mutual_information(sums["classes"][0, OTHERS]).mean(-1),
         units=False,
     ),
     "mi_domain_given_token": SITES(
-        lambda sums: sums["mi_domain_given_token"][:, 0],
+        lambda sums: sums["mi_domain_given_token"][0, 0],
         f"I(expert; domain | token id) of a use, nats, Miller-Madow; {OTHER_DOMAINS}; {TOTALS}",
-        lambda sums: _of_other_domains(sums["mi_domain_given_token"][:, OTHERS], sums),
+        lambda sums: _of_other_domains(sums["mi_domain_given_token"][0, OTHERS], sums),
         units=False,
     ),
 }

@@ -9,7 +9,7 @@ Shapes: E experts, F neurons, D model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -195,19 +195,12 @@ def _rank_null(matrix_EXY: Tensor) -> Tensor:
     return effective_rank(_normal(np.random.default_rng(0), matrix_EXY[:1], torch.ones(())))
 
 
-def _metric(
-    table: str,
-    of: Callable[[ExpertWeights], Tensor],
-    about: str,
-    null: Callable[[ExpertWeights], Tensor] | float,
-) -> Metric:
-    """Of parameters alone: there is nothing to resample."""
-    return Metric("weights", table, lambda w: of(w)[None], about, null, units=False)
+# Of parameters alone: there is nothing to resample.
+PAIRS, EXPERTS = (partial(Metric, "weights", t, units=False) for t in ("pairs", "experts"))
 
 
 def _rank_metric(at: int, name: str) -> Metric:
-    return _metric(
-        "experts",
+    return EXPERTS(
         lambda w: effective_rank(w[:3][at]),
         f"effective rank of the {name} projection; null: of random entries",
         lambda w: _rank_null(w[:3][at]),
@@ -215,16 +208,13 @@ def _rank_metric(at: int, name: str) -> Metric:
 
 
 METRICS = {
-    "flat_cosine": _metric(
-        "pairs", flat_cosine, "cosine of all weights as one vector; null 0", 0.0
-    ),
-    "matched_cosine": _metric(
-        "pairs",
+    "flat_cosine": PAIRS(flat_cosine, "cosine of all weights as one vector; null 0", 0.0),
+    "matched_cosine": PAIRS(
         matched_cosine,
         "cosine of the best matched neurons; null: experts of random weights of the same spread",
         _matched_null,
     ),
-    "router_cosine": _metric("pairs", router_cosine, "cosine of the router's rows; null 0", 0.0),
+    "router_cosine": PAIRS(router_cosine, "cosine of the router's rows; null 0", 0.0),
     "effective_rank_gate": _rank_metric(0, "gate"),
     "effective_rank_up": _rank_metric(1, "up"),
     "effective_rank_down": _rank_metric(2, "down"),

@@ -256,7 +256,7 @@ def part(probe: Probe, some: slice, unit: int = 0) -> Probe:
 
 def values_of(stream: OutputStream) -> dict[str, np.ndarray]:
     sums = total(stream.sums())
-    return {name: metric.of(sums)[0].numpy() for name, metric in METRICS.items()}
+    return {name: estimate(metric, sums).value for name, metric in METRICS.items()}
 
 
 def by_loops(model, site, probe: Probe, kind: str, minibatch: int) -> dict[str, np.ndarray]:
