@@ -13,12 +13,12 @@ from .depth import layer_profile as layer_profile
 from .depth import overlap_profile as overlap_profile
 from .heatmaps import overlap_heatmap as overlap_heatmap
 from .heatmaps import specialization as specialization
+from .heatmaps import substitution_matrix as substitution_matrix
+from .relation import damage_against_overlap as damage_against_overlap
 from .relation import relation_dots as relation_dots
-from .saturation import saturation_curve as saturation_curve
-from .scatter import damage_against_overlap as damage_against_overlap
-from .scatter import flip_calibration as flip_calibration
+from .routing import flip_calibration as flip_calibration
+from .routing import saturation_curve as saturation_curve
 from .style import paper_style as paper_style
 from .style import save as save
-from .substitution import substitution_matrix as substitution_matrix
 from .tokens import group_curve as group_curve
 from .tokens import tail_shares as tail_shares

@@ -1,23 +1,26 @@
-"""How damage goes with each metric of overlap, beside chance and the noise of the damage itself."""
+"""Damage of dropping an expert against what it has in common with those that take over: an expert a
+marker; how far the two go together, beside chance and the noise of the damage itself."""
 
 from __future__ import annotations
 
 import textwrap
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.marks import GREY, key, legend_above, name_rows
+from analysis.plots.marks import GREY, change_axis, key, legend_above, name_rows
 from analysis.plots.rows import toward_common
-from analysis.plots.style import canvas, check_rows, marker_look, model_styles
-from analysis.stats import LOAD
+from analysis.plots.style import DELTA, canvas, check_rows, marker_look, model_styles
+from analysis.stats import ALL, LOAD, SITE, check_choice
 
-ALL, ALL_STYLE = "all", {"color": "black", "marker": "d", "linestyle": "-"}
+ALL_STYLE = {"color": "black", "marker": "d", "linestyle": "-"}
 BAND = "#D9D9D9"
 LINE, GAP = 0.08, 0.1  # inches of a model's line, and between metrics
 WRAP, LABEL_WRAP = 18, 34  # characters in one line of a metric's name, of the axis' label
-DAMAGE = {"per_mass": "damage per weight dropped"}  # others as they are called
+NAMES = {"per_mass": "damage per weight dropped"}  # others as they are called
 COLUMNS = ["r", "low", "high", "null_low", "null_high", "ceiling"]
 
 
@@ -71,6 +74,50 @@ def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def _label(table: pd.DataFrame) -> str:
     damages, metrics = table.damage.unique(), set(table.metric)
-    what = DAMAGE.get(damages[0], damages[0]) if len(damages) == 1 else "damage"
+    what = NAMES.get(damages[0], damages[0]) if len(damages) == 1 else "damage"
     given = ", given load" * (metrics != {LOAD}) + " (but load itself)" * (metrics > {LOAD})
     return textwrap.fill(f"rank correlation with {what}, within sites{given}", LABEL_WRAP)
+
+
+DAMAGE = {"per_mass": "change of loss\n(nats per unit of routed weight)", "damage": DELTA}
+LARGEST = 60.0  # area of the marker of the most used expert, in square points
+
+
+def damage_against_overlap(
+    experts: pd.DataFrame, metric: str, damage: str = "per_mass", ax: Axes | None = None
+) -> Axes:
+    """A marker an expert, its look that of the model and its area the load.
+
+    experts  the table `experts` of `analysis.relate`; metric: a column of it, damage: "per_mass"
+             (nats per unit of routed weight) or "damage" (nats per token)
+
+    Distances and divergences are turned round in that table, so that more to the right is always
+    more in common. Experts for which either number is NaN are left out. Raises `ValueError` for
+    missing columns, a table without rows, and with the choices for an unknown metric or damage.
+    """
+    check_choice("damage", damage, DAMAGE)
+    check_rows("experts", experts, [*SITE, "expert", "load", damage])
+    keys = {*SITE, "expert", "mass", *DAMAGE}
+    numbers = experts.select_dtypes("number").columns
+    bounds = ("_a", "_b", "_low", "_high")
+    check_choice("metric", metric, [n for n in numbers if n not in keys and not n.endswith(bounds)])
+    looks = {model: marker_look(style) for model, style in model_styles(experts).items()}
+    most = experts.load.max()
+    with canvas(ax, height=2.8) as ax:
+        for model, look in looks.items():
+            own = experts[experts.model == model].dropna(subset=[metric, damage])
+            shown = dict(fc=look["mfc"], ec=look["mec"], lw=look["mew"], alpha=0.75, label=model)
+            area = LARGEST * own.load / most
+            ax.scatter(own[metric], own[damage], area, marker=look["marker"], **shown)
+        change_axis(ax.yaxis, experts[damage], DAMAGE[damage])
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        with_whom = "" if metric == LOAD else "\nwith the experts that take over"
+        ax.set_xlabel(toward_common(metric) + with_whom)
+        models = [key(model, ls="", **look) for model, look in looks.items()]
+        circle = dict(ls="", marker="o", mfc="none", mec=GREY)
+        loads = [
+            key(f"load {share * most:.2g}", ms=np.sqrt(LARGEST * share), **circle)
+            for share in (0.25, 1.0)
+        ]
+        legend_above(ax, [*models, *loads])
+    return ax

@@ -1,6 +1,6 @@
 """A condition's damage beside what other conditions of the same checkpoint make of it.
 
-The tables of split.py, cascade.py and gap.py have one form, a row a part:
+The tables of apart.py have one form, a row a part:
 
     model, family, train_seed, condition     a checkpoint, and the label of what is taken apart
     part                                     its name

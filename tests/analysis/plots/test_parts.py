@@ -11,8 +11,8 @@ import pytest
 
 from analysis import plots, stats
 from analysis.plots.style import COLUMN_WIDTH
+from analysis.stats.apart import COALITIONS
 from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.split import COALITIONS
 
 from ..synthetic import arm, losses, routing, set_costs, tokens
 from .test_plots import is_clipped

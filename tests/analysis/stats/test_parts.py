@@ -10,10 +10,10 @@ import pytest
 
 from analysis import stats
 from analysis.perturb import effects
+from analysis.stats.apart import COALITIONS, PARTS
 from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.doses import dose_by_document
 from analysis.stats.pairs import pair
-from analysis.stats.split import COALITIONS, PARTS
 
 from ..synthetic import arm, losses, routing, set_costs
 

@@ -1,4 +1,4 @@
-"""When the routing of a training run settles."""
+"""Routing by itself: when it settles in training, and how often margins foretell that it flips."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.marks import GREY, draw_line, key, legend_above
+from analysis.plots.marks import GREY, ZERO, draw_line, face, key, legend_above
 from analysis.plots.style import canvas, check_rows, model_styles
-from analysis.stats import SITE
+from analysis.stats import SITE, check_columns
 
 STAGES = ["-", "--", "-.", ":"]
 PALEST = 0.55  # share of white in the color of the first layer
@@ -59,3 +59,43 @@ def _paler(color: str, place: int, places: int) -> tuple[float, ...]:
     """Mixed with white, the less the later its place."""
     white = PALEST * (1 - place / max(1, places - 1))
     return tuple(white + (1 - white) * part for part in to_rgb(color))
+
+
+# Name in the legend, whether the marker is filled.
+KINDS = {"changed": ("any change of the set", True), "pair": ("pair at the border", False)}
+
+
+def flip_calibration(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Measured against predicted share of tokens, from `analysis.flip_prediction`.
+
+    A point a site and sigma, with its interval over documents; on the line they agree. Filled: any
+    change of the set of experts; hollow: the pair at its border, where that is defined. The row of
+    all sites is drawn only where there is no other. Raises `ValueError` naming missing columns.
+    """
+    numbers = [f"{kind}_{what}" for kind in KINDS for what in ("predicted", "measured")]
+    bounds = [f"{kind}_measured_{bound}" for kind in KINDS for bound in ("low", "high")]
+    check_columns("flips", frame, ["model", "family", "where", *numbers, *bounds])
+    sites = frame[frame["where"] != "all"]
+    rows = frame if sites.empty else sites
+    styles = model_styles(frame)
+    with canvas(ax, height=3.1) as ax:
+        ax.axline((0, 0), (1, 1), **ZERO)
+        for model, points in rows.groupby("model", sort=False):
+            color, marker = styles[model]["color"], styles[model]["marker"]
+            for kind, (name, filled) in KINDS.items():
+                x, y = f"{kind}_predicted", f"{kind}_measured"
+                known = points.dropna(subset=[x, y])
+                if known.empty:
+                    continue
+                text = name if len(styles) == 1 else f"{model}: {name}"
+                look = dict(marker=marker, ls="", mew=1.0, clip_on=False, **face(color, filled))
+                look["zorder"] = 2.1  # hollow ones hide the bars behind them
+                ends = f"{y}_low", f"{y}_high"
+                draw_line(ax, known, x, y, ends, label=text, bars=True, **look)
+        ax.set_xlim(0, 1)
+        ax.set_ylim(0, 1)
+        ax.set_aspect("equal")
+        ax.set_xlabel("predicted share of tokens")
+        ax.set_ylabel("measured share of tokens")
+        legend_above(ax, ncols=2 if len(styles) == 1 else 1)
+    return ax
