@@ -5,7 +5,7 @@ Shapes: S sequences, L length, T tokens, V vocabulary, R shuffles, D model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.adapters import (
-    Adapter,
-    DenseRouting,
-    RoutedFlow,
-    State,
-    Watch,
-    batches,
-    clean_routing,
-    steps,
-)
+from analysis.adapters import Adapter, DenseRouting, State, Watch, batches, clean_routing, steps
 from analysis.measure import loss_gradient
 from analysis.overlap.metrics import Probe
 from cartmoe.data import IGNORE, Sequences
@@ -132,7 +123,7 @@ class Probes:
 
     def _run(
         self, batch: Sequences
-    ) -> tuple[dict[RouterSite, RoutedFlow], dict[RouterSite, Tensor], dict[RouterSite, Tensor]]:
+    ) -> tuple[Watch, dict[RouterSite, Tensor], dict[RouterSite, Tensor]]:
         """By site what went through the experts, the residual stream that entered its segment, and,
         with gradients, dloss/d(routed output)."""
         entered: dict[RouterSite, Tensor] = {}
@@ -176,9 +167,10 @@ def decisions(
     return {site: Routing(*(t[counts_T] for t in routed[site])) for site in sites}
 
 
-def of_tokens(batch: Sequences, values_S: Sequence[int]) -> Tensor:
-    """(T,) the value of its sequence, for each token that has a target."""
-    return torch.tensor(values_S)[(batch.targets_SL != IGNORE).nonzero()[:, 0].cpu()]
+def of_tokens(batch: Sequences, number_of: Mapping[str, int]) -> Tensor:
+    """(T,) the number of its document, for each token that has a target."""
+    number_S = torch.tensor([number_of[document] for document in batch.document_id])
+    return number_S[(batch.targets_SL != IGNORE).nonzero()[:, 0].cpu()]
 
 
 def routed_tokens(model: Adapter, docs: Sequences, batch_size: int) -> dict[RouterSite, np.ndarray]:
@@ -190,3 +182,9 @@ def routed_tokens(model: Adapter, docs: Sequences, batch_size: int) -> dict[Rout
             used_SLE = DenseRouting(routing).used_TE.unflatten(0, counts_SL.shape)
             parts[site].append((used_SLE & counts_SL[..., None]).sum(1).double().cpu())
     return {site: torch.cat(counts_SE).numpy() for site, counts_SE in parts.items()}
+
+
+def by_document(docs: Sequences, values_CS: Iterable[np.ndarray]) -> np.ndarray:
+    """(C, D) sums over the sequences of each document, in order of their ids."""
+    document_S = np.unique(docs.document_id, return_inverse=True)[1]
+    return np.stack([np.bincount(document_S, weights=values_S) for values_S in values_CS])

@@ -28,7 +28,7 @@ from analysis.adapters import (
 )
 from analysis.measure import measure
 from analysis.overlap.metrics import Sums, UnitSums, usage
-from analysis.overlap.probes import decisions, of_tokens
+from analysis.overlap.probes import by_document, decisions, of_tokens
 from analysis.overlap.tables import site_columns
 from analysis.perturb import Condition, DropExperts, Where, sites_of
 from analysis.stats import Bootstrap
@@ -103,7 +103,7 @@ class Removal:
         half_of = halves(self.docs.document_id)
         sums = {site: (UnitSums(len(HALVES)), UnitSums(1)) for site in self.sites}
         for batch in batches(self.model, self.docs, self.batch_size):
-            half_T = of_tokens(batch, [half_of[d] for d in batch.document_id])
+            half_T = of_tokens(batch, half_of)
             for site, routing in decisions(self.model, batch, self.sites).items():
                 dense, (by_half, together) = DenseRouting(routing), sums[site]
                 by_half.add_tokens(half_T, used=dense.used_TE, mass=dense.weights_TE)
@@ -188,12 +188,6 @@ def rises(
     with tqdm(total=total, unit="forward", disable=not progress) as bar:
         clean, *cells = measure(model, conditions, docs, batch_size=batch_size, progress=bar.update)
     return by_document(docs, [cell.losses.nll_sum - clean.losses.nll_sum for cell in cells])
-
-
-def by_document(docs: Sequences, values_CS: Iterable[np.ndarray]) -> np.ndarray:
-    """(C, D) sums over the sequences of each document, in order of their ids."""
-    document_S = np.unique(docs.document_id, return_inverse=True)[1]
-    return np.stack([np.bincount(document_S, weights=values_S) for values_S in values_CS])
 
 
 def _ratio(numerator_N: np.ndarray, denominator_N: np.ndarray) -> np.ndarray:

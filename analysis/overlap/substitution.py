@@ -14,16 +14,9 @@ import torch
 
 from analysis.adapters import Router, routed_adapter
 from analysis.overlap.measure import measure_overlap
-from analysis.overlap.probes import routed_tokens
-from analysis.overlap.removal import by_document, rises
-from analysis.perturb import (
-    DOWNSTREAM,
-    Condition,
-    Perturbation,
-    RouterContext,
-    Where,
-    sites_of,
-)
+from analysis.overlap.probes import by_document, routed_tokens
+from analysis.overlap.removal import rises
+from analysis.perturb import DOWNSTREAM, Condition, Perturbation, RouterContext, Where, sites_of
 from analysis.stats import SITE, Bootstrap, check_columns
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import Sequences

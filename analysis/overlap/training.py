@@ -73,7 +73,7 @@ def saturation(
         for first in range(0, len(folders), TOGETHER):
             models = {folder: load(folder) for folder in folders[first : first + TOGETHER]}
             for batch in batches(last, docs, batch_size):
-                unit_T = of_tokens(batch, [unit_of[document] for document in batch.document_id])
+                unit_T = of_tokens(batch, unit_of)
                 final = decisions(last, batch, chosen)
                 for folder, model in models.items():
                     now = decisions(model, batch, chosen) if folder != folders[-1] else final

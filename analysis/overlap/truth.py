@@ -15,11 +15,10 @@ from scipy.stats import rankdata
 
 from analysis.adapters import check_documents, routed_adapter
 from analysis.overlap.metrics import usage
-from analysis.overlap.probes import routed_tokens
-from analysis.overlap.removal import by_document
+from analysis.overlap.probes import by_document, routed_tokens
 from analysis.overlap.request import metric_names
 from analysis.overlap.tables import KEYS, Overlap, site_columns
-from analysis.stats import Bootstrap, facts_of
+from analysis.stats import Bootstrap, facts_of, square
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import Sequences
 from cartmoe.factorial import Factorial
@@ -108,8 +107,7 @@ def truth_scores(
         site = tuple(row[name] for name in SITE)
         check_choice(f"site with {PROFILE!r}", site, shared)
         truth = shared[site]
-        value_EE = own.pivot(index="expert_i", columns="expert_j", values="value")
-        value_EE = value_EE.reindex(index=truth.index, columns=truth.index).to_numpy()
+        value_EE = square(own).reindex(index=truth.index, columns=truth.index).to_numpy()
         value_EE = (value_EE + value_EE.T) * (-0.5 if facts_of(row["metric"]).apart else 0.5)
         rows.append(row | _score(value_EE, truth.to_numpy(), draws))
     return pd.DataFrame(rows)

@@ -10,7 +10,7 @@ sets of tokens that enter B, R relations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -30,7 +30,6 @@ BLOCK_ROWS = 1024  # that an expert of B runs at once, so that temporaries stay 
 PAIR_TOKENS = 64  # of a batch (to whole blocks) that pairs are compared and the null is taken on
 PAIR_EXPERTS = 16  # the first of each stage, that are compared: P x P numbers are kept a unit
 PARTS = {"a": "A's main effect", "b": "B's main effect", "interaction": "what is not additive"}
-SHARES = tuple(f"composite_{part}" for part in PARTS)
 RELATIONS = {
     "row": "have the same a_i",
     "column": "have the same b_j",
@@ -63,9 +62,14 @@ def mean_cosines(outputs_ABTD: Tensor) -> Tensor:
     return sums_RT / counts_R1
 
 
+def tokens_for(metrics: Iterable[str]) -> int:
+    """How many of a batch these metrics need."""
+    return PAIR_TOKENS if {f"composite_{part}" for part in PARTS}.isdisjoint(metrics) else TOKENS
+
+
 class CompositeStream:
     """Sums for the metrics below over the tokens of one two-stage layer; of fixed size. `tokens` of
-    a batch are used; `PAIR_TOKENS` are enough for all but shares of squares.
+    a batch are used (see `tokens_for`).
 
     Shares of squares are of all composed experts. Pairs (cosine and CKA) are of those of the first
     16 experts of each stage: with more than 16, the order of experts decides which these are.

@@ -7,13 +7,7 @@ from typing import Any
 
 from analysis.adapters import Adapter
 from analysis.overlap.metrics.base import Estimate, Metric, Probe, Stream, estimate
-from analysis.overlap.metrics.composite import (
-    PAIR_TOKENS,
-    SHARES,
-    TOKENS,
-    CompositeStream,
-    SecondStage,
-)
+from analysis.overlap.metrics.composite import CompositeStream, SecondStage, tokens_for
 from analysis.overlap.metrics.first_order import SubstitutionStream
 from analysis.overlap.metrics.output_stream import OutputStream
 from analysis.overlap.metrics.usage_stream import UsageStream
@@ -50,11 +44,9 @@ class Streams:
             site: {k: make[k](site) for k in make if k in self.kinds} for site in sites
         }
         if "composite" in self.kinds:
-            tokens = TOKENS if metrics.keys() & set(SHARES) else PAIR_TOKENS
             for first in sites:
-                second = second_stage(model, first)
-                if second is not None:
-                    layer = CompositeStream(model, first, second, units, tokens)
+                if second := second_stage(model, first):
+                    layer = CompositeStream(model, first, second, units, tokens_for(metrics))
                     self._streams[first]["composite"] = layer
                     if second in sites:
                         self._streams[second]["composite"] = SecondStage(layer)

@@ -18,7 +18,7 @@ from analysis.adapters import DenseRouting
 from analysis.overlap.metrics.base import Probe, Sums, UnitSums
 from analysis.overlap.metrics.usage import both_counts, conditional_mutual_information
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import EPS, Routing
+from cartmoe.routing import EPS
 
 
 @dataclass(eq=False)
@@ -48,9 +48,8 @@ class UsageStream:
     def add(self, probe: Probe) -> None:
         """Add a batch."""
         dense = DenseRouting(probe.routing)
-        ids_KT = _distinct(probe.routing, dense).T.contiguous()
         self._add_to_unit(probe, dense)
-        self._count_labels(probe, ids_KT)
+        self._count_labels(probe, _distinct(dense).T.contiguous())
 
     def sums(self) -> Sums:
         """By name, those of units (U, ...):
@@ -130,11 +129,9 @@ class UsageStream:
         self._counts[name].view(-1).scatter_add_(0, cells.flatten(), ones)
 
 
-def _distinct(routing: Routing, dense: DenseRouting) -> Tensor:
-    """(T, K) on the CPU: the experts that each token uses, each once; elsewhere E, nobody."""
+def _distinct(dense: DenseRouting) -> Tensor:
+    """(T, K) on the CPU: the experts that each token uses, each once; behind them E, nobody."""
     used_TE = dense.used_TE.cpu()
     E = used_TE.shape[-1]
-    ids_TK = routing.ids_TK.masked_fill(routing.weights_TK == 0, E).cpu()
-    if (ids_TK < E).sum() > used_TE.sum():  # one stands twice
-        ids_TK = torch.arange(E).where(used_TE, E)
-    return ids_TK[:, (ids_TK < E).any(0)]  # top-p has a slot for each expert
+    ids_TE = torch.arange(E).where(used_TE, E).sort(-1).values
+    return ids_TE[:, (ids_TE < E).any(0)]

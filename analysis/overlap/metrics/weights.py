@@ -49,7 +49,7 @@ class ExpertWeights(NamedTuple):
             pairs = zip(matrices, shared, strict=True)
             matrices = [torch.cat([own, other.detach()[None]]) for own, other in pairs]
         router_ED = model.router(site).rows
-        return cls(*matrices, router_ED=None if router_ED is None else router_ED.detach())
+        return cls(*matrices, None if router_ED is None else router_ED.detach())
 
     @torch.no_grad()
     def reinitialized(self, *seed: int) -> ExpertWeights:
