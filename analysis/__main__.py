@@ -6,38 +6,39 @@ from __future__ import annotations
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
+import typer.core
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """A mistake of the user's is a line or a few on stderr and exit code 2, never a traceback;
+        a warning is a line."""
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda text, *_: typer.echo(f"warning: {text}", err=True)
+                return super().invoke(ctx)
+        except (ValueError, OSError, FloatingPointError, ImportError, sqlite3.Error) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as interrupt:
+            then = "begins again" if ctx.invoked_subcommand == "overlap" else "goes on from here"
+            said = str(interrupt) or f"interrupted; the same command {then}"
+            typer.echo(f"\n{said}", err=True)
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="Perturb routing, measure the damage, draw it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-@contextmanager
-def _one_line_errors(
-    interrupted: str = "interrupted; the same command goes on from here",
-) -> Iterator[None]:
-    """A mistake of the user's is a line or a few on stderr and exit code 2, never a traceback; a
-    warning is a line."""
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
-            yield
-    except (ValueError, OSError, FloatingPointError, ImportError, sqlite3.Error) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt as interrupt:
-        message = str(interrupt) or interrupted
-        typer.echo(f"\n{message}", err=True)
-        raise typer.Exit(130) from None
+OUT = typer.Argument(help="The --out of a study, finished or not.")
 
 
 @app.command()
@@ -57,34 +58,30 @@ def run(
     progress: bool = typer.Option(True, help="Show progress bars."),
 ) -> None:
     """Train and measure what is not there yet, then summarize and plot."""
-    with _one_line_errors():
-        start = time.monotonic()
-        from analysis import report
-        from analysis.study import Study, processes, threads_of
-        from analysis.study import dask as on_dask
-        from analysis.study import dry_run as estimate
-        from analysis.study import run as run_study
+    start = time.monotonic()
+    from analysis import report
+    from analysis import study as studies
 
-        if workers and dask:
-            raise ValueError("--workers and --dask: give one of them")
-        read = Study.read(study)
-        executor = processes(workers) if workers else None
-        executor = on_dask(dask) if dask else executor
-        if dry_run:
-            typer.echo(estimate(read, out, workers or 1, threads_of(read, executor, threads)))
-            return
-        run_study(read, out, progress, executor, threads)
-        _print(report.summarize(out), report.plot(out, progress))
-        typer.echo(f"\n{time.monotonic() - start:.0f} s in all. Everything is in {out}")
+    if workers and dask:
+        raise ValueError("--workers and --dask: give one of them")
+    read = studies.Study.read(study)
+    executor = studies.processes(workers) if workers else None
+    executor = studies.dask(dask) if dask else executor
+    if dry_run:
+        threads = studies.threads_of(read, executor, threads)
+        typer.echo(studies.dry_run(read, out, workers or 1, threads))
+        return
+    studies.run(read, out, progress, executor, threads)
+    _print(report.summarize(out), report.plot(out, progress))
+    typer.echo(f"\n{time.monotonic() - start:.0f} s in all. Everything is in {out}")
 
 
 @app.command()
-def summarize(out: Path = typer.Argument(help="The --out of a study, finished or not.")) -> None:
+def summarize(out: Path = OUT) -> None:
     """Write tables/*.csv and robustness.txt, and print that."""
-    with _one_line_errors():
-        from analysis import report
+    from analysis import report
 
-        typer.echo(report.summarize(out))
+    typer.echo(report.summarize(out))
 
 
 @app.command()
@@ -94,11 +91,9 @@ def export(
     out: Path = typer.Option(None, help="Directory for the files; default: DIR/export."),
 ) -> None:
     """Write the tables losses, routing, cells and damage to files, and print their paths."""
-    with _one_line_errors():
-        from analysis.report import export as write
+    from analysis.report import export as write
 
-        for path in write(study, format, out):
-            typer.echo(path)
+    typer.echo("\n".join(map(str, write(study, format, out))))
 
 
 @app.command()
@@ -109,17 +104,14 @@ def record(
     progress: bool = typer.Option(True, help="Show a progress bar."),
 ) -> None:
     """Record the routing of a model on a study's documents, for Replay in that study."""
-    with _one_line_errors():
-        from analysis.adapters import load
-        from analysis.perturb import Trace
-        from analysis.study import Study, documents_of
+    from analysis.adapters import load
+    from analysis.perturb import Trace
+    from analysis.study import Study, documents_of
 
-        read = Study.read(study)
-        _, docs = documents_of(read)
-        batch_size = read.measure.batch_size
-        typer.echo(
-            Trace.record(load(checkpoint), docs, out, batch_size=batch_size, progress=progress)
-        )
+    read = Study.read(study)
+    _, docs = documents_of(read)
+    size = read.measure.batch_size
+    typer.echo(Trace.record(load(checkpoint), docs, out, batch_size=size, progress=progress))
 
 
 @app.command()
@@ -136,49 +128,49 @@ def overlap(
 ) -> None:
     """Measure what the experts of models have in common: tables, and figures of metrics of pairs,
     over depth and at each model's first site."""
-    with _one_line_errors("interrupted; the same command begins again"):
-        from analysis import report
-        from analysis.adapters import documents as read_documents
-        from analysis.overlap import Overlap, check_request, measure_overlap
-        from cartmoe.folders import check_directory
+    from analysis import report
+    from analysis.adapters import documents as read_documents
+    from analysis.overlap import Overlap, check_request, measure_overlap
+    from cartmoe.folders import check_directory
 
-        check_directory(out)
-        loaded = report.named(models)
-        for model in loaded:  # before texts are read and the first takes minutes
-            check_request(model, metric or None, sites, probe)
-        limits: dict[str, Any] = dict(length=length, limit=documents)
-        limits["max_tokens_per_document"] = length
-        data = [read_documents(corpus, model, **limits) for model in loaded]
-        names = [f"{model.name}-s{model.train_seed}" for model in loaded]
-        asked = dict(
-            models={name: model.identity for name, model in zip(names, loaded, strict=True)},
-            data={name: docs.sha256 for name, docs in zip(names, data, strict=True)},
-            **dict(corpus=corpus, documents=documents, length=length),
-            **dict(metrics=sorted(set(metric or [])), sites=sites, probe=probe),
-        )
-        files = report.finished(out, asked)
-        if files is None:
-            if len(set(data[0].document_id)) < 2:
-                raise ValueError(f"corpus {corpus!r} has one document; intervals need several")
-            found = [
-                measure_overlap(model, docs, metric or None, sites, probe, progress=progress)
-                for model, docs in zip(loaded, data, strict=True)
-            ]
-            files = report.write_overlap(Overlap.join(found), out, asked)
-        else:
-            typer.echo(f"{out} is finished")
-        for path in files:
-            typer.echo(path)
+    check_directory(out)
+    asked_for = (metric or None, sites, probe)
+    loaded = {f"{model.name}-s{model.train_seed}": model for model in report.named(models)}
+    for model in loaded.values():  # before texts are read and the first takes minutes
+        check_request(model, *asked_for)
+    limits: dict[str, Any] = dict(length=length, limit=documents, max_tokens_per_document=length)
+    data = {name: read_documents(corpus, model, **limits) for name, model in loaded.items()}
+    asked = dict(
+        models={name: model.identity for name, model in loaded.items()},
+        data={name: docs.sha256 for name, docs in data.items()},
+        corpus=corpus,
+        documents=documents,
+        length=length,
+        metrics=sorted(set(metric or [])),
+        sites=sites,
+        probe=probe,
+    )
+    files = report.finished(out, asked)
+    if files is None:
+        if any(len(set(docs.document_id)) < 2 for docs in data.values()):
+            raise ValueError(f"corpus {corpus!r} has one document; intervals need several")
+        found = [
+            measure_overlap(model, data[name], *asked_for, progress=progress)
+            for name, model in loaded.items()
+        ]
+        files = report.write_overlap(Overlap.join(found), out, asked)
+    else:
+        typer.echo(f"{out} is finished")
+    typer.echo("\n".join(map(str, files)))
 
 
 @app.command()
-def plot(out: Path = typer.Argument(help="The --out of a study, finished or not.")) -> None:
+def plot(out: Path = OUT) -> None:
     """Draw figures/*.png and *.pdf, and print their paths."""
-    with _one_line_errors():
-        from analysis import report
-        from analysis.study import progress_of
+    from analysis import report
+    from analysis.study import progress_of
 
-        _print(progress_of(out), report.plot(out, progress=True))
+    _print(progress_of(out), report.plot(out, progress=True))
 
 
 @app.command()
@@ -192,10 +184,7 @@ def schema() -> None:
 
 
 def _print(text: str, figures: list[Path]) -> None:
-    typer.echo(text)
-    typer.echo("Figures:")
-    for path in figures:
-        typer.echo(f"  {path}")
+    typer.echo("\n".join([text, "Figures:", *(f"  {path}" for path in figures)]))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Words and figures from tables.
 
 text.py      what a study found, in words
-study.py     the tables and figures that a study leaves in its directory
+study.py     the tables and figures that a study leaves in its directory; its tables as files that
+             other programs read
 overlap.py   those that `python -m analysis overlap` leaves
 made.py      what a folder was made from; pictures drawn into it
-export.py    a study's tables as files that other programs read
 """
 
-from analysis.report.export import export
 from analysis.report.overlap import finished, named, write_overlap
-from analysis.report.study import plot, summarize
+from analysis.report.study import export, plot, summarize

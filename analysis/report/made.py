@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import plots
 from cartmoe.files import write_atomically
+
+Picture = Callable[[], Axes | Figure]
 
 
 def recorded(note: Path, asked: dict[str, Any]) -> tuple[list[str], list[Path]]:
@@ -34,12 +37,18 @@ def record(note: Path, asked: dict[str, Any], files: Iterable[Path]) -> None:
     write_atomically(note, json.dumps(asked | {"files": names}, indent=1) + "\n")
 
 
-def are_there(files: Iterable[Path]) -> bool:
-    """Whether all of them still are."""
-    return all(path.is_file() for path in files)
+def write_tables(
+    tables: Mapping[str, pd.DataFrame], folder: Path, format: str = "csv"
+) -> list[Path]:
+    """Each as a file of its name, "csv" or "parquet", whole or not at all; their paths."""
+    paths = {folder / f"{name}.{format}": table for name, table in tables.items()}
+    for path, table in paths.items():
+        encoded = table.to_csv if format == "csv" else table.to_parquet
+        write_atomically(path, encoded(index=False))
+    return list(paths)
 
 
-def draw(picture: Callable[[], Axes | Figure], path: Path) -> list[Path]:
+def draw(picture: Picture, path: Path) -> list[Path]:
     """The picture in the paper's style, saved as the path with each ending."""
     with plots.paper_style():
         drawing = picture()

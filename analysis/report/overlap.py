@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from analysis import plots
 from analysis.adapters import Adapter, load
 from analysis.overlap import Overlap
 from analysis.overlap.metrics import METRICS
 from analysis.plots import SHARES, SIMILAR
-from analysis.report.made import are_there, draw, record, recorded
+from analysis.report.made import Picture, draw, record, recorded, write_tables
 from analysis.stats import CHECKPOINT, facts_of
 from analysis.study import manifest
-from cartmoe.files import write_atomically
 
 MANIFEST = "manifest.json"
-Picture = Callable[[], Axes | Figure]
 
 
 def named(paths: Sequence[Path]) -> list[Adapter]:
@@ -57,7 +53,7 @@ def finished(out: Path, asked: dict[str, Any]) -> list[Path] | None:
         raise ValueError(
             f"out is {str(out)!r}, which holds other results ({', '.join(other)}); choose another"
         )
-    return files if files and are_there(files) else None
+    return files if files and all(path.is_file() for path in files) else None
 
 
 def write_overlap(overlap: Overlap, out: Path, asked: dict[str, Any]) -> list[Path]:
@@ -65,10 +61,7 @@ def write_overlap(overlap: Overlap, out: Path, asked: dict[str, Any]) -> list[Pa
     whole or not at all; returns their paths."""
     said, files = asked | manifest(), [out / MANIFEST]
     record(files[0], said, [])
-    for name, table in overlap.tables.items():
-        if not table.empty:
-            files.append(out / f"{name}.csv")
-            write_atomically(files[-1], table.to_csv(index=False))
+    files += write_tables({n: t for n, t in overlap.tables.items() if not t.empty}, out)
     for name, picture in _pictures(overlap):
         files += draw(picture, out / "figures" / name)
     record(files[0], said, files)
@@ -112,11 +105,11 @@ def _cartesian_layers(overlap: Overlap) -> list[int]:
     """Those of which everything was measured that `cartesian_usage` draws."""
     needed = {("transition", 1), *((name, 0) for name in (*SHARES, *SIMILAR))}
     rows = pd.concat([overlap.pairs, overlap.sites])
-    layers = {
-        int(layer): set(zip(own.metric, own.stage, strict=True))
+    return [
+        int(layer)
         for layer, own in rows.groupby("layer")
-    }
-    return [layer for layer, found in layers.items() if needed <= found]
+        if needed <= set(zip(own.metric, own.stage, strict=True))
+    ]
 
 
 def _rows_of(checkpoint: Sequence[Any], table: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The tables and figures that a study leaves in its directory."""
+"""The tables and figures that a study leaves in its directory; its tables for other programs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from tqdm import tqdm
 
 from analysis import plots
 from analysis.measure import Results
-from analysis.report.made import are_there, draw, record, recorded
+from analysis.report.made import draw, record, recorded, write_tables
 from analysis.report.text import describe, tables
-from analysis.study import STORE, Store, read, read_plan
+from analysis.study import STORE, Store, read, read_plan, source_sha256
+from cartmoe.config import check_choice
 from cartmoe.files import write_atomically
+from cartmoe.folders import check_directory
 
 NOTE = ".made.json"  # what tables or figures were made from, and their names
-CODE = ("measure", "stats", "plots", "report")  # rooms that decide what they look like
+# The rooms that decide what they look like.
+CODE = ("analysis/measure", "analysis/stats", "analysis/plots", "analysis/report")
 # The table a picture is drawn from, empty where the study has nothing of it; and the picture.
 Picture = tuple[Callable[[Results], pd.DataFrame], Callable[[pd.DataFrame], Axes | Figure]]
 
@@ -81,11 +84,8 @@ def summarize(out: Path) -> str:
     def write(folder: Path) -> list[Path]:
         results, contrasts = read(out), read_plan(out)["contrasts"]
         made = tables(results, contrasts)
-        files = [folder / f"{name}.csv" for name in made]
-        for file, table in zip(files, made.values(), strict=True):
-            write_atomically(file, table.to_csv(index=False))
         write_atomically(text, describe(results, made, contrasts))
-        return files
+        return write_tables(made, folder)
 
     _once(out, "tables", write, [text])
     return text.read_text()
@@ -107,6 +107,35 @@ def plot(out: Path, progress: bool = False) -> list[Path]:
     return _once(out, "figures", write)
 
 
+def export(
+    directory: str | Path, format: str = "parquet", out: str | Path | None = None
+) -> list[Path]:
+    """Write losses, routing, cells, and damage where there is any, each whole or not at all.
+
+    directory   of a study, finished or not;  out   default: its folder export
+
+    Returns the paths. Raises `ValueError` for another format, `ImportError` where Parquet needs
+    pyarrow, and as `read` does.
+    """
+    check_choice("format", format, ("parquet", "csv"))
+    if format == "parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "Parquet needs pyarrow; install it: pip install 'cartmoe[data]', or choose "
+                "--format csv"
+            ) from error
+    results = read(directory)
+    tables = {"losses": results.losses, "routing": results.routing, "cells": results.cells}
+    if results.has_conditions:
+        tables["damage"] = results.damage()
+    folder = Path(directory) / "export" if out is None else Path(out)
+    check_directory(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_tables(tables, folder, format)
+
+
 def _once(
     out: Path, name: str, write: Callable[[Path], list[Path]], beside: Sequence[Path] = ()
 ) -> list[Path]:
@@ -115,7 +144,7 @@ def _once(
     folder = out / name
     note, asked = folder / NOTE, {"made_from": _fingerprint(out)}
     differing, before = recorded(note, asked)
-    if not differing and are_there([*before, *beside]):
+    if not differing and all(path.is_file() for path in (*before, *beside)):
         return before
     folder.mkdir(exist_ok=True)
     files = write(folder)
@@ -132,7 +161,5 @@ def _fingerprint(out: Path) -> str:
     with Store(out / STORE) as store:
         digest.update("".join(sorted(store.keys())).encode())
         digest.update(store.failures().sort_values("key").to_csv().encode())
-    rooms = Path(__file__).parents[1]
-    for path in sorted(path for room in CODE for path in (rooms / room).glob("*.py")):
-        digest.update(path.read_bytes())
+    digest.update(source_sha256(CODE).encode())
     return digest.hexdigest()

@@ -12,6 +12,13 @@ from analysis.measure import Results
 
 LEAST = 1e-6  # routed weight or output that moved less did not: weights are rounded
 SETS = ("full", "selection", "no_refill", "part set")  # effects that let another set through
+# Tables of damage taken apart, each a method of `Results`, and their titles.
+APART = {
+    "split": "Damage divided: Shapley values, main effects and their interaction",
+    "cascade": "Cascade: later routers work from the changed stream, or repeat the clean run",
+    "additivity": "Damages at single sites, their sum, and all sites at once",
+    "gap": "Robustness gap: the worst flips found against as many random ones",
+}
 # What each expectation is measured by; see `Perturbation.expects`.
 DOSE = {"selection": "changed", "weights": "mass_moved", "output": "output_change"}
 
@@ -23,15 +30,13 @@ def tables(results: Results, contrasts: Mapping[str, Any] | None = None) -> dict
     """
     made = {"clean": results.clean(), "sites": results.sites(), "failed": results.failed}
     if results.has_conditions:
-        whole = whole_conditions(results)
+        damage = results.damage()
+        whole = whole_conditions(damage)
         made |= {
-            "damage": results.damage(),
+            "damage": damage,
             "robustness": results.table(),
             "per_dose": results.per_dose(),
-            "split": results.split(),
-            "cascade": results.cascade(),
-            "additivity": results.additivity(),
-            "gap": results.gap(),
+            **{name: getattr(results, name)() for name in APART},
             "by_domain": results.damage_by("domain", whole),
         }
         if results.tokens is not None:
@@ -39,13 +44,11 @@ def tables(results: Results, contrasts: Mapping[str, Any] | None = None) -> dict
             made |= {f"by_{by}": results.damage_by(by, whole) for by in ("position", "frequency")}
         if contrasts := measured(results, contrasts):
             made["contrasts"] = results.contrasts(**contrasts)
-    always = ("clean", "sites")
-    return {name: table for name, table in made.items() if len(table) or name in always}
+    return {name: t for name, t in made.items() if len(t) or name in ("clean", "sites")}
 
 
-def whole_conditions(results: Results) -> list[str]:
+def whole_conditions(damage: pd.DataFrame) -> list[str]:
     """Labels of those that act everywhere with all their effect, and are to change something."""
-    damage = results.damage()
     return list(dict.fromkeys(damage.label[stats.is_plain(damage) & (damage.expects != "none")]))
 
 
@@ -72,18 +75,19 @@ def describe(
     columns = ["model", "train_seed", "num_documents", "num_tokens", "nats", "low", "high",
                "perplexity", "bits_per_byte"]  # fmt: skip
     unfinished = "UNFINISHED: " if results.finished < results.planned else ""
-    parts = [f"{unfinished}{results.finished} of {results.planned} cells are measured"]
-    parts += _failed(results)
-    parts.append(
+    parts = [
+        f"{unfinished}{results.finished} of {results.planned} cells are measured",
+        *_failed(results),
         "Clean validation loss (nats per token [95 % interval over documents; of the standard "
-        "library, over packages])"
-    )
-    parts.append(_text(made["clean"][columns]))
+        "library, over packages])",
+        _text(made["clean"][columns]),
+    ]
     if results.has_conditions:
         parts.append("Routing robustness (form of arXiv 2410.16077, Table 4)")
         parts.append(stats.format_robustness(made["robustness"]))
-        parts += [*_identity(results), _positive_control(results), *_without_effect(results)]
-        parts += _taken_apart(made, whole_conditions(results))
+        damage = made["damage"]
+        parts += [*_identity(damage), _positive_control(damage), *_without_effect(damage)]
+        parts += _taken_apart(made, whole_conditions(damage))
     if "contrasts" in made:
         margin = (contrasts or {}).get("margin")
         parts += ["Contrasts named beforehand", stats.format_contrasts(made["contrasts"], margin)]
@@ -105,9 +109,8 @@ def _failed(results: Results) -> list[str]:
     return ["\n".join([f"FAILED: {len(rows)} cells killed their workers", *rows])]
 
 
-def _identity(results: Results) -> list[str]:
+def _identity(damage: pd.DataFrame) -> list[str]:
     """The verdict on the hooks themselves: an identity that is not exactly 0 voids the study."""
-    damage = results.damage()
     identity = damage[damage["name"] == "Identity"]
     if identity.empty:
         return []
@@ -118,8 +121,7 @@ def _identity(results: Results) -> list[str]:
     return [f"Identity control FAILED: hooks alone change the loss of {names}"]
 
 
-def _positive_control(results: Results) -> str:
-    damage = results.damage()
+def _positive_control(damage: pd.DataFrame) -> str:
     if not (damage["name"] == "RandomRouting").any():
         return "Positive control: RandomRouting was not run, so nothing shows that routing matters"
     failed = stats.positive_control(damage)
@@ -130,10 +132,10 @@ def _positive_control(results: Results) -> str:
     return f"Positive control FAILED: random routing is not shown to hurt {names}"
 
 
-def _without_effect(results: Results) -> list[str]:
+def _without_effect(damage: pd.DataFrame) -> list[str]:
     """Conditions that did not change what they are there to change: they failed, and say nothing
     of robustness."""
-    damage, failed = results.damage(), []
+    failed = []
     for expects, dose in DOSE.items():
         # An effect that lets only a part of a changed decision through may let through nothing:
         # that is a result.
@@ -149,13 +151,7 @@ def _without_effect(results: Results) -> list[str]:
 def _taken_apart(made: Mapping[str, pd.DataFrame], whole: list[str]) -> list[str]:
     """Titles and texts of the tables that were made."""
     out = []
-    titles = {
-        "split": "Damage divided: Shapley values, main effects and their interaction",
-        "cascade": "Cascade: later routers work from the changed stream, or repeat the clean run",
-        "additivity": "Damages at single sites, their sum, and all sites at once",
-        "gap": "Robustness gap: the worst flips found against as many random ones",
-    }
-    for name, title in titles.items():
+    for name, title in APART.items():
         if name in made:
             out += [f"{title} (nats per token; share of the whole)", _parts(made[name])]
     doses = made["per_dose"]
@@ -163,12 +159,9 @@ def _taken_apart(made: Mapping[str, pd.DataFrame], whole: list[str]) -> list[str
     if len(top):
         columns = ["model", "train_seed", "label", "top_k", "renormalize", "routed_share"]
         renamed = top.rename(columns={"experts_off": "m / E", "delta_nats": "nats per token"})
-        shown = renamed[[*columns, "routed_ratio", "m / E", "nats per token"]].assign(
-            **{
-                "per flip": stats.interval_texts(top, "per_flip"),
-                "per mass moved": stats.interval_texts(top, "per_mass"),
-            }
-        )
+        shown = renamed[[*columns, "routed_ratio", "m / E", "nats per token"]]
+        for name, slope in (("per flip", "per_flip"), ("per mass moved", "per_mass")):
+            shown = shown.assign(**{name: stats.interval_texts(top, slope)})
         out += ["Damage per dose: the slopes from 0 [95 % interval over documents]", _text(shown)]
     if "tails" in made:
         tails = made["tails"][made["tails"].condition.isin(whole)]
@@ -179,15 +172,12 @@ def _taken_apart(made: Mapping[str, pd.DataFrame], whole: list[str]) -> list[str
 
 
 def _parts(table: pd.DataFrame) -> str:
-    """A table of parts (see stats/parts.py), what it has besides at the end."""
-    known = ("family", "delta_nats", "low", "high", "share", "share_low", "share_high")
-    own = [c for c in table if c not in (*known, "model", "train_seed", "condition", "part")]
-    shown = table[["model", "train_seed", "condition", "part"]].assign(
+    """A table of parts (see stats/parts.py), with intervals in words."""
+    shown = table.rename(columns={"delta_nats": "damage"}).assign(
         damage=stats.interval_texts(table, "delta_nats", "low", "high"),
         share=stats.interval_texts(table, "share"),
-        **{name: table[name] for name in own},
     )
-    return _text(shown)
+    return _text(shown.drop(columns=["family", "low", "high", "share_low", "share_high"]))
 
 
 def _text(table: pd.DataFrame) -> str:

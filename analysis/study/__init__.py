@@ -13,7 +13,7 @@ from analysis.study.estimate import dry_run
 from analysis.study.executors import dask, processes
 from analysis.study.folder import STORE, progress_of, read, read_plan
 from analysis.study.plan import documents_of
-from analysis.study.provenance import manifest
+from analysis.study.provenance import manifest, source_sha256
 from analysis.study.run import run, threads_of
 from analysis.study.schema import study_schema
 from analysis.study.store import Store

@@ -12,7 +12,7 @@ import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -39,22 +39,6 @@ from cartmoe.precision import probe_precision
 PROBE = 4  # sequences
 
 
-class Estimate(NamedTuple):
-    """Of one model.
-
-    arms        what each shard is measured under;  missing   cells that are left
-    measuring   seconds in one process
-    steps       that are left to train;  training   seconds of all of them
-    """
-
-    model: str
-    arms: int
-    missing: int
-    measuring: float
-    steps: int
-    training: float
-
-
 def dry_run(study: Study, out: str | Path, workers: int = 1, threads: int | None = None) -> str:
     """What `run` would do with so many workers, as text. Raises as `run` does for mistakes."""
     out = Path(out)
@@ -70,17 +54,19 @@ def dry_run(study: Study, out: str | Path, workers: int = 1, threads: int | None
             _estimate(plan, spec, checkpoint, out, finished)
             for spec, checkpoint in zip(study.models, found, strict=True)
         ]
-    return _describe(plan, pd.DataFrame(rows, columns=Estimate._fields), workers)
+    return _describe(plan, pd.DataFrame(rows), workers)
 
 
 def _estimate(
     plan: Plan, spec: ModelSpec, checkpoint: Checkpoint | None, out: Path, finished: set[str]
-) -> Estimate:
+) -> dict[str, Any]:
+    """Of one model: cells, and seconds in one process; steps that are left to train, and seconds of
+    all of them."""
     arms, tokenizer = plan.arms(spec, checkpoint)[1], plan.corpus.tokenizer
     seconds, steps, training = 0.0, 0, 0.0
     if checkpoint:
-        cells = plan.work(checkpoint).cells
-        missing = [(cell.shard, cell.condition) for cell in cells if cell.key not in finished]
+        planned = plan.work(checkpoint).cells
+        missing = [(cell.shard, cell.condition) for cell in planned if cell.key not in finished]
     else:
         missing = list(itertools.product(range(len(plan.shards)), arms))
         steps, training = _training(spec, run_folder(out, spec))
@@ -91,8 +77,9 @@ def _estimate(
             model = adapt(LanguageModel(spec.config).to(default_device()).eval(), tokenizer)
         once, each = _probe(plan, model, arms)
         seconds = once + sum(each[arm] * len(plan.shards[shard]) for shard, arm in missing)
-    name = f"{spec.name} (seed {spec.train_seed})"
-    return Estimate(name, len(arms), len(missing), seconds, steps, training)
+    cells, name = len(plan.shards) * len(arms), f"{spec.name} (seed {spec.train_seed})"
+    left = {"finished": cells - len(missing), "missing": len(missing), "measuring": seconds}
+    return {"model": name, "cells": cells, **left, "steps": steps, "training": training}
 
 
 def _probe(
@@ -149,29 +136,22 @@ def _training(spec: ModelSpec, folder: Path) -> tuple[int, float]:
 
 
 def _describe(plan: Plan, rows: pd.DataFrame, workers: int) -> str:
-    """`rows`: an `Estimate` each."""
     shards = len(plan.shards)
-    table = pd.DataFrame(
-        {
-            "model": rows.model,
-            "cells": [f"{shards} shards x {arms} = {shards * arms}" for arms in rows.arms],
-            "finished": shards * rows.arms - rows.missing,
-            "missing": rows.missing,
-            "measuring": rows.measuring.map(spoken),
-            "steps": rows.steps,
-            "training": rows.training.map(spoken),
-        }
+    table = rows.assign(
+        cells=[f"{shards} shards x {cells // shards} = {cells}" for cells in rows.cells],
+        measuring=rows.measuring.map(spoken),
+        training=rows.training.map(spoken),
     )
-    probe = f"{min(PROBE, plan.study.measure.batch_size)} sequences"
     return f"""\
-Study {plan.study.name!r}: {len(rows)} models, {shards * rows.arms.sum()} cells, \
-{table.finished.sum()} finished, {rows.missing.sum()} missing
+Study {plan.study.name!r}: {len(rows)} models, {rows.cells.sum()} cells, \
+{rows.finished.sum()} finished, {rows.missing.sum()} missing
 {table.to_string(index=False)}
 Training, one model after the other: about {spoken(rows.training.sum())}
 Measuring with {workers} process{"es" * (workers > 1)} of {plan.threads} \
 thread{"s" * (plan.threads > 1)}: about {spoken(rows.measuring.sum() / workers)}
-Estimated from one batch of {probe} a model and kind of condition, and one training step of as \
-many (models not trained yet: with random weights); nothing was written."""
+Estimated from one batch of {min(PROBE, plan.study.measure.batch_size)} sequences a model and \
+kind of condition, and one training step of as many (models not trained yet: with random \
+weights); nothing was written."""
 
 
 def spoken(seconds: float) -> str:

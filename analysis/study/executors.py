@@ -22,7 +22,6 @@ from cartmoe.config import check_whole
 
 WAIT = 30  # seconds for the first worker of a cluster
 LOST = 300  # seconds without any after which it is given up
-HINT = "a script needs `if __name__ == '__main__':` around what starts processes"
 
 
 def deaths(error: BaseException | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,25 +62,21 @@ def read(out: str | Path) -> Results:
         planned=len(planned),
         cells=finished.assign(seconds=finished.key.map(seconds)).drop(columns="key"),
         failed=failed.drop(columns="key"),
-        tokens=_Tokens(out, paired) if plan["study"]["measure"]["tokens"] else None,
+        tokens=partial(_tokens, out, paired) if plan["study"]["measure"]["tokens"] else None,
     )
 
 
-class _Tokens:
+def _tokens(
+    out: Path, cells: pd.DataFrame, model: str, train_seed: int, condition: str
+) -> pd.DataFrame:
     """`Results.tokens`: every token's loss, from the store when asked for."""
-
-    def __init__(self, out: Path, cells: pd.DataFrame):
-        self.out, self.cells = out, cells
-
-    def __call__(self, model: str, train_seed: int, condition: str) -> pd.DataFrame:
-        cells = self.cells
-        wanted = (cells.model == model) & (cells.train_seed == train_seed)
-        keys = cells[wanted & (cells.condition == condition)][["key"]]
-        if keys.empty:
-            raise KeyError((model, train_seed, condition))
-        with Store(self.out / STORE) as store:
-            rows = keys.merge(store.read("tokens", keys.key), on="key").drop(columns="key")
-        return rows if condition == "clean" else rows.drop(columns="targets")
+    wanted = (cells.model == model) & (cells.train_seed == train_seed)
+    keys = cells[wanted & (cells.condition == condition)][["key"]]
+    if keys.empty:
+        raise KeyError((model, train_seed, condition))
+    with Store(out / STORE) as store:
+        rows = keys.merge(store.read("tokens", keys.key), on="key").drop(columns="key")
+    return rows if condition == "clean" else rows.drop(columns="targets")
 
 
 def _paired(cells: pd.DataFrame) -> pd.DataFrame:

@@ -6,7 +6,6 @@ weights are read, and every byte of them checked, by who measures or trains.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,17 +14,10 @@ from pathlib import Path
 from analysis.study.reading import Mistakes
 from analysis.study.specs import ModelSpec
 from analysis.study.study import Study
-from cartmoe.checkpoint import (
-    checkpoint_sha256,
-    newest,
-    read_config,
-    read_meta,
-    read_tokenizer,
-    run_checkpoints,
-)
+from cartmoe import checkpoint as checkpoints
 from cartmoe.corpora import CORPORA, is_built_in
 from cartmoe.data import Corpus
-from cartmoe.run import read_run
+from cartmoe.run import check_same, read_run
 from cartmoe.tokenizers import tokenizer_key
 from cartmoe.train import train
 
@@ -41,7 +33,7 @@ class Checkpoint:
     @classmethod
     def of(cls, spec: ModelSpec, path: Path) -> Checkpoint:
         """By what its manifest says."""
-        return cls(spec, path, checkpoint_sha256(path))
+        return cls(spec, path, checkpoints.checkpoint_sha256(path))
 
 
 def check_sources(study: Study) -> None:
@@ -77,14 +69,14 @@ def check_bytes(study: Study, checkpoint: Checkpoint) -> Checkpoint:
     Raises as `find` does.
     """
     with _named(study, checkpoint.spec):
-        given = checkpoint.spec.path
-        return Checkpoint.of(checkpoint.spec, newest(given or checkpoint.path.parent.parent))
+        place = checkpoint.spec.path or checkpoint.path.parent.parent
+        return Checkpoint.of(checkpoint.spec, checkpoints.newest(place))
 
 
 def make(spec: ModelSpec, out: Path, progress: bool) -> Checkpoint:
     """Train the model, going on where an earlier process ended."""
     run = train(spec.config, spec.train, run_folder(out, spec), progress=progress)
-    return Checkpoint.of(spec, newest(run))
+    return Checkpoint.of(spec, checkpoints.newest(run))
 
 
 def run_folder(out: Path, spec: ModelSpec) -> Path:
@@ -104,7 +96,7 @@ def _named(study: Study, spec: ModelSpec) -> Iterator[None]:
 
 def _last(directory: Path) -> Path:
     """The checkpoint itself, or the newest one of a run, damaged or not."""
-    return [directory, *run_checkpoints(directory)][-1]
+    return [directory, *checkpoints.run_checkpoints(directory)][-1]
 
 
 def _trained(spec: ModelSpec, folder: Path, corpus: Corpus) -> Path | None:
@@ -116,14 +108,14 @@ def _trained(spec: ModelSpec, folder: Path, corpus: Corpus) -> Path | None:
     }
     path = _last(folder)
     try:
-        same = read_run(folder)["asked"] == json.loads(json.dumps(asked))
-        return path if same and read_meta(path)["step"] >= spec.train.steps else None
+        check_same(folder, read_run(folder)["asked"], asked, may_change=())
+        return path if checkpoints.read_meta(path)["step"] >= spec.train.steps else None
     except (ValueError, KeyError, OSError):  # `train` begins, says what is wrong, or makes it good
         return None
 
 
 def _check_tokens(study: Study, spec: ModelSpec, path: Path, corpus: Corpus) -> None:
-    tokenizer, size = read_tokenizer(path), read_config(path).vocab_size
+    tokenizer, size = checkpoints.read_tokenizer(path), checkpoints.read_config(path).vocab_size
     name = study.data.tokenizer
     if tokenizer and tokenizer.identity != corpus.tokenizer.identity:
         raise ValueError(

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from analysis.measure import Cell
-from analysis.study.executors import HINT, deaths
+from analysis.study.executors import deaths
 from analysis.study.worker import Task, compute, compute_pickled, forget
 
 MAX_DEATHS = 3
@@ -53,7 +53,8 @@ class InProcess:
 
 
 class Pool:
-    """Tasks through the executors that a factory makes.
+    """Tasks through the executors that a factory makes. Raises `ValueError` where a worker dies
+    before it has a task.
 
     Leaving the block by an exception drops what is in flight, and the workers with it.
     """
@@ -66,9 +67,15 @@ class Pool:
         known = [getattr(self.executor, name, None) for name in ("workers", "_max_workers")]
         self.workers = next(filter(None, known), os.cpu_count() or 1)
         try:
-            self._check_start()
-        except BaseException:
+            for future in [self.executor.submit(os.getpid) for _ in range(self.workers)]:
+                future.result()
+        except BaseException as error:
             self._drop()
+            if isinstance(error, BrokenExecutor):  # they would die again and again
+                raise ValueError(
+                    "worker processes die at their start; a script needs "
+                    "`if __name__ == '__main__':` around what starts processes"
+                ) from error
             raise
         return self
 
@@ -118,7 +125,13 @@ class Pool:
                 return
             broken = None
             for future in self._wait(flying):
-                task, error = flying.pop(future), _error(future)
+                task = flying.pop(future)
+                try:
+                    error = future.exception()
+                except futures.CancelledError as lost:
+                    raise ConnectionError(
+                        f"the executor lost a task ({lost}); finished cells are kept"
+                    ) from lost
                 if error and not deaths(error):
                     raise error
                 yield task, error or future.result()
@@ -126,7 +139,8 @@ class Pool:
             if broken:
                 yield from ((task, broken) for task in flying.values())
                 flying.clear()
-                self._restart()
+                self._drop()
+                self.executor = self.factory()
 
     def _wait(self, flying: Iterable[Future]) -> set[Future]:
         """Those that are done, once one is; asks now and then whether there still are workers."""
@@ -144,28 +158,9 @@ class Pool:
             future.set_exception(error)
             return future
 
-    def _check_start(self) -> None:
-        """Raise `ValueError` where a worker dies before it has a task: it would again and again."""
-        try:
-            for future in [self.executor.submit(os.getpid) for _ in range(self.workers)]:
-                future.result()
-        except BrokenExecutor as error:
-            raise ValueError(f"worker processes die at their start; {HINT}") from error
-
-    def _restart(self) -> None:
-        self._drop()
-        self.executor = self.factory()
-
     def _drop(self) -> None:
         kill = getattr(self.executor, "kill_workers", None)
         if kill:
             kill()
         else:
             self.executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _error(future: Future) -> BaseException | None:
-    try:
-        return future.exception()
-    except futures.CancelledError as error:
-        return ConnectionError(f"the executor lost a task ({error}); finished cells are kept")

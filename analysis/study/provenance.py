@@ -26,10 +26,10 @@ ROOT = Path(__file__).parents[2]  # where the packages are
 
 
 @functools.cache
-def source_sha256() -> str:
-    """Of the files that compute a cell."""
+def source_sha256(names: tuple[str, ...] = COMPUTES) -> str:
+    """Of these files, by default those that compute a cell."""
     digest = hashlib.sha256()
-    for name in COMPUTES:
+    for name in names:
         place = ROOT / name
         for path in sorted(place.glob("*.py")) or [place.with_suffix(".py")]:
             digest.update(f"{name}/{path.name}".encode() + path.read_bytes())

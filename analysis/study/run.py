@@ -47,18 +47,18 @@ def run(
     workers costs no other one: it is noted as failed, and tried again by the next run.
     """
     out = Path(out)
-    say = (lambda text: tqdm.write(text)) if progress else (lambda text: None)
     # What can fail at once comes before training, which may take hours.
     check_directory(out)
     plan = Plan.of(study, threads_of(study, executor, threads))
     out.mkdir(parents=True, exist_ok=True)
     with Store(out / STORE) as store:
         finished = store.keys()
-        work = _ready(plan, out, finished, say, progress)
+        work = _ready(plan, out, finished, progress)
         _write_plan(out, study, work)
         missing = {c.key for w in work for c in w.cells} - finished
         if missing:
-            say(f"measuring {len(missing)} of {sum(len(w.cells) for w in work)} cells")
+            if progress:
+                tqdm.write(f"measuring {len(missing)} of {sum(len(w.cells) for w in work)} cells")
             _measure(plan, work, missing, store, executor, progress)
     return read(out)
 
@@ -71,9 +71,7 @@ def threads_of(
     return asked or torch.get_num_threads()
 
 
-def _ready(
-    plan: Plan, out: Path, finished: set[str], say: Callable[[str], None], progress: bool
-) -> list[Work]:
+def _ready(plan: Plan, out: Path, finished: set[str], progress: bool) -> list[Work]:
     """The cells of every model, in their order, those trained that are to be trained."""
     study = plan.study
 
@@ -87,9 +85,9 @@ def _ready(
     found = [checked(there) if there else None for there in plan.find(out)]
     works = []
     for i, (spec, work) in enumerate(zip(study.models, found, strict=True)):
-        if not spec.path:
+        if progress and not spec.path:
             where = run_folder(out, spec)
-            say(f"[{i + 1}/{len(found)}] {spec.name}, seed {spec.train_seed}: {where}")
+            tqdm.write(f"[{i + 1}/{len(found)}] {spec.name}, seed {spec.train_seed}: {where}")
         works.append(work or plan.work(make(spec, out, progress)))
     return works
 
@@ -102,8 +100,7 @@ def _measure(
     executor: Callable[[], Executor] | None,
     progress: bool,
 ) -> None:
-    failures = store.failures()
-    attempts = dict(zip(failures.key, failures.attempts, strict=True))
+    attempts = store.failures().set_index("key").attempts.to_dict()
     bar = tqdm(total=len(missing), unit="cell", disable=not progress)
     with bar, InProcess() if executor is None else Pool(executor) as pool:
         tasks = [

@@ -17,7 +17,6 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +111,7 @@ class Store:
 
     def __contains__(self, key: str) -> bool:
         """Whether a cell of that key is finished."""
-        found = self._db.execute("SELECT 1 FROM cells WHERE key = ?", (key,)).fetchone()
-        return found is not None
+        return bool(self._db.execute("SELECT 1 FROM cells WHERE key = ?", (key,)).fetchone())
 
     def seconds(self) -> dict[str, float]:
         """By key of every finished cell, how long it took to measure."""
@@ -128,23 +126,20 @@ class Store:
                 "INSERT OR IGNORE INTO cells (key, identity, seconds, created) VALUES (?, ?, ?, ?)",
                 (key, text, cell.seconds, time.time()),
             )
-            added = cursor.rowcount == 1
+            added, number = cursor.rowcount == 1, cursor.lastrowid
             if added:
-                number: Any = cursor.lastrowid
                 for table in TABLES:
                     self._insert(cursor, table, number, getattr(cell, table))
                 cursor.execute("DELETE FROM failures WHERE key = ?", (key,))
         return added
 
     @staticmethod
-    def _insert(cursor, table: str, number: int, frame: pd.DataFrame | None) -> None:
-        if frame is None or frame.empty:
-            return
-        columns = TABLES[table]
-        values = (frame[c].tolist() if c in frame else repeat(None) for c in columns)
-        marks = ", ".join("?" * (len(columns) + 1))
-        rows = zip(repeat(number, len(frame)), *values, strict=False)  # some repeat for ever
-        cursor.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+    def _insert(cursor, table: str, number: int | None, frame: pd.DataFrame | None) -> None:
+        if frame is not None and not frame.empty:
+            rows = frame.assign(cell=number).reindex(columns=["cell", *TABLES[table]])
+            marks = ", ".join("?" * len(rows.columns))
+            values = rows.itertuples(index=False, name=None)
+            cursor.executemany(f"INSERT INTO {table} VALUES ({marks})", values)
 
     def fail(self, identity: dict[str, Any], reason: str, attempts: int) -> None:
         """Note that a cell killed its workers so many times, in place of what was noted before."""
@@ -160,31 +155,18 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Cursor]:
-        cursor = self._db.cursor()
-        cursor.execute("BEGIN IMMEDIATE")
-        try:
-            yield cursor
-            cursor.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # SQLite has rolled back itself where the disk was full
-                cursor.execute("ROLLBACK")
-            raise
+        with self._db:  # which commits, or rolls back
+            yield self._db.execute("BEGIN IMMEDIATE")
 
     def read(self, table: str, keys: Iterable[str]) -> pd.DataFrame:
         """Rows of the table, a key of `TABLES`, of these cells, with a column `key`."""
-        columns = TABLES[table]
-        cursor = self._db.cursor()
-        cursor.execute("CREATE TEMP TABLE IF NOT EXISTS wanted (key TEXT PRIMARY KEY)")
-        cursor.execute("DELETE FROM wanted")
-        cursor.executemany("INSERT OR IGNORE INTO wanted VALUES (?)", ((k,) for k in keys))
-        cells = dict(cursor.execute("SELECT id, key FROM cells JOIN wanted USING (key)"))
-        names = ", ".join(f"{table}.{c}" for c in columns)
-        query = (
-            f"SELECT cell AS key, {names} FROM {table} WHERE cell IN (SELECT id FROM cells JOIN "
-            f"wanted USING (key)) ORDER BY {table}.rowid"
-        )
+        columns, listed = TABLES[table], "IN (SELECT value FROM json_each(?))"
+        query, wanted = f"SELECT id, key FROM cells WHERE key {listed}", json.dumps([*keys])
+        cells = dict(self._db.execute(query, [wanted]))
+        names, wanted = ", ".join(columns), json.dumps([*cells])
+        query = f"SELECT cell AS key, {names} FROM {table} WHERE cell {listed} ORDER BY rowid"
         # Tuples take several times the memory of columns, so not all of them are held at once.
-        parts = pd.read_sql_query(query, self._db, chunksize=ROWS)
+        parts = pd.read_sql_query(query, self._db, params=[wanted], chunksize=ROWS)
         dtypes = {c: DTYPES[TYPES.get(c, "REAL")] for c in columns}
         frame = pd.concat((part.astype(dtypes) for part in parts), ignore_index=True)
         return frame.assign(key=frame.key.map(cells))

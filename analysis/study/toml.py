@@ -14,7 +14,7 @@ from analysis.perturb import Condition, of_one_name, perturbation_class
 from analysis.stats import ALL, CONDITION, label_of
 from analysis.study.reading import TableReader
 from analysis.study.specs import Contrasts, Data, Measure, ModelSpec, Only
-from cartmoe.config import FAMILIES, PRESETS, ModelConfig, check_choice, check_whole
+from cartmoe.config import FAMILIES, PRESETS, ModelConfig, check_choice
 from cartmoe.train import TrainConfig
 
 NAME = r"[\w+-]{1,100}"  # of a variant and its directory
@@ -85,19 +85,16 @@ class _Reader(TableReader):
         families = given.get("families", list(FAMILIES))
         if families != [] or not variants:
             families = self.choices("train.families", "family", families, FAMILIES)
-        seeds = self.items("train.seeds", given.get("seeds", [0]))
-        for seed in seeds:
-            self.attempt("train.seeds", check_whole, "seed", seed, 0)
         settings |= {name: getattr(data, name) for name in OF_DATA}
-        train = self.attempt("train", TrainConfig, **settings)
+        train = self.attempt("train", TrainConfig, **settings) or TrainConfig()
+        seeds = self.items("train.seeds", given.get("seeds", [0]))
+        runs = [self.attempt("train.seeds", replace, train, seed=seed) for seed in seeds]
         asked = [("train.model", family, family, options) for family in families]
         asked += self.variants(variants, options)
         for preset, (where, name, family, model) in itertools.product(presets[:1], asked):
             config = self.attempt(where, ModelConfig.preset, preset, family, **model)
-            if config and train:
-                # Seeds that are none are mistakes already.
-                for seed in (seed for seed in seeds if type(seed) is int and seed >= 0):
-                    yield ModelSpec(name, seed, None, config, replace(train, seed=seed))
+            for run in filter(None, runs if config else ()):
+                yield ModelSpec(name, run.seed, None, config, run)
 
     def variants(self, tables: Mapping, options: Mapping) -> Iterator[tuple[str, str, Any, dict]]:
         """(where, name, family, fields of ModelConfig) for each table of [train.variants]."""

@@ -5,7 +5,7 @@ import sys
 import pandas as pd
 import pytest
 
-from analysis.report.export import export
+from analysis.report.study import export
 from analysis.study.folder import read
 from analysis.study.run import run
 from analysis.study.study import Study
