@@ -17,22 +17,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import (
-    Adapter,
-    DenseRouting,
-    Router,
-    batches,
-    check_documents,
-    route,
-    routed_adapter,
-)
+from analysis.adapters import Adapter, DenseRouting, Router, batches, route
 from analysis.measure import measure
 from analysis.overlap.metrics import Sums, UnitSums, usage
 from analysis.overlap.probes import by_document, decisions, of_tokens
+from analysis.overlap.request import check_run
 from analysis.overlap.tables import site_columns
-from analysis.perturb import Condition, DropExperts, Where, sites_of
+from analysis.perturb import Condition, DropExperts, Where
 from analysis.stats import Bootstrap
-from cartmoe.config import check_whole
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
@@ -89,10 +81,7 @@ class Removal:
     """Experts of a model that are dropped one at a time; raises as `expert_damage`."""
 
     def __init__(self, model: object, docs: Sequences, sites: Any, batch_size: int):
-        self.model = routed_adapter(model)
-        check_whole("batch_size", batch_size, 1)
-        check_documents(docs, self.model)
-        self.sites = sites_of(self.model, sites, "sites")
+        self.model, self.sites = check_run(model, docs, sites, batch_size)
         self.docs, self.batch_size = docs, batch_size
 
     @cached_property

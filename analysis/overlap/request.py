@@ -8,7 +8,7 @@ from typing import Any
 from analysis.adapters import Adapter, check_documents, routed_adapter
 from analysis.overlap.metrics import METRICS, PAIR_EXPERTS, PROBES, Metric, second_stage
 from analysis.perturb import sites_of
-from cartmoe.config import check_choice
+from cartmoe.config import check_choice, check_whole
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
 
@@ -30,6 +30,17 @@ def check_request(
     for name in names:
         check_choice(f"metric for these sites of {model.name}", name, fitting)
     return model, chosen, names
+
+
+def check_run(
+    model: object, docs: Sequences, sites: Any, batch_size: int
+) -> tuple[Adapter, list[RouterSite]]:
+    """The model as a model under study, and its sites that were asked for. Raises `ValueError` for
+    a dense model, sites that it does not have, no documents, and no sequence at a time."""
+    model = routed_adapter(model)
+    check_whole("batch_size", batch_size, 1)
+    check_documents(docs, model)
+    return model, sites_of(model, sites, "sites")
 
 
 def check_tokens(docs: Sequences, model: Adapter, skip_first: bool) -> None:

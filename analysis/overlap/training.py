@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import DenseRouting, batches, check_documents, load, routed_adapter
+from analysis.adapters import DenseRouting, batches, load
 from analysis.measure import Asked, sweep
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.metrics import MAX_UNITS, Metric, UnitSums, estimate, usage
 from analysis.overlap.probes import decisions, of_tokens
+from analysis.overlap.request import check_run
 from analysis.overlap.tables import Overlap, site_columns
-from analysis.perturb import sites_of
 from analysis.stats import CHECKPOINT, check_confidence
 from cartmoe.checkpoint import run_checkpoints, step_of
-from cartmoe.config import check_choice, check_whole
+from cartmoe.config import check_choice
 from cartmoe.data import Sequences
 from cartmoe.routing import Routing
 from cartmoe.run import read_run
@@ -61,11 +61,8 @@ def saturation(
     checkpoints or without routers, unknown sites, and no documents.
     """
     folders = _checkpoints(run_folder)
-    check_whole("batch_size", batch_size, 1)
     check_confidence(confidence)
-    last = routed_adapter(load(folders[-1]))
-    chosen = sites_of(last, sites, "sites")
-    check_documents(docs, last)
+    last, chosen = check_run(load(folders[-1]), docs, sites, batch_size)
     unit_of = {d: number % MAX_UNITS for number, d in enumerate(dict.fromkeys(docs.document_id))}
     units = max(unit_of.values()) + 1
     sums = {(folder, site): UnitSums(units) for folder in folders for site in chosen}

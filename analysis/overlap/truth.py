@@ -13,10 +13,9 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
-from analysis.adapters import check_documents, routed_adapter
 from analysis.overlap.metrics import usage
 from analysis.overlap.probes import by_document, routed_tokens
-from analysis.overlap.request import metric_names
+from analysis.overlap.request import check_run, metric_names
 from analysis.overlap.tables import KEYS, Overlap, site_columns
 from analysis.stats import Bootstrap, facts_of, square
 from cartmoe.config import check_choice, check_whole
@@ -172,10 +171,9 @@ def factor_information(
     are not independent, so Miller-Madow takes away too little: what counts is the distance from the
     null. Raises `ValueError` for a dense model, no documents, and domains of another corpus.
     """
-    model, factorial = routed_adapter(model), _corpus(factorial)
+    factorial = _corpus(factorial)
     check_whole("shuffles", shuffles, 1)
-    check_whole("batch_size", batch_size, 1)
-    check_documents(docs, model)
+    model, _ = check_run(model, docs, None, batch_size)
     _, first_D = np.unique(docs.document_id, return_index=True)
     domain_D = _numbers([docs.domain[s] for s in first_D], factorial)
     routed = routed_tokens(model, docs, batch_size)

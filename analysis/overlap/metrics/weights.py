@@ -48,8 +48,8 @@ class ExpertWeights(NamedTuple):
         if shared is not None and shared[0].shape == matrices[0].shape[1:]:
             pairs = zip(matrices, shared, strict=True)
             matrices = [torch.cat([own, other.detach()[None]]) for own, other in pairs]
-        router_ED = model.router(site).rows
-        return cls(*matrices, None if router_ED is None else router_ED.detach())
+        rows_ED = model.router(site).rows
+        return cls(*matrices)._replace(router_ED=None if rows_ED is None else rows_ED.detach())
 
     @torch.no_grad()
     def reinitialized(self, *seed: int) -> ExpertWeights:
