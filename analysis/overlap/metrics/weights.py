@@ -56,12 +56,7 @@ class ExpertWeights(NamedTuple):
         """Experts of independent normal entries, each matrix with the standard deviation that it
         has here; no router. The same seed gives the same ones on every device."""
         rng = np.random.default_rng(seed)
-        return ExpertWeights(*(_normal(rng, matrix, _spread(matrix)) for matrix in self[:3]))
-
-
-def _spread(matrix_EXY: Tensor) -> Tensor:
-    """(E, 1, 1) standard deviation of each expert's entries."""
-    return matrix_EXY.std((1, 2), keepdim=True)
+        return ExpertWeights(*(_normal(rng, m, m.std((1, 2), keepdim=True)) for m in self[:3]))
 
 
 def _normal(rng: np.random.Generator, like_EXY: Tensor, spread: Tensor) -> Tensor:
@@ -185,7 +180,7 @@ def _matched_null(w: ExpertWeights) -> Tensor:
     """Of a few experts with the root mean square of all experts' spreads: the order of experts does
     not matter."""
     rng = np.random.default_rng(0)
-    few = [_normal(rng, m[:NULL_EXPERTS], _spread(m).square().mean().sqrt()) for m in w[:3]]
+    few = [_normal(rng, m[:NULL_EXPERTS], m.std((1, 2)).square().mean().sqrt()) for m in w[:3]]
     matched_EE = matched_cosine(ExpertWeights(*few))
     return matched_EE[~torch.eye(len(matched_EE), dtype=torch.bool)].mean()
 
