@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -118,14 +119,10 @@ def export(
     pyarrow, and as `read` does.
     """
     check_choice("format", format, ("parquet", "csv"))
-    if format == "parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                "Parquet needs pyarrow; install it: pip install 'cartmoe[data]', or choose "
-                "--format csv"
-            ) from error
+    if format == "parquet" and find_spec("pyarrow") is None:
+        raise ImportError(
+            "Parquet needs pyarrow; install it: pip install 'cartmoe[data]', or choose --format csv"
+        )
     results = read(directory)
     tables = {"losses": results.losses, "routing": results.routing, "cells": results.cells}
     if results.has_conditions:

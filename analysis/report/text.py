@@ -42,8 +42,8 @@ def tables(results: Results, contrasts: Mapping[str, Any] | None = None) -> dict
         if results.tokens is not None:
             made["tails"] = results.tails()
             made |= {f"by_{by}": results.damage_by(by, whole) for by in ("position", "frequency")}
-        if contrasts := measured(results, contrasts):
-            made["contrasts"] = results.contrasts(**contrasts)
+        if contrasts and (left := measured(results, contrasts)):
+            made["contrasts"] = results.contrasts(**left)
     return {name: t for name, t in made.items() if len(t) or name in ("clean", "sites")}
 
 
@@ -52,11 +52,9 @@ def whole_conditions(damage: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(damage.label[stats.is_plain(damage) & (damage.expects != "none")]))
 
 
-def measured(results: Results, contrasts: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def measured(results: Results, contrasts: Mapping[str, Any]) -> dict[str, Any] | None:
     """The contrasts less the conditions that a study, half finished, does not have in two models;
     None where nothing is left."""
-    if not contrasts:
-        return None
     labels = results.damage().groupby("model").label.agg(set)
     mine = labels.get(contrasts["reference"], set())
     others = set().union(*labels.drop(contrasts["reference"], errors="ignore"))
@@ -105,8 +103,8 @@ def _failed(results: Results) -> list[str]:
     if failed.empty:
         return []
     texts = stats.label(failed) + ", shard " + failed.shard.astype(str) + ": " + failed.reason
-    rows = [f"  {row}" for row in _said(failed, texts)]
-    return ["\n".join([f"FAILED: {len(rows)} cells killed their workers", *rows])]
+    title = f"FAILED: {len(failed)} cells killed their workers"
+    return ["\n  ".join([title, *_said(failed, texts)])]
 
 
 def _identity(damage: pd.DataFrame) -> list[str]:

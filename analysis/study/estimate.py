@@ -44,7 +44,6 @@ def dry_run(study: Study, out: str | Path, workers: int = 1, threads: int | None
     out = Path(out)
     check_directory(out)
     plan = Plan.of(study, threads_of(study, None, threads))
-    found = plan.find(out)
     finished: set[str] = set()
     if (out / STORE).is_file():
         with Store(out / STORE) as store:
@@ -52,7 +51,7 @@ def dry_run(study: Study, out: str | Path, workers: int = 1, threads: int | None
     with torch.random.fork_rng(), numerics(plan.platform), autocast(study.measure.precision):
         rows = [
             _estimate(plan, spec, checkpoint, out, finished)
-            for spec, checkpoint in zip(study.models, found, strict=True)
+            for spec, checkpoint in zip(study.models, plan.find(out), strict=True)
         ]
     return _describe(plan, pd.DataFrame(rows), workers)
 
@@ -126,12 +125,11 @@ def _training(spec: ModelSpec, folder: Path) -> tuple[int, float]:
     small = replace(config, precision=precision, batch_size=rows, accumulate=1, compile=False)
     gradient = Gradient(LanguageModel(spec.config).to(device), small, Ranks(0, 1, device))
     tokens_BL = torch.randint(spec.config.vocab_size, (rows, config.length + 1))
-    seconds = 0.0
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         with torch.autocast(torch.device(device).type, enabled=False):
             gradient(tokens_BL, 0)[0].sum().item()
-        seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     return left, seconds * left * config.batch_size / rows
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
@@ -66,10 +67,8 @@ def dask(address: str, threads: int = 1) -> Factory:
     Raises `ImportError` without Dask. Its executors raise `ConnectionError` without any worker.
     """
     check_whole("threads", threads, 1)
-    try:
-        import distributed  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Dask is missing; install it: pip install 'cartmoe[dask]'") from error
+    if find_spec("distributed") is None:
+        raise ImportError("Dask is missing; install it: pip install 'cartmoe[dask]'")
     return Factory(partial(_Dask, address), threads)
 
 
@@ -84,7 +83,6 @@ class _Processes(ProcessPoolExecutor):
         context = get_context("spawn")
         reader, self._lifeline = context.Pipe(duplex=False)
         super().__init__(workers, context, initializer=_live_with, initargs=(reader,))
-        self.workers = workers
 
     def kill_workers(self) -> None:
         """End them in the middle of their work, and wait until they are gone."""

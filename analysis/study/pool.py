@@ -31,8 +31,7 @@ class Failure(NamedTuple):
     attempts: int
 
 
-Outcome = tuple[Task, list[Cell] | Failure]
-Outcomes = Generator[Outcome, None, None]
+Outcomes = Generator[tuple[Task, list[Cell] | Failure], None, None]
 
 
 class InProcess:

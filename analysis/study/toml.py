@@ -14,7 +14,7 @@ from analysis.perturb import Condition, of_one_name, perturbation_class
 from analysis.stats import ALL, CONDITION, label_of
 from analysis.study.reading import TableReader
 from analysis.study.specs import Contrasts, Data, Measure, ModelSpec, Only
-from cartmoe.config import FAMILIES, PRESETS, ModelConfig, check_choice
+from cartmoe.config import FAMILIES, PRESETS, ModelConfig
 from cartmoe.train import TrainConfig
 
 NAME = r"[\w+-]{1,100}"  # of a variant and its directory
@@ -192,9 +192,8 @@ class _Reader(TableReader):
         made = self.build("contrasts", Contrasts, study) if "contrasts" in study else None
         if made and isinstance(study["contrasts"], Mapping):
             names = dict.fromkeys(m.name for m in models)
-            self.attempt("contrasts.reference", check_choice, "reference", made.reference, names)
+            self.choices("contrasts.reference", "reference", made.reference, names)
             columns = [c.columns() for c in conditions]
             labels = [label_of(**{k: row[k] for k in CONDITION}) for row in columns]
-            for label in made.conditions:
-                self.attempt("contrasts.conditions", check_choice, "condition", label, labels)
+            self.choices("contrasts.conditions", "condition", [*made.conditions], labels)
         return made
