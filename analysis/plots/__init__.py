@@ -6,16 +6,16 @@ dots.py       rows of estimates with intervals
 conditions.py every condition, a row each; top-1 disabled beside its controls, and at each stage
 curves.py     damage against dose, or several doses; the worst flips against random ones
 apart.py      damage divided into set, weights and mass; with and without the routers behind
-tokens.py     by position, frequency, domain; what the worst tokens carry
-depth.py      over the depth: damage, or a metric of overlap
+along.py      along the depth: damage, or a metric of overlap; by position, frequency, domain of
+              tokens; what the worst of them carry
 routing.py    routing by itself: when it settles in training, flips that margins predict
 
 Of what experts have in common:
 
-rows.py            rows of one metric, one site; matrices.py: experts by experts as an image
-heatmaps.py        a metric of pairs beside its null; experts by domains; one in another's place
-cartesian.py       the two stages of a Cartesian layer
-relation.py        damage of experts against it, and how far the two go together
+rows.py       rows of one metric, one site; matrices.py: experts by experts as an image
+heatmaps.py   a metric of pairs beside its null; experts by domains; one in another's place
+cartesian.py  the two stages of a Cartesian layer
+relation.py   damage of experts against it, and how far the two go together
 
 Each function of damage takes the frame of the function of `stats` that it names, or any object with
 a method of that name, such as a Results; each of overlap a table, or any object that has it as an

@@ -1,3 +1,7 @@
+from .along import group_curve as group_curve
+from .along import layer_profile as layer_profile
+from .along import overlap_profile as overlap_profile
+from .along import tail_shares as tail_shares
 from .apart import cascade_dots as cascade_dots
 from .apart import split_bars as split_bars
 from .cartesian import SHARES as SHARES
@@ -9,8 +13,6 @@ from .conditions import stage_dots as stage_dots
 from .curves import damage_curve as damage_curve
 from .curves import dose_panels as dose_panels
 from .curves import gap_curve as gap_curve
-from .depth import layer_profile as layer_profile
-from .depth import overlap_profile as overlap_profile
 from .heatmaps import overlap_heatmap as overlap_heatmap
 from .heatmaps import specialization as specialization
 from .heatmaps import substitution_matrix as substitution_matrix
@@ -20,5 +22,3 @@ from .routing import flip_calibration as flip_calibration
 from .routing import saturation_curve as saturation_curve
 from .style import paper_style as paper_style
 from .style import save as save
-from .tokens import group_curve as group_curve
-from .tokens import tail_shares as tail_shares

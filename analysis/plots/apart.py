@@ -32,11 +32,11 @@ def cascade_dots(
 
 
 # Okabe and Ito's colors; hatches for a print in grey. The interaction is a reading of its own.
-BARS = {
-    "set": ("#0072B2", ""),
-    "weights": ("#E69F00", "////"),
-    "mass": ("#009E73", "...."),
-    "interaction": ("white", ""),
+BARS: dict[str, dict[str, Any]] = {
+    "set": dict(fc="#0072B2", ec=GREY, lw=0.5),
+    "weights": dict(fc="#E69F00", ec="white", lw=0.5, hatch="////"),
+    "mass": dict(fc="#009E73", ec="white", lw=0.5, hatch="...."),
+    "interaction": dict(fc="white", ec=GREY, lw=0.5),
 }
 
 
@@ -56,20 +56,16 @@ def split_bars(
     with canvas(ax, 0.95 + 0.62 * len(groups)) as ax:
         for i, (_, _, rows) in enumerate(groups):
             parts = rows.set_index("part")
-            for part, (color, hatch) in BARS.items():
+            for part, look in BARS.items():
                 row, at = parts.loc[part], i + shifts[part]
-                edge = "white" if hatch else GREY
-                ax.barh(at, row.delta_nats, height, color=color, hatch=hatch, ec=edge, lw=0.5)
+                ax.barh(at, row.delta_nats, height, **look)
                 ax.plot([row.low, row.high], [at, at], color="black", lw=1.0)
             whole = parts.delta_nats["full"]
             ax.plot([whole, whole], [i - 0.46, i + 0.46], color="black", lw=1.0, ls="--")
         ax.axvline(0, color=GREY, lw=0.6)
         name_rows(ax, [title for title, _, _ in groups])
         ax.set_xlabel(DELTA)
-        handles = [
-            Patch(fc=color, hatch=hatch, ec="white" if hatch else GREY, lw=0.5, label=part)
-            for part, (color, hatch) in BARS.items()
-        ]
+        handles = [Patch(**look, label=part) for part, look in BARS.items()]
         whole = key("whole", color="black", lw=1.0, ls="--")
         legend_above(ax, [*handles, whole], right=True)
     return ax

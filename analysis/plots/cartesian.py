@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.plots.marks import GREY, ZERO, legend_above, name_rows
-from analysis.plots.matrices import SEQUENTIAL, draw_panels, linear_scale
+from analysis.plots.matrices import draw_panels, linear_scale
 from analysis.plots.rows import metric_rows, one_site
 from analysis.plots.style import PAGE_WIDTH, model_styles, sheet
 from analysis.stats import square
@@ -37,21 +37,19 @@ def cartesian_usage(
     the pairs that share neither. Raises `ValueError` with the choices for a layer without two
     stages or composites, metrics that were not measured, and several checkpoints.
     """
-    checkpoint: dict[str, Any] = dict(model=model, train_seed=train_seed)
-    rows, _ = one_site(metric_rows(overlap, "transition", "pairs"), layer, 1, **checkpoint)
-    checkpoint = dict(model=rows.model.iloc[0], train_seed=int(rows.train_seed.iloc[0]))
+    rows, _ = one_site(metric_rows(overlap, "transition", "pairs"), layer, 1, model, train_seed)
+    checkpoint = rows.model.iloc[0], int(rows.train_seed.iloc[0])
     found = {}
     for metric in (*SHARES, *SIMILAR):
-        own, title = one_site(metric_rows(overlap, metric, "sites"), layer, 0, **checkpoint)
+        own, title = one_site(metric_rows(overlap, metric, "sites"), layer, 0, *checkpoint)
         found[metric] = own.iloc[0]
-    look = model_styles(rows)[checkpoint["model"]]
+    look = model_styles(rows)[checkpoint[0]]
     panels = {"measured": square(rows), "null": square(rows, "null")}
-    scale = linear_scale(*panels.values())
     with sheet(PAGE_WIDTH, 4.6) as figure:
         upper, lower = figure.subfigures(2, 1, height_ratios=(3.0, 1.6))
         axes = upper.subplots(1, 2)
         names = "second stage, $B_j$", "first stage, $A_i$", "$P(B_j\\,|\\,A_i)$"
-        draw_panels(axes, panels, scale, SEQUENTIAL, *names)
+        draw_panels(axes, panels, linear_scale(*panels.values()), *names)
         left, right = lower.subplots(1, 2)
         _dots(left, {name: found[m] for m, name in SHARES.items()}, look)
         left.set_xlabel("share of the squares of composed outputs")

@@ -29,12 +29,14 @@ def catalogue_dots(
     """
     frame = table_of(frame, "damage", [*CONDITION, "name", "label", "delta_nats"])
     styles = model_styles(frame)
-    if models is None:
-        models = list(styles)
-    for model in models:
+    for model in models or ():
         check_choice("models", model, styles)
-    frame = frame[frame.model.isin(models)]
-    labels = _in_order(frame.drop_duplicates("label"))
+    frame = frame[frame.model.isin(styles if models is None else models)]
+    labels = frame.drop_duplicates("label")
+    # Perturbations as they come; of each the plain conditions first, then by what is other.
+    rank, other = pd.factorize(labels["name"])[0], labels[list(PLAIN)] != list(PLAIN.values())
+    labels = labels.assign(rank=rank, other=other.sum(axis=1))
+    labels = labels.sort_values(["rank", "other", *reversed(PLAIN)], kind="stable")
     names = checkpoint_names(frame[CHECKPOINT].itertuples(index=False, name=None))
     series = {
         name: Look(styles[model]["marker"], color=styles[model]["color"])
@@ -54,17 +56,6 @@ def catalogue_dots(
             if above != below:
                 ax.axhline(i + 0.5, color="#A0A0A0", lw=0.5, zorder=0.2)
     return ax
-
-
-def _in_order(conditions: pd.DataFrame) -> pd.DataFrame:
-    """Perturbations as they come; of each the plain conditions first, then by what is other."""
-    ranked = conditions.assign(
-        rank=pd.factorize(conditions["name"])[0],
-        other=(conditions[list(PLAIN)] != list(PLAIN.values())).sum(axis=1),
-    )
-    return ranked.sort_values(
-        ["rank", "other", "downstream", "effect", "point", "where"], kind="stable"
-    )
 
 
 # In the order of the damage that a working router should show; only the subject is filled.

@@ -10,16 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.marks import GREY, draw_line, draw_lines, face, key, legend_above
-from analysis.plots.style import (
-    COLUMN_WIDTH,
-    DELTA,
-    canvas,
-    model_styles,
-    sheet,
-    table_of,
-    widen_scale,
-)
+from analysis.plots.marks import GREY, change_axis, draw_line, draw_lines, face, key, legend_above
+from analysis.plots.style import COLUMN_WIDTH, DELTA, canvas, model_styles, sheet, table_of
 from analysis.stats import CHECKPOINT, CONDITION, PLAIN, check_choice
 
 STRENGTH = {
@@ -77,8 +69,7 @@ def damage_curve(
     wanted = dict(
         perturbation=perturbation, where=where, point=point, effect=effect, downstream=downstream
     )
-    styles = model_styles(frame)
-    rows = frame
+    styles, rows = model_styles(frame), frame
     for name, value in wanted.items():
         check_choice(name, value, rows[name].unique())
         rows = rows[rows[name] == value]
@@ -87,12 +78,11 @@ def damage_curve(
         several = rows.groupby("model").train_seed.nunique().max() > 1
         thin: dict[str, Any] = {"lw": 0.7, "ms": 2.5} if several else {}
         draw_lines(ax, rows, styles, x, y, bounds=bounds, **thin)
-        widen_scale(ax.yaxis, rows[y])
+        change_axis(ax.yaxis, rows[y], text, zero=False)
         if (rows[x].dropna() % 1 == 0).all():
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        default = f"strength of {perturbation}"
-        ax.set_xlabel(STRENGTH.get(perturbation, default) if x == "strength" else X[x][0])
-        ax.set_ylabel(text)
+        strength = STRENGTH.get(perturbation, f"strength of {perturbation}")
+        ax.set_xlabel(strength if x == "strength" else X[x][0])
         legend_above(ax)
     return ax
 
@@ -152,11 +142,10 @@ def gap_curve(frame: pd.DataFrame | Any, x: str = "budget", ax: Axes | None = No
                 curve = rows[rows.part == part].sort_values(x)
                 look: dict[str, Any] = dict(marker=marker, ls=line, **face(color, filled))
                 draw_line(ax, curve, x, "delta_nats", label=model if filled else None, **look)
-        widen_scale(ax.yaxis, frame[frame.part != "gap"].delta_nats)
+        change_axis(ax.yaxis, frame[frame.part != "gap"].delta_nats, zero=False)
         if x == "budget":
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel(GAP_X[x])
-        ax.set_ylabel(DELTA)
         kinds = [
             key(part, ls=line, marker="o", **face(GREY, filled))
             for part, (line, filled) in GAP_PARTS.items()

@@ -13,8 +13,6 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 
 from analysis.plots.marks import ZERO, face, legend_above
 from analysis.plots.matrices import (
-    DIVERGING,
-    SEQUENTIAL,
     centered_scale,
     color_bar,
     draw_matrix,
@@ -64,16 +62,16 @@ def overlap_heatmap(
             )
         order = _order(panels["measured"], facts.apart)
         panels = {name: table.loc[order, order] for name, table in panels.items()}
-    scale, colors = linear_scale(*panels.values()), SEQUENTIAL
+    scale = linear_scale(*panels.values())
     if facts.ratio:
         center = rows.null[rows.null > 0].median() if (rows.null > 0).any() else 1.0
-        scale, colors = ratio_scale(center, *panels.values()), DIVERGING
+        scale = ratio_scale(center, *panels.values())
     y = "expert i at the site before" if facts.across else "expert i"
     text = facts.label + ("\n(white: median of the null)" if facts.ratio else "")
     size = (PAGE_WIDTH, 3.1) if len(panels) == 2 else (COLUMN_WIDTH, 2.8)
     with sheet(*size, layout="compressed") as figure:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        draw_panels(axes, panels, scale, colors, "expert j", y, text)
+        draw_panels(axes, panels, scale, "expert j", y, text)
         figure.suptitle(title, fontsize=8)
     return figure
 
@@ -110,10 +108,9 @@ def specialization(
     table = rows.pivot(index="domain", columns="expert", values="ratio")
     table = table.reindex(rows.domain.unique())
     table = table[_by_strongest(table)]
-    height = 1.3 + max(0.16 * len(table), 0.6)
-    with sheet(COLUMN_WIDTH, height) as figure:
+    with sheet(COLUMN_WIDTH, 1.3 + max(0.16 * len(table), 0.6)) as figure:
         ax = figure.subplots()
-        image = draw_matrix(ax, table, ratio_scale(1.0, table), DIVERGING, aspect="auto")
+        image = draw_matrix(ax, table, ratio_scale(1.0, table), aspect="auto")
         name_experts(ax, "x", table.columns, "expert")
         ax.set_yticks(range(len(table)), table.index)
         ax.set_title(title)
@@ -166,26 +163,23 @@ def substitution_matrix(
     size = (PAGE_WIDTH, 3.0) if measured else (COLUMN_WIDTH, 2.8)
     with sheet(*size) as figure:
         axes = figure.subplots(1, 1 + measured, squeeze=False)[0]
-        image = draw_matrix(axes[0], table, centered_scale(table), DIVERGING)
-        name_experts(axes[0], "x", table.columns, "by expert j")
-        name_experts(axes[0], "y", table.index, "expert i replaced")
-        color_bar(image, axes[0], facts_of("substitution").label, shrink=0.9)
+        names = "by expert j", "expert i replaced", facts_of("substitution").label
+        draw_panels(axes[:1], {"": table}, centered_scale(table), *names, shrink=0.9)
         if measured:
-            look = styles[rows.model.iloc[0]]
-            _calibration(axes[1], rows[rows.measured.notna()], look["color"], look["marker"])
+            _calibration(axes[1], rows[rows.measured.notna()], styles[rows.model.iloc[0]])
         figure.suptitle(title, fontsize=8)
     return figure
 
 
-def _calibration(ax: Axes, rows: pd.DataFrame, color: str, marker: str) -> None:
+def _calibration(ax: Axes, rows: pd.DataFrame, style: dict[str, Any]) -> None:
+    color, marker = style["color"], style["marker"]
     ax.axline((0, 0), slope=1, **ZERO)
     for chosen, (name, filled) in CHOSEN.items():
         own = rows[rows.chosen == chosen]
-        if own.empty:
-            continue
-        ax.vlines(own.linear, own.low, own.high, color=color, lw=0.7, alpha=0.6)
-        ax.plot(own.linear, own.measured, marker, **face(color, filled), mew=0.9, label=name)
-    ax.set_xlabel("linear estimate (nats per routed token)")
-    ax.set_ylabel("measured (nats per routed token)")
-    if not rows.empty:
+        if len(own):
+            ax.vlines(own.linear, own.low, own.high, color=color, lw=0.7, alpha=0.6)
+            ax.plot(own.linear, own.measured, marker, **face(color, filled), mew=0.9, label=name)
+    per = "(nats per routed token)"
+    ax.set(xlabel=f"linear estimate {per}", ylabel=f"measured {per}")
+    if len(rows):
         legend_above(ax, ncols=2)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
 
 from analysis.plots.style import DELTA, widen_scale
@@ -55,10 +54,11 @@ def draw_lines(
         draw_line(ax, rows, x, y, label=model, **styles[model] | how)
 
 
-def change_axis(axis: Axis, values: Iterable[float], label: str = DELTA) -> None:
-    """An axis of these changes, on which 0 is a line that they are read from."""
-    zero_line = axis.axes.axvline if axis.axis_name == "x" else axis.axes.axhline
-    zero_line(0, **ZERO)
+def change_axis(axis: Any, values: Iterable[float], label: str = DELTA, zero: bool = True) -> None:
+    """An axis of these changes, with a line at 0 that they are read from."""
+    if zero:
+        zero_line = axis.axes.axvline if axis.axis_name == "x" else axis.axes.axhline
+        zero_line(0, **ZERO)
     widen_scale(axis, values)
     axis.set_label_text(label)
 

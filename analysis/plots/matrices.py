@@ -16,27 +16,28 @@ from matplotlib.image import AxesImage
 from analysis.stats import SHARED
 
 NOTHING = "#D0D0D0"  # the color of NaN, which neither map has
-SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
+SEQUENTIAL = mpl.colormaps["viridis"].with_extremes(bad=NOTHING)
+DIVERGING = mpl.colormaps["RdBu_r"].with_extremes(bad=NOTHING)
+Colors = dict[str, Any]  # norm and cmap of an image
 FACTORS = (1.1, 1.25, 1.5, 2, 4, 8, 16, 32, 64)  # where a scale of ratios may end
 MOST = 17  # numbers along an axis of a panel
 
 
-def linear_scale(*tables: Any) -> Normalize:
+def linear_scale(*tables: Any) -> Colors:
     """From the least to the greatest finite value of all tables."""
     values = _finite(*tables)
     low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
     margin = 0.0 if high - low > 1e-12 * max(abs(low), abs(high)) else 0.5 * (abs(high) or 1.0)
-    return Normalize(low - margin, high + margin)
+    return dict(norm=Normalize(low - margin, high + margin), cmap=SEQUENTIAL)
 
 
-def centered_scale(*tables: Any) -> Normalize:
+def centered_scale(*tables: Any) -> Colors:
     """As far below 0 as above it."""
-    values = np.abs(_finite(*tables))
-    reach = values.max(initial=0.0) or 1.0
-    return Normalize(-reach, reach)
+    reach = np.abs(_finite(*tables)).max(initial=0.0) or 1.0
+    return dict(norm=Normalize(-reach, reach), cmap=DIVERGING)
 
 
-def ratio_scale(center: float, *tables: Any) -> LogNorm:
+def ratio_scale(center: float, *tables: Any) -> Colors:
     """Log, to the greatest value above the center (at most 64 times) and as far below it.
 
     Ratios have no least value above 0, so those beyond the end have its color; but half of them
@@ -46,16 +47,13 @@ def ratio_scale(center: float, *tables: Any) -> LogNorm:
     below = center / np.median(values[values > 0]) if (values > 0).any() else 1.0
     reach = max(values.max(initial=0.0) / center, below)
     factor = next((f for f in FACTORS if reach <= f), FACTORS[-1])
-    return LogNorm(center / factor, center * factor, clip=True)
+    return dict(norm=LogNorm(center / factor, center * factor, clip=True), cmap=DIVERGING)
 
 
-def draw_matrix(
-    ax: Axes, table: pd.DataFrame, scale: Normalize, map_name: str, aspect: str = "equal"
-) -> AxesImage:
+def draw_matrix(ax: Axes, table: pd.DataFrame, scale: Colors, aspect: str = "equal") -> AxesImage:
     """A cell a value, row by row from the top; NaN is grey."""
-    colors = mpl.colormaps[map_name].with_extremes(bad=NOTHING)
     cells = np.ma.masked_invalid(table.to_numpy(dtype=float))
-    image = ax.imshow(cells, norm=scale, cmap=colors, interpolation="nearest", aspect=aspect)
+    image = ax.imshow(cells, **scale, interpolation="nearest", aspect=aspect)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=1.5, pad=2, labelsize=6)
     return image
@@ -79,21 +77,21 @@ def name_experts(ax: Axes, axis: str, experts: Sequence[int], text: str) -> None
 def draw_panels(
     axes: Sequence[Axes],
     tables: Mapping[str, pd.DataFrame],
-    scale: Normalize,
-    map_name: str,
+    scale: Colors,
     x: str,
     y: str,
     text: str,
+    **place: Any,
 ) -> None:
     """Experts by experts side by side on one scale, several under their titles; x, y and text: of
-    the axes and of the bar."""
+    the axes and of the bar, whose place is as in `color_bar`."""
     for ax, (title, table) in zip(axes, tables.items(), strict=True):
-        image = draw_matrix(ax, table, scale, map_name)
+        image = draw_matrix(ax, table, scale)
         name_experts(ax, "x", table.columns, x)
         name_experts(ax, "y", table.index, y if ax is axes[0] else "")
         if len(tables) > 1:
             ax.set_title(title)
-    color_bar(image, axes, text)
+    color_bar(image, axes, text, **place)
 
 
 def color_bar(image: AxesImage, axes: Sequence[Axes] | Axes, text: str, **place: Any) -> Colorbar:
@@ -104,15 +102,14 @@ def color_bar(image: AxesImage, axes: Sequence[Axes] | Axes, text: str, **place:
     values = np.concatenate([image.get_array().compressed() for image in images])
     below, above = (values < scale.vmin).any(), (values > scale.vmax).any()
     extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
-    figure = image.figure
-    bar = figure.colorbar(image, ax=axes, extend=extend, **place)
+    bar = image.figure.colorbar(image, ax=axes, extend=extend, **place)
     if isinstance(scale, LogNorm):
         center, factor = np.sqrt(scale.vmin * scale.vmax), np.sqrt(scale.vmax / scale.vmin)
         powers = round(np.log2(factor)) if factor > 1.9 else 1
-        base = factor ** (1 / powers)
         every = 1 if powers <= 3 else 2
         most = powers // every * every
-        ticks = center * base ** np.arange(-most, most + 1, every, dtype=float)
+        steps = np.arange(-most, most + 1, every, dtype=float)
+        ticks = center * (factor ** (1 / powers)) ** steps
         bar.set_ticks(ticks, labels=[_ratio(tick) for tick in ticks])
         bar.minorticks_off()
     bar.outline.set_visible(False)

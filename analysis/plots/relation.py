@@ -51,21 +51,19 @@ def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         for _, found in table.iterrows():
             i, j = keys.index((found.metric, found.damage)), models.index(found.model)
             y = i + LINE / row * (j - (len(models) - 1) / 2)
-            look = looks[found.model]
-            color, lw = look["color"], 1.6 if found.model == ALL else 0.8
+            look, lw = looks[found.model], 1.6 if found.model == ALL else 0.8
             width = found.null_high - found.null_low
             ax.barh(y, width, LINE / row, found.null_low, color=BAND, lw=0, zorder=0.6)
             if found.ceiling > 0:
                 ends = [-found.ceiling, found.ceiling]
-                ax.plot(ends, [y, y], "|", color=color, ms=4, mew=0.8, zorder=1.5)
-            ax.plot([found.low, found.high], [y, y], color=color, lw=lw)
+                ax.plot(ends, [y, y], "|", color=look["color"], ms=4, mew=0.8, zorder=1.5)
+            ax.plot([found.low, found.high], [y, y], color=look["color"], lw=lw)
             ax.plot(found.r, y, **look)
         ax.axvline(0, color=GREY, lw=0.6, zorder=0.8)
         for i in range(1, len(keys)):
             ax.axhline(i - 0.5, color="#E5E5E5", lw=0.5, zorder=0.4)
         name_rows(ax, names)
-        ax.set_xlim(-1.03, 1.03)
-        ax.set_xlabel(_label(table))
+        ax.set(xlim=(-1.03, 1.03), xlabel=_label(table))
         handles = [key(model, **look) for model, look in looks.items()]
         ceiling = key("noise ceiling", color=GREY, marker="|", ls="")
         legend_above(ax, [*handles, Patch(fc=BAND, label="null"), ceiling], right=True)

@@ -26,7 +26,6 @@ def saturation_curve(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     check_rows("saturation", frame, [*SITE, "step", "value", "low", "high", "null"])
     styles, layers = model_styles(frame), sorted(frame.layer.unique())
-    several = len(styles) > 1
     with canvas(ax, height=2.6) as ax:
         for (model, _, _, layer, stage), curve in frame.groupby(SITE, sort=False):
             look, curve = styles[model], curve.sort_values("step")
@@ -35,22 +34,18 @@ def saturation_curve(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
             own = dict(color=color, marker=look["marker"], ms=3, ls=STAGES[stage % len(STAGES)])
             draw_line(ax, curve, "step", "value", **own)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.set_ylim(0, 1.03)
-        ax.set_xlabel("training step")
-        ax.set_ylabel("agreement with the last step")
-        named = styles if several else {}
-        base = GREY if several else next(iter(styles.values()))["color"]
+        ax.set(xlabel="training step", ylabel="agreement with the last step", ylim=(0, 1.03))
+        named = styles if len(styles) > 1 else {}
+        base = GREY if named else next(iter(styles.values()))["color"]
         shown = layers if len(layers) <= 4 else [layers[0], layers[len(layers) // 2], layers[-1]]
         keys = [
             key(model, color=look["color"], marker=look["marker"], ms=3)
             for model, look in named.items()
         ]
         keys += [key(f"layer {n}", color=_paler(base, layers.index(n), len(layers))) for n in shown]
-        if frame.stage.nunique() > 1:
-            keys += [
-                key(f"stage {n}", color=GREY, ls=STAGES[n % len(STAGES)])
-                for n in sorted(frame.stage.unique())
-            ]
+        stages = sorted(frame.stage.unique())
+        if len(stages) > 1:
+            keys += [key(f"stage {n}", color=GREY, ls=STAGES[n % len(STAGES)]) for n in stages]
         legend_above(ax, [*keys, key("null", color=GREY, ls=":", lw=0.7)], ncols=4)
     return ax
 
@@ -92,10 +87,7 @@ def flip_calibration(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 look["zorder"] = 2.1  # hollow ones hide the bars behind them
                 ends = f"{y}_low", f"{y}_high"
                 draw_line(ax, known, x, y, ends, label=text, bars=True, **look)
-        ax.set_xlim(0, 1)
-        ax.set_ylim(0, 1)
-        ax.set_aspect("equal")
-        ax.set_xlabel("predicted share of tokens")
-        ax.set_ylabel("measured share of tokens")
+        ax.set(xlabel="predicted share of tokens", ylabel="measured share of tokens")
+        ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         legend_above(ax, ncols=2 if len(styles) == 1 else 1)
     return ax

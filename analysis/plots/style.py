@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +115,12 @@ def model_styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """color, marker and linestyle of each model, in order; families keep theirs in every plot."""
     models = frame[["model", "family"]].drop_duplicates("model")
     unknown = [f for f in models.family.unique() if f not in FAMILY_STYLE]
-    other = {f: OTHER_STYLE[i % len(OTHER_STYLE)] for i, f in enumerate(unknown)}
-    seen: dict[str, int] = {}
+    looks = FAMILY_STYLE | dict(zip(unknown, cycle(OTHER_STYLE), strict=False))
+    lines = models.groupby("family", dropna=False).cumcount() % len(LINES)
     styles = {}
-    for model, family in models.itertuples(index=False):
-        color, marker = FAMILY_STYLE.get(family) or other[family]
-        seen[family] = seen.get(family, -1) + 1
-        linestyle = LINES[seen[family] % len(LINES)]
-        styles[model] = {"color": color, "marker": marker, "linestyle": linestyle}
+    for model, family, line in zip(models.model, models.family, lines, strict=True):
+        color, marker = looks[family]
+        styles[model] = {"color": color, "marker": marker, "linestyle": LINES[line]}
     return styles
 
 
@@ -144,8 +143,7 @@ def widen_scale(axis: Any, values: Iterable[float]) -> None:
     if len(sizes) < 2 or sizes.max() <= 20 * np.median(sizes):
         return
     threshold = 10.0 ** np.floor(np.log10(np.median(sizes)))
-    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
-    set_scale("symlog", linthresh=threshold)
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("symlog", linthresh=threshold)
     axis.axes.autoscale(axis=axis.axis_name)  # else the margins stay those of the linear scale
     axis.set_major_formatter(lambda value, _: f"{value:g}")
 
@@ -161,8 +159,7 @@ def save(figure_or_axes: Figure | Axes, stem: str | Path) -> list[Path]:
         stem = stem.with_suffix("")
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
-    pdf: dict[str, Any] = {"metadata": {"CreationDate": None}}
-    kinds = {"png": {"dpi": 300}, "pdf": pdf}
+    kinds: dict[str, Any] = {"png": {"dpi": 300}, "pdf": {"metadata": {"CreationDate": None}}}
     for kind, options in kinds.items():
         path = stem.with_name(f"{stem.name}.{kind}")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -130,16 +130,8 @@ def additivity(
     `routing`, where it is given, says which sites there are: a checkpoint that lacks one is left
     out. Raises `ValueError` naming what a condition lacks.
     """
-
     pairs = pair(losses)
-    places = {
-        p.name: _in_order(
-            sites_in(p.conditions["where"])
-            if routing is None
-            else of_checkpoint(routing, p.checkpoint)
-        )
-        for p in pairs
-    }
+    places = {p.name: _sites_of(p, routing) for p in pairs}
 
     def parts_of(p: Pairs, name: str) -> Parts:
         if p.variant(name, where=PLAIN["where"]) != name:
@@ -164,8 +156,11 @@ def sites_in(where: pd.Series) -> pd.DataFrame:
     return where.str.extract(r"^layer (?P<layer>\d+) stage (?P<stage>\d+)$").dropna().astype(int)
 
 
-def _in_order(sites: pd.DataFrame) -> list[str]:
-    """As `where` names them."""
+def _sites_of(p: Pairs, routing: pd.DataFrame | None) -> list[str]:
+    """Of routing, or those where a condition was measured alone, in order, as `where` has them."""
+    sites = sites_in(p.conditions["where"])
+    if routing is not None:
+        sites = of_checkpoint(routing, p.checkpoint)
     ordered = sites[["layer", "stage"]].drop_duplicates().sort_values(["layer", "stage"])
     return [f"layer {layer} stage {stage}" for layer, stage in ordered.itertuples(index=False)]
 

@@ -102,20 +102,18 @@ class Bootstrap:
 
         Fewer than two documents give NaN bounds.
         """
-
-        def contrasts(ratios_XC: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
-            # Without contrasts a ratio that is not finite must not spoil the others.
-            return ratios_XC if factors is None else ratios_XC @ factors
-
         total_C, weight_C = numerator_CD.sum(axis=1), denominator_CD.sum(axis=1)
-        value_M = contrasts(total_C / weight_C, contrast_CM)
+        ratio_C = total_C / weight_C
+        value_M = ratio_C if contrast_CM is None else ratio_C @ contrast_CM
         if numerator_CD.shape[1] < 2:
             return Intervals(value_M, *np.full((2, len(value_M)), np.nan))
-        draws_RM = contrasts(self.ratios(numerator_CD, denominator_CD), contrast_CM)
-        left_out_DC = (total_C - numerator_CD.T) / (weight_C - denominator_CD.T)
-        left_out_DM = contrasts(left_out_DC, contrast_CM)
-        sizes_CM = None if contrast_CM is None else np.abs(contrast_CM)
-        scale_M = contrasts(np.abs(total_C / weight_C), sizes_CM)
+        draws_RM = self.ratios(numerator_CD, denominator_CD)
+        left_out_DM = (total_C - numerator_CD.T) / (weight_C - denominator_CD.T)
+        scale_M = np.abs(ratio_C)
+        # Without contrasts a ratio that is not finite must not spoil the others.
+        if contrast_CM is not None:
+            draws_RM, left_out_DM = draws_RM @ contrast_CM, left_out_DM @ contrast_CM
+            scale_M = scale_M @ np.abs(contrast_CM)
         columns = zip(value_M, draws_RM.T, left_out_DM.T, scale_M, strict=True)
         bounds_M2 = np.reshape([bca(*column, self.tails) for column in columns], (-1, 2))
         return Intervals(value_M, *bounds_M2.T)

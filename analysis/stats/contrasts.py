@@ -70,8 +70,7 @@ def family_contrasts(
     table = pd.DataFrame(rows)
     table["p_holm"] = holm(table.p.to_numpy())
     inner = table.pop("inner")
-    differs = table.p_holm <= 1 - bootstrap.confidence
-    table["verdict"] = np.where(differs, "differs", "undecided")
+    table["verdict"] = np.where(table.p_holm <= 1 - bootstrap.confidence, "differs", "undecided")
     if margin is not None:
         inside = [-margin < low and high < margin for low, high in inner]
         table.loc[inside, "verdict"] = "equivalent within margin"
@@ -115,8 +114,7 @@ def _test(
         named
         | {"seeds_reference": len(mine), "seeds": len(theirs)}
         | {"num_documents": len(mine[0].documents_D)}
-        | {"delta_nats": value, "low": low, "high": high}
-        | {"p": p, "min_p": min_p, "inner": inner}
+        | {"delta_nats": value, "low": low, "high": high, "p": p, "min_p": min_p, "inner": inner}
     )
 
 
@@ -124,9 +122,7 @@ def holm(p: np.ndarray) -> np.ndarray:
     """Holm's step-down adjusted p-values (Scandinavian Journal of Statistics 6, 1979)."""
     order = np.argsort(p)
     steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(steps, 1)
-    return adjusted
+    return np.minimum(steps, 1)[np.argsort(order)]
 
 
 def format_contrasts(

@@ -12,7 +12,6 @@ from analysis.stats.bootstrap import Bootstrap, Intervals
 from analysis.stats.doses import doses
 from analysis.stats.pairs import KEY, Losses, Pairs, check_choice, pair, pair_conditions
 
-LN2 = np.log(2)
 DIFFERENCE = np.array([[1.0], [-1.0]])  # contrast of two ratios
 
 
@@ -158,7 +157,7 @@ def _in_both_units(
     """Nats per token and bits per byte, from the same draws; tokens and bytes may be (D,)."""
     weights_CD = [np.broadcast_to(some, nats_CD.shape) for some in (tokens_CD, bytes_CD)]
     found = bootstrap.intervals(
-        np.concatenate([nats_CD, nats_CD / LN2]),
+        np.concatenate([nats_CD, nats_CD / np.log(2)]),
         np.concatenate(weights_CD),
         None if contrast_CM is None else np.kron(np.eye(2), contrast_CM),
     )

@@ -23,8 +23,8 @@ from analysis.stats.pairs import (
 )
 from analysis.stats.robustness import router_columns
 
-# Of one token at one perturbed site, as defined in analysis/doses.py; output_change is the norm
-# of the change of the layer's output as a share of the residual stream's.
+# Of one token at one perturbed site, as defined in analysis/measure/doses.py; output_change is the
+# norm of the change of the layer's output as a share of the residual stream's.
 DOSES = ["mass_moved", "flips", "flips_total", "changed", "mass_lost", "active", "output_change"]
 
 
@@ -83,8 +83,7 @@ def per_dose(
                 found = np.array(bootstrap.intervals(p.delta_CD, dose_CD))
             missing = ~(dose_CD.sum(axis=1) > LEAST * p.tokens_D.sum())
             found[1:, ~np.isfinite(found[1:]).all(axis=0)] = np.nan
-            shown = Intervals(*np.where(missing, np.nan, found))
-            table = table.assign(**shown.columns(name))
+            table = table.assign(**Intervals(*np.where(missing, np.nan, found)).columns(name))
         if sites is not None:
             table = table.assign(**router_columns(sites, p.checkpoint))
             table["experts_off"] = _experts_off(table, of_checkpoint(sites, p.checkpoint))
@@ -100,7 +99,7 @@ def _experts_off(table: pd.DataFrame, sites: pd.DataFrame) -> pd.Series:
     return of_all.where(table["name"] == "DropTop")
 
 
-CURVE = [*CHECKPOINT, *(column for column in CONDITION if column != "strength")]
+CURVE = [column for column in KEY if column != "strength"]
 
 
 def curve_summary(

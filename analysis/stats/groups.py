@@ -106,20 +106,17 @@ def _groups(sums: Sums, bootstrap: Bootstrap) -> pd.DataFrame:
     total_C = sums.delta_CGD.sum(axis=(1, 2))
     total_C[total_C == 0] = np.nan
     tables = []
-    for g, name in enumerate(sums.names):
+    for g in np.flatnonzero(sums.count_GD.any(axis=1)):
         count_D = sums.count_GD[g]
         has_D = count_D > 0
-        if not has_D.any():
-            continue
         delta_CD = sums.delta_CGD[:, g, has_D]
         count_CD = np.broadcast_to(count_D[has_D], delta_CD.shape).astype(float)
-        tables.append(
-            pd.DataFrame(
-                {"condition": sums.labels, "group": name, "order": g}
-                | {"num_documents": has_D.sum(), "num_tokens": int(count_D.sum())}
-                | bootstrap.intervals(delta_CD, count_CD).columns("delta_nats", "low", "high")
-                | {"share": delta_CD.sum(axis=1) / total_C}
-            )
+        columns = (
+            {"condition": sums.labels, "group": sums.names[g], "order": g}
+            | {"num_documents": has_D.sum(), "num_tokens": int(count_D.sum())}
+            | bootstrap.intervals(delta_CD, count_CD).columns("delta_nats", "low", "high")
+            | {"share": delta_CD.sum(axis=1) / total_C}
         )
+        tables.append(pd.DataFrame(columns))
     # By condition in their order, which is that of the rows of each table.
     return pd.concat(tables).sort_index(kind="stable")

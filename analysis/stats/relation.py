@@ -106,13 +106,11 @@ def _relate(
     moments_CMM, free_C = _moments(ranks_NM, cluster_N)
     r = _partial(moments_CMM.sum(0), free_C.sum())
     low, high = _interval(moments_CMM, free_C, r, bootstrap)
-    p: Any = np.nan
-    null_low = null_high = np.nan
     null_R = np.empty(0) if np.isnan(r) else _null(ranks_NM, cluster_N, bootstrap)
-    if len(null_R):
-        # Equal but for rounding is as extreme; the observed order is one of the permutations.
-        p = (1 + (np.abs(null_R) >= abs(r) - ROUNDING).sum()) / (1 + len(null_R))
-        null_low, null_high = np.quantile(null_R, bootstrap.tails)
+    null_low, null_high = np.quantile(null_R, bootstrap.tails) if len(null_R) else (np.nan, np.nan)
+    # Equal but for rounding is as extreme; the observed order is one of the permutations.
+    as_extreme = 1 + (np.abs(null_R) >= abs(r) - ROUNDING).sum()
+    p = as_extreme / (1 + len(null_R)) if len(null_R) else np.nan
     split = _varied(rows.dropna(subset=halves), halves)
     moments_of_halves_CMM, free_C = _moments(*_ranks(split, halves, control))
     half = _partial(moments_of_halves_CMM.sum(0), free_C.sum())

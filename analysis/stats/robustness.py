@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.stats.bootstrap import interval_texts
-from analysis.stats.pairs import CHECKPOINT, CONDITION, check_columns, control, of_checkpoint
+from analysis.stats.pairs import CHECKPOINT, KEY, check_columns, control, of_checkpoint
 
 TOP1 = "DropTop(1)"
 CONTROLS = ("identity", "DropChosen(1)", "DropUnchosen(1)", "RandomRouting", "NoRouted")
@@ -34,8 +34,7 @@ def robustness_table(damage: pd.DataFrame, sites: pd.DataFrame | None = None) ->
     What was not run is NaN. RandomRouting is that of the greatest strength; of several
     identities the one that is farthest from 0 stands, since each has to be exactly 0.
     """
-    names = [*CHECKPOINT, *CONDITION, "name", "label"]
-    check_columns("damage", damage, [*names, *INTERVAL, "perplexity"])
+    check_columns("damage", damage, [*KEY, "name", "label", *INTERVAL, "perplexity"])
     stages = sorted(w for w in damage["where"].unique() if str(w).startswith("stage "))
     top1 = [TOP1, f"{TOP1}, scores"]
     top1 += [f"{TOP1}, {stage}{point}" for stage in stages for point in ("", ", scores")]
@@ -59,7 +58,7 @@ def positive_control(damage: pd.DataFrame) -> pd.DataFrame:
     RandomRouting at its greatest strength; NaN where it was not run. A model here has not been
     shown to have learnt its routing, so no other condition proves anything about it.
     """
-    check_columns("damage", damage, [*CHECKPOINT, *CONDITION, "name", "label", *INTERVAL])
+    check_columns("damage", damage, [*KEY, "name", "label", *INTERVAL])
     groups = damage.groupby(CHECKPOINT, sort=False)
     cells = [(*key, *_cell(rows, "RandomRouting")) for key, rows in groups]
     table = pd.DataFrame(cells, columns=[*CHECKPOINT, *INTERVAL])
@@ -71,9 +70,9 @@ def find(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     if name == "identity":
         found = rows[rows["name"].str.lower() == name]
         return found.sort_values("delta_nats", key=np.abs, kind="stable")
-    return (
-        control(rows, name) if name in ("RandomRouting", "NoRouted") else rows[rows.label == name]
-    )
+    if name in ("RandomRouting", "NoRouted"):
+        return control(rows, name)
+    return rows[rows.label == name]
 
 
 def _cell(rows: pd.DataFrame, name: str) -> tuple[float, float, float]:
@@ -86,19 +85,16 @@ def router_columns(sites: pd.DataFrame, row: dict[str, object]) -> dict[str, obj
     check_columns("sites", sites, ["model", "train_seed", "layer", "stage", "metric", "value"])
     mine = of_checkpoint(sites, row)
 
-    def metric(name: str) -> pd.DataFrame:
-        return mine[mine.metric == name].astype({"value": float}).dropna(subset="value")
+    def metric(name: str) -> pd.Series:
+        return mine[mine.metric == name].set_index("stage").value.astype(float).dropna()
 
-    def per_stage(name: str) -> pd.Series:
-        return metric(name).groupby("stage").value.mean()
-
-    used = per_stage("top_k").combine_first(per_stage("active"))
-    renormalized = tuple(set(metric("renormalize").value.astype(bool)))
+    top_k, active = (metric(name).groupby("stage").mean() for name in ("top_k", "active"))
+    renormalized = tuple(set(metric("renormalize").astype(bool)))
     return {
-        "top_k": "+".join(f"{k:.3g}" for k in used) or None,
+        "top_k": "+".join(f"{k:.3g}" for k in top_k.combine_first(active)) or None,
         "renormalize": {(True,): "yes", (False,): "no", (): None}.get(renormalized, "mixed"),
-        "routed_share": metric("routed_share").value.mean(),
-        "routed_ratio": metric("routed_ratio").value.mean(),
+        "routed_share": metric("routed_share").mean(),
+        "routed_ratio": metric("routed_ratio").mean(),
     }
 
 
@@ -120,15 +116,12 @@ def format_robustness(table: pd.DataFrame, width: int = 140) -> str:
         if f"{name} low" in table:
             columns[name] = interval_texts(table, name, f"{name} low", f"{name} high")
     blocks: list[list[list[str]]] = [[]]
-    used = 0
     first, *rest = (_aligned(title, cells) for title, cells in columns.items())
     for column in rest:
-        full = len(first[0]) + used + 2 + len(column[0]) > width
-        if used and (full or column[0].strip() == CONTROLS[0]):
+        full = len("  ".join(cells[0] for cells in (first, *blocks[-1], column))) > width
+        if blocks[-1] and (full or column[0].strip() == CONTROLS[0]):
             blocks.append([])
-            used = 0
         blocks[-1].append(column)
-        used += 2 + len(column[0])
     lines = ["Change in nats per token [interval over documents], after perplexities (ppl):"]
     for block in blocks:
         lines += ["  ".join(cells).rstrip() for cells in zip(first, *block, strict=True)] + [""]

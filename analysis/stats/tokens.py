@@ -70,13 +70,12 @@ def _rows(tokens: Tokens, p: Pairs, order: pd.DataFrame, condition: str, name: s
 
 def _clean(frame: pd.DataFrame, p: Pairs) -> CleanTokens:
     lengths = frame.nll.map(len).to_numpy() // np.dtype(np.float32).itemsize
-    document = np.searchsorted(p.documents_D, frame.document_id.to_numpy())
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     return CleanTokens(
         nll_N=_joined(frame.nll, np.float32).astype(float),
         target_N=_joined(frame.targets, np.int32),
         position_N=np.arange(lengths.sum()) - starts,
-        document_N=np.repeat(document, lengths),
+        document_N=np.repeat(np.searchsorted(p.documents_D, frame.document_id.to_numpy()), lengths),
     )
 
 
