@@ -574,7 +574,7 @@ def test_strengths_that_do_not_fit_are_found_before_training(study_dict_of, tmp_
         run(Study.from_dict(study), tmp_path, progress=False)
     text = str(caught.value)
     assert "k is 64" in text
-    assert "ranks r, s have 77" in text
+    assert "s is 77" in text
     assert "model 'smoe_share'" in text
     assert "model 'cartesian'" in text
     assert not (tmp_path / "models").exists()
