@@ -50,7 +50,6 @@ def run(
     # What can fail at once comes before training, which may take hours.
     check_directory(out)
     plan = Plan.of(study, threads_of(study, executor, threads))
-    out.mkdir(parents=True, exist_ok=True)
     with Store(out / STORE) as store:
         finished = store.keys()
         work = _ready(plan, out, finished, progress)

@@ -126,20 +126,18 @@ class Store:
                 "INSERT OR IGNORE INTO cells (key, identity, seconds, created) VALUES (?, ?, ?, ?)",
                 (key, text, cell.seconds, time.time()),
             )
-            added, number = cursor.rowcount == 1, cursor.lastrowid
-            if added:
-                for table in TABLES:
-                    self._insert(cursor, table, number, getattr(cell, table))
-                cursor.execute("DELETE FROM failures WHERE key = ?", (key,))
-        return added
-
-    @staticmethod
-    def _insert(cursor, table: str, number: int | None, frame: pd.DataFrame | None) -> None:
-        if frame is not None and not frame.empty:
-            rows = frame.assign(cell=number).reindex(columns=["cell", *TABLES[table]])
-            marks = ", ".join("?" * len(rows.columns))
-            values = rows.itertuples(index=False, name=None)
-            cursor.executemany(f"INSERT INTO {table} VALUES ({marks})", values)
+            if cursor.rowcount == 0:
+                return False
+            number = cursor.lastrowid
+            for table, columns in TABLES.items():
+                frame = getattr(cell, table)
+                if frame is not None:
+                    rows = frame.assign(cell=number).reindex(columns=["cell", *columns])
+                    marks = ", ".join("?" * len(rows.columns))
+                    values = rows.itertuples(index=False, name=None)
+                    cursor.executemany(f"INSERT INTO {table} VALUES ({marks})", values)
+            cursor.execute("DELETE FROM failures WHERE key = ?", (key,))
+        return True
 
     def fail(self, identity: dict[str, Any], reason: str, attempts: int) -> None:
         """Note that a cell killed its workers so many times, in place of what was noted before."""
