@@ -47,7 +47,7 @@ def rows():
     with torch.no_grad():
         for name in SHAPES:
             yield _layerwise(name)
-        yield from _tabulated()
+        yield from _reused()
         for perturbation in (DropTop(1), GaussianNoise(1.0)):
             yield _overhead(perturbation)
     yield _variance()
@@ -106,7 +106,7 @@ def _layerwise(name: str) -> Row:
     return Row(f"layer-wise sweep, {name}: of the saving", saved / formula, ">= 0.90", detail)
 
 
-def _tabulated():
+def _reused():
     """C = 4 E / K conditions at one site: routed experts' time, directly and from a table."""
     for name, family in (("nano", "smoe_share"), ("nano", "cartesian"), ("small", "smoe_share")):
         model, shard = build(name, family)
@@ -152,7 +152,7 @@ def _overhead(perturbation: Perturbation) -> Row:
         number = count()
 
         def cells() -> None:
-            for cell in measure(model, conditions, shard, batch_size=len(shard), tabulate=())[1:]:
+            for cell in measure(model, conditions, shard, batch_size=len(shard), reuse=())[1:]:
                 store.add({"number": next(number)}, cell)
 
         runs = {

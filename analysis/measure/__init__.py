@@ -20,6 +20,6 @@ from analysis.measure.losses import loss_gradient, output_slopes
 from analysis.measure.margins import flip_prediction
 from analysis.measure.regret import regret
 from analysis.measure.results import FACTS, Results, facts_of, key_columns
-from analysis.measure.reuse import worth_tabulating
+from analysis.measure.reuse import worth_reusing
 from analysis.measure.shard import Cell, measure
 from analysis.measure.sweep import Asked, sweep

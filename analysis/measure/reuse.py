@@ -50,7 +50,7 @@ class Table:
         return F.embedding_bag(row_TK, self.rows_ND, per_sample_weights=weights_TK, mode="sum")
 
 
-def worth_tabulating(
+def worth_reusing(
     model: Adapter, conditions: Sequence[Condition], num_tokens: int
 ) -> Collection[Condition]:
     """The conditions for which a table pays: those that begin at a site with PAYS * E / K others.

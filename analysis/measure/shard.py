@@ -22,7 +22,7 @@ from analysis.measure.clean import CleanPass
 from analysis.measure.doses import certainty_of, change_of
 from analysis.measure.intervene import Intervention
 from analysis.measure.prepare import prepared
-from analysis.measure.reuse import Table, worth_tabulating
+from analysis.measure.reuse import Table, worth_reusing
 from analysis.measure.rows import SequenceRows
 from analysis.perturb import CLEAN, Calibration, Condition, sites_of, token_kinds
 from cartmoe.data import Sequences
@@ -59,22 +59,22 @@ def measure(
     *,
     batch_size: int = 16,
     calibration: Calibration | None = None,
-    tabulate: Collection[Condition] | None = None,
+    reuse: Collection[Condition] | None = None,
     keep_tokens: bool = False,
     progress: Callable[[int], None] = lambda conditions_done: None,
 ) -> list[Cell]:
     """The clean cell, then one a condition, in their order.
 
-    tabulate      conditions that take the expert outputs of their first site from a table; by
-                  default those for which `worth_tabulating` says that it pays
+    reuse         conditions that take the expert outputs of their first site from a table; by
+                  default those for which `worth_reusing` says that it pays
     keep_tokens   keep every token's loss, for quantiles and groups of tokens
 
     Raises `ValueError` if a condition's `where` selects no router of the model.
     """
     for condition in conditions:
         sites_of(model, condition.where, tokens=True)
-    if tabulate is None:
-        tabulate = worth_tabulating(model, conditions, batch_size * shard.tokens_SL.shape[1])
+    if reuse is None:
+        reuse = worth_reusing(model, conditions, batch_size * shard.tokens_SL.shape[1])
     kinds_V = token_kinds(model, [c.where for c in conditions])
     collectors = [_Collector(c, keep_tokens) for c in (CLEAN, *conditions)]
     for batch in batches(model, shard, batch_size):
@@ -89,9 +89,9 @@ def measure(
                 seed = collector.condition.eval_seed
                 clean.draws.clear()
             with collector.timed():
-                tabulated = collector.condition in tabulate
+                reuses = collector.condition in reuse
                 _run_condition(
-                    model, clean, batch, collector, calibration, tables if tabulated else None
+                    model, clean, batch, collector, calibration, tables if reuses else None
                 )
             progress(1)
     return [c.cell() for c in collectors]

@@ -105,7 +105,7 @@ def _probe(
         batch,
         batch_size=len(batch),
         calibration=calibration,
-        tabulate=frozenset(arm for arm in of_kind.values() if arms[arm]),
+        reuse=frozenset(arm for arm in of_kind.values() if arms[arm]),
         keep_tokens=plan.study.measure.tokens,
     )
     seconds = {cell.condition: cell.seconds / len(batch) for cell in cells}

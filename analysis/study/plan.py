@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.adapters import Adapter, skeleton
-from analysis.measure import worth_tabulating
+from analysis.measure import worth_reusing
 from analysis.perturb import CLEAN, Condition, Where
 from analysis.study.models import Checkpoint, check_sources, find
 from analysis.study.provenance import default_device, platform_identity
@@ -106,8 +106,8 @@ class Plan:
         model = skeleton(config, name=spec.name, train_seed=spec.train_seed)
         conditions = conditions_for(model, self.study.conditions_of(spec))
         tokens = self.study.measure.batch_size * self.study.data.length
-        tabulated = worth_tabulating(model, conditions, tokens)
-        return model, {c: c in tabulated for c in (CLEAN, *conditions)}
+        reuses = worth_reusing(model, conditions, tokens)
+        return model, {c: c in reuses for c in (CLEAN, *conditions)}
 
     def work(self, checkpoint: Checkpoint) -> Work:
         """The cells of one model."""
@@ -128,10 +128,10 @@ class Plan:
         }
         cells = []
         for number, shard in enumerate(self.shards):
-            for condition, tabulated in arms.items():
-                identity = common | own[condition] | {"data": shard.sha256, "tabulated": tabulated}
+            for condition, reuses in arms.items():
+                identity = common | own[condition] | {"data": shard.sha256, "reuses": reuses}
                 key = cell_key(identity)
-                cells.append(PlannedCell(key, number, condition, tabulated, identity))
+                cells.append(PlannedCell(key, number, condition, reuses, identity))
         return Work(checkpoint, model, cells)
 
     def tasks(self, work: Sequence[Work], keys: Collection[str], workers: int) -> list[Task]:

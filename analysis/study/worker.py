@@ -53,13 +53,13 @@ class Source:
 class PlannedCell(NamedTuple):
     """One cell: a condition (`CLEAN`: the clean run) on the shard of that number.
 
-    tabulated   whether experts' outputs come from a table (see `analysis.measure.reuse`)
+    reuses   whether experts' outputs come from a table (see `analysis.measure.reuse`)
     """
 
     key: str
     shard: int
     condition: Condition
-    tabulated: bool
+    reuses: bool
     identity: dict[str, Any]
 
 
@@ -85,7 +85,7 @@ def compute(task: Task) -> list[Cell]:
             task.shard,
             batch_size=source.batch_size,
             calibration=calibration,
-            tabulate=frozenset(cell.condition for cell in task.cells if cell.tabulated),
+            reuse=frozenset(cell.condition for cell in task.cells if cell.reuses),
             keep_tokens=task.keep_tokens,
         )
     by_condition = {cell.condition: cell for cell in measured}

@@ -49,7 +49,7 @@ def work(model) -> None:
         for _ in range(20):  # little time in forwards, much in opening and closing
             with hook_routers(model.model, lambda *args: None), capture_routing(model.model):
                 model.model(TOKENS_SL[:1, :1])
-        measure(model, CONDITIONS, SHARD, tabulate=CONDITIONS[:2])
+        measure(model, CONDITIONS, SHARD, reuse=CONDITIONS[:2])
 
 
 def main(keep: bool) -> None:

@@ -57,7 +57,7 @@ def test_measures_what_sweeps_measure(two, comparison, shard):
         alone = sweep(model, shard, [DropTop(1), GaussianNoise(0.5)], **OPTIONS).losses
         mine = losses[losses.model == name]
         mine = mine[mine.condition.isin(alone.condition)].reset_index(drop=True)
-        # Up to rounding: how many conditions there are decides what is tabulated.
+        # Up to rounding: how many conditions there are decides whose outputs are reused.
         np.testing.assert_allclose(mine.nll_sum, alone.nll_sum, rtol=1e-6)
         assert mine.condition.tolist() == alone.condition.tolist()
     assert losses.model.drop_duplicates().tolist() == ["base", "tuned"]
@@ -77,7 +77,7 @@ def test_replay_by_hand(two, comparison, shard, tmp_path):
     expected = measure(tuned, [Condition(Replay(trace))], shard, batch_size=3)[1].losses.nll_sum
     losses = comparison.results.losses
     got = losses[(losses.model == "tuned") & (losses.perturbation == "Replay(base)")].nll_sum
-    np.testing.assert_allclose(got, expected, rtol=1e-6)  # tabulated there, here not
+    np.testing.assert_allclose(got, expected, rtol=1e-6)  # reused there, here not
 
 
 def test_nothing_is_left(comparison, two, shard, monkeypatch, tmp_path):

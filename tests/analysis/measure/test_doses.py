@@ -145,7 +145,7 @@ def test_output_change(model_of, shard, kind):
     conditions = [
         Condition(p, "layer 0 stage 0") for p in (DropTop(1), UniformWeights(), NoRouted())
     ]
-    _, *cells = measure(model, conditions, shard, tabulate=())
+    _, *cells = measure(model, conditions, shard, reuse=())
     used_SL = shard.targets_SL >= 0
     with torch.no_grad():
         stream, outputs = stream_and_outputs(model, site, shard.tokens_SL, conditions)

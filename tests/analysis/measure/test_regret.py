@@ -41,7 +41,7 @@ def token_nll(cells):
 def test_against_brute_force(model_of, shard, kind, where, n):
     model = model_of(kind)
     conditions = [Condition(Alternative(2.0), where, eval_seed=SEEDS + i) for i in range(n)]
-    nll = token_nll(measure(model, conditions, shard, tabulate=(), keep_tokens=True))
+    nll = token_nll(measure(model, conditions, shard, reuse=(), keep_tokens=True))
     table = regret(model, shard, where, n=n, tau=2.0, seed=1, **OPTIONS)
     expected = nll[0] - nll[1:].min(0)
     assert table.n.tolist() == {3: [1, 2, 3], 12: [1, 2, 4, 8, 12]}[n]

@@ -245,9 +245,9 @@ def test_errors_inside_measure_leave_nothing():
         (TopK(7), "has only 6 experts"),
         (ResidualNoise(DropTop(7)), "has only 6 experts"),
     ):
-        for tabulate in ((), [Condition(p, "layer 0")]):
+        for reuse in ((), [Condition(p, "layer 0")]):
             with pytest.raises(ValueError, match=message):
-                measure(model, [Condition(p, "layer 0")], SHARD, tabulate=tabulate)
+                measure(model, [Condition(p, "layer 0")], SHARD, reuse=reuse)
             assert not hooks_of(model.model)
 
 

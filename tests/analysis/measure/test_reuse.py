@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.measure.reuse import worth_tabulating
+from analysis.measure.reuse import worth_reusing
 from analysis.measure.shard import measure
 from analysis.perturb.base import Identity
 from analysis.perturb.compound import Compose, ResidualNoise
@@ -28,8 +28,8 @@ def test_a_table_only_rounds(model_of, shard, kind):
     model = model_of(kind)
     for site in model.sites()[:2]:
         conditions = [Condition(p, site) for p in PERTURBATIONS]
-        direct = measure(model, conditions, shard, tabulate=())
-        table = measure(model, conditions, shard, tabulate=conditions)
+        direct = measure(model, conditions, shard, reuse=())
+        table = measure(model, conditions, shard, reuse=conditions)
         assert not hooks_of(model.model)
         for a, b in zip(direct, table, strict=True):
             tokens = a.losses.num_tokens
@@ -40,25 +40,25 @@ def test_a_table_only_rounds(model_of, shard, kind):
                 np.testing.assert_allclose(a.routing[dose], b.routing[dose], atol=1e-4)
 
 
-def test_what_must_change_nothing_is_not_tabulated(model_of):
+def test_what_must_change_nothing_reuses_nothing(model_of):
     """However many conditions begin at the site."""
     model = model_of("smoe_share")
     nothing = [Condition(Identity(), "layer 0"), Condition(DropUnchosen(1), "layer 0")]
     nothing += [Condition(DropUnchosen(m), "layer 0") for m in range(2, 12)]
     some = [Condition(DropTop(1), "layer 0", eval_seed=i) for i in range(12)]
-    assert not worth_tabulating(model, nothing, 64)
-    assert set(worth_tabulating(model, nothing + some, 64)) == set(some)
+    assert not worth_reusing(model, nothing, 64)
+    assert set(worth_reusing(model, nothing + some, 64)) == set(some)
 
 
 def test_few_conditions_are_not_worth_a_table(model_of):
     model = model_of("smoe_share")  # E / K is 3
     some = [Condition(DropTop(1), "layer 0", eval_seed=i) for i in range(6)]
-    assert set(worth_tabulating(model, some, 64)) == set(some)
-    assert not worth_tabulating(model, some[:5], 64)
-    assert not worth_tabulating(model, some, 2**30)  # a table too large
+    assert set(worth_reusing(model, some, 64)) == set(some)
+    assert not worth_reusing(model, some[:5], 64)
+    assert not worth_reusing(model, some, 2**30)  # a table too large
 
 
 def test_parallel_stages_have_no_table(model_of):
     """They read the same stream in one segment."""
     model = model_of("parallel")
-    assert not worth_tabulating(model, [Condition(DropTop(1), eval_seed=i) for i in range(50)], 64)
+    assert not worth_reusing(model, [Condition(DropTop(1), eval_seed=i) for i in range(50)], 64)

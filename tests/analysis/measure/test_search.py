@@ -198,7 +198,7 @@ def test_no_sequence_gets_better(model_of, shard, kind, per):
     """A round whose flips did not raise a sequence's loss is taken back in that sequence."""
     model = model_of(kind)
     conditions = [Condition(Worst(n, per=per, rounds=r)) for n, r in ((1, 1), (2, 2), (6, 3))]
-    clean, *cells = measure(model, conditions, shard, tabulate=())
+    clean, *cells = measure(model, conditions, shard, reuse=())
     for cell in cells:
         assert (cell.losses.nll_sum >= clean.losses.nll_sum - 1e-4).all()
         assert cell.losses.nll_sum.sum() > clean.losses.nll_sum.sum()
@@ -209,8 +209,8 @@ def test_what_is_found_is_what_is_measured(model_of, shard):
     model = model_of("smoe_share")
     condition = Condition(Worst(2, rounds=2), "layer 2")
     flips, _ = found(model, shard, condition.perturbation, "layer 2")
-    _, cell = measure(model, [condition], shard, tabulate=())
-    _, by_hand = measure(model, [Condition(flips, "layer 2")], shard, tabulate=())
+    _, cell = measure(model, [condition], shard, reuse=())
+    _, by_hand = measure(model, [Condition(flips, "layer 2")], shard, reuse=())
     np.testing.assert_array_equal(cell.losses.nll_sum, by_hand.losses.nll_sum)
 
 

@@ -146,12 +146,12 @@ def test_identity_is_exactly_nothing(model_of, calibration_of, shard, kind):
         ).all(axis=None)
 
 
-@pytest.mark.parametrize("tabulate", [(), CONDITIONS], ids=["direct", "tabulated"])
-def test_conditions_do_not_touch_each_other(model_of, calibration_of, shard, tabulate):
+@pytest.mark.parametrize("reuse", [(), CONDITIONS], ids=["direct", "reused"])
+def test_conditions_do_not_touch_each_other(model_of, calibration_of, shard, reuse):
     """Bit for bit the same alone, among others, and in another order, expert by expert or from a
     table."""
     model = model_of("cartesian")
-    options = dict(batch_size=3, calibration=calibration_of(model), tabulate=tabulate)
+    options = dict(batch_size=3, calibration=calibration_of(model), reuse=reuse)
     together = measure(model, CONDITIONS, shard, **options)
     backwards = measure(model, CONDITIONS[::-1], shard, **options)
     for cell, again in zip(together[1:], backwards[:0:-1], strict=True):

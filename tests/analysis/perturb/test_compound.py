@@ -253,8 +253,8 @@ def test_measured_noise_has_the_dose_of_what_it_imitates(model_of, shard, kind):
     """`output_change` at the first site agrees; the routing there is as it was."""
     model = model_of(kind)
     conditions = [Condition(p, "layer 0 stage 0") for p in (DropTop(1), ResidualNoise())]
-    for tabulate in ((), conditions):
-        _, dropped, noisy = measure(model, conditions, shard, tabulate=tabulate)
+    for reuse in ((), conditions):
+        _, dropped, noisy = measure(model, conditions, shard, reuse=reuse)
         a, b = (c.routing[c.routing.layer == 0] for c in (dropped, noisy))
         np.testing.assert_allclose(a.output_change, b.output_change, rtol=1e-3)
         assert (b[["flips", "mass_moved"]] == 0).all(axis=None)

@@ -197,7 +197,7 @@ def test_measured_contract(model_of, calibration_of, shard, kind, p):
 @pytest.mark.parametrize("kind", ["top_p", "cartesian"])
 def test_measured_does_not_depend_on_the_batch(model_of, calibration_of, shard, rows_of, kind, p):
     model = model_of(kind)
-    options = dict(calibration=calibration_of(model), tabulate=())
+    options = dict(calibration=calibration_of(model), reuse=())
     condition = Condition(p, "layer 2")
     order = [4, 2, 0, 6, 5, 1, 3]
     _, whole = measure(model, [condition], shard, **options)

@@ -130,7 +130,7 @@ def edit(sequences_of):
 
 
 def more_conditions(world, patch):
-    """So many that begin at one site that its experts are tabulated."""
+    """So many that begin at one site that their outputs are reused."""
     more = {"perturbation": "DropTop", "where": "layer 0", "eval_seed": list(range(1, 40))}
     world.sections["conditions"].append(more)
     world.sections["conditions"].append({"perturbation": "GaussianNoise", "sigma": 0.7})
@@ -226,7 +226,7 @@ def test_every_field_was_changed(world):
     cells = world.cells().values()
     fields = {field for cell in cells for field in cell.identity}
     changed = set().union(*(fields for _, fields, _ in CHANGES.values()))
-    assert fields == changed | {"tokenizer", "tabulated"}
+    assert fields == changed | {"tokenizer", "reuses"}
 
 
 def test_an_edited_document(world, monkeypatch):
@@ -259,10 +259,10 @@ def test_a_table_of_experts(world):
     before = world.cells()
     more_conditions(world, None)
     after = world.cells()
-    touched = {label for (_, label), cell in after.items() if cell.tabulated}
+    touched = {label for (_, label), cell in after.items() if cell.reuses}
     assert touched & {label for _, label in before}
     for place, cell in before.items():
-        assert (after[place].key == cell.key) == (after[place].tabulated == cell.tabulated)
+        assert (after[place].key == cell.key) == (after[place].reuses == cell.reuses)
 
 
 # ---- the source files
