@@ -11,7 +11,7 @@ import pickle
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -149,6 +149,4 @@ def numerics(planned: dict[str, Any]) -> Iterator[None]:
 
 def autocast(precision: str):
     """The context in which a study of this precision measures."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(torch.device(default_device()).type, torch.bfloat16)
+    return torch.autocast(default_device(), torch.bfloat16, enabled=precision == "bf16")
