@@ -9,8 +9,8 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
 from analysis.perturb import PERTURBATIONS, Condition, Where
+from analysis.study.parse import OPTIONS, SETTINGS
 from analysis.study.specs import Contrasts, Data, Measure, ModelSpec, Only
-from analysis.study.toml import OPTIONS, SETTINGS
 from cartmoe.config import FAMILIES, PRESETS, ModelConfig
 from cartmoe.train import TrainConfig
 

@@ -1,4 +1,4 @@
-"""A study: models x conditions x data, written as TOML (see `analysis.study.toml`).
+"""A study: models x conditions x data, written as TOML (see `analysis.study.parse`).
 
     name = "quick"
     [data]                  # documents to measure on; the keys are the fields of `Data`
@@ -42,8 +42,8 @@ from pathlib import Path
 from typing import Any
 
 from analysis.perturb import Condition
+from analysis.study.parse import read_study, study_fields
 from analysis.study.specs import Contrasts, Data, Measure, ModelSpec, Only
-from analysis.study.toml import read_study, study_fields
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from analysis.__main__ import app
 from analysis.perturb.catalogue import PERTURBATIONS
+from analysis.study.parse import RUNS, SECTIONS
 from analysis.study.study import Study
-from analysis.study.toml import RUNS, SECTIONS
 
 STUDIES = sorted((Path(__file__).parents[3] / "studies").glob("*.toml"))
 TRAIN = {"families": ["cartesian"], "steps": 2}
