@@ -107,7 +107,7 @@ def test_it_runs(path, study, tmp_path):
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", path]
     done = subprocess.run(
         [*command, "--output-dir", tmp_path],
-        env=environment | {"STUDY": str(study), "CORPUS": str(study.parent / "corpus")},
+        env=environment | {"STUDY": str(study), "CORPUS": str(write_corpus(tmp_path / "few", 12))},
         capture_output=True,
         text=True,
     )

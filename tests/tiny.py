@@ -21,9 +21,9 @@ def tiny_study(**changes) -> str:
     return text.replace("[measure]", f"[train.model]\n{model}\n\n[measure]")
 
 
-def write_corpus(folder: Path) -> Path:
-    """Sixty documents of words of their own in two domains."""
-    for i in range(60):
+def write_corpus(folder: Path, documents: int = 60) -> Path:
+    """Documents of words of their own in two domains."""
+    for i in range(documents):
         rng = random.Random(i)
         words = [f"{rng.choice('bcdfgklm')}{rng.choice('aeiou')}n" for _ in range(9)]
         path = folder / "xy"[i % 2] / f"{i}.txt"

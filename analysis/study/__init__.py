@@ -1,7 +1,7 @@
 """Studies: models x conditions x data, measured cell by cell and kept.
 
 specs.py, study.py          what a study is made of; the grid
-toml.py, reading.py         written as TOML; schema.py: its JSON schema
+parse.py, reading.py        written as TOML; schema.py: its JSON schema
 models.py                   its models, found or trained
 plan.py                     its cells, each with its whole identity (provenance.py)
 worker.py, pool.py, executors.py   cells computed here, in processes, on a cluster
