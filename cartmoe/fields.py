@@ -7,7 +7,7 @@
 
 `Noise(-1, "x")` raises one `ValueError` with a line a mistake: "sigma is -1; it must be at least
 0", "scale is 'x'; choose one of 'token', 'site'". Equal values have the same JSON: numbers of NumPy
-become plain ones, 1 as a `Number` is 1.0, and True is no number.
+become plain ones, 1 as a `Share` is 1.0, and True is no number.
 
 A `__post_init__` sees good values, and raises for what no field can tell alone. A validator of
 one's own raises `ValueError("must be ...")`; the name and the value are put before it.
@@ -75,6 +75,9 @@ _MUST = {
     "less_than_equal": "must be at most {le:g}",
     "less_than": "must be less than {lt:g}",
     "value_error": "{error}",
+    "multiple_argument_values": "must be given once",
+    "callable_type": "must be a function",
+    "is_instance_of": "must be a {class}",
 }
 
 
@@ -99,6 +102,8 @@ def declared(cls):
 def _mistakes(cls: type, error: ValidationError) -> list[str]:
     found: dict[str, dict[str, None]] = {}  # where a field takes several types, each says its own
     for details in error.errors():
+        if details["type"] == "too_short" and details["input"]:
+            continue  # its items are wrong, which others say
         subject, complaint = _mistake(cls, details)
         found.setdefault(subject, {})[complaint] = None
     return [subject + " or ".join(complaints) for subject, complaints in found.items()]
@@ -117,12 +122,16 @@ def _mistake(cls: type, error: ErrorDetails) -> tuple[str, str]:
             f"field of {cls.__name__} is {name!r}; ",
             f"choose one of {', '.join(map(repr, names))}",
         )
-    if kind == "missing":
+    if kind == "missing" and not within:
         return f"{cls.__name__} lacks {name}", ""
+    if kind == "missing":
+        return f"{name} is {value!r}; ", "it has too few values"
+    if kind == "unexpected_positional_argument":
+        return f"{cls.__name__} takes {len(names)} values; {value!r} is one more", ""
     if kind == "literal_error":
         choices = said["expected"].replace(" or ", ", ")
         return f"{name} is {value!r}; ", f"choose one of {choices}"
-    must = _MUST[kind].format(**said) if kind in _MUST else error["msg"]
+    must = _MUST[kind].format(**said) if kind in _MUST else f"is wrong: {error['msg']}"
     if any(isinstance(place, int) for place in within):
         return f"{name} has {value!r}; ", f"each {must}"
     return f"{name} is {value!r}; ", f"it {must}"

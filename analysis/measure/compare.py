@@ -13,9 +13,11 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from analysis.adapters import Adapter, check_documents, load, routed_adapter
+from analysis.measure.calibrate import calibrate
 from analysis.measure.comparison import Comparison, drifts_of
 from analysis.measure.results import join
-from analysis.measure.sweep import Asked, conditions_of, measure_calibrated
+from analysis.measure.shard import measure
+from analysis.measure.sweep import CALIBRATION, Asked, conditions_of
 from analysis.perturb import Condition, GateSwap, Perturbation, Replay, Trace, map_inner, parts_of
 from cartmoe.data import Sequences
 
@@ -64,9 +66,9 @@ def compare(
         with tqdm(total=total, unit="batch", disable=not progress) as bar:
             for name, model in under_study.items():
                 bar.set_description(name)
-                cells = measure_calibrated(
-                    model, ready, docs, calibration, batch_size, tokens, bar.update
-                )
+                stats = calibrate(model, calibration or docs[:CALIBRATION])
+                options = dict(batch_size=batch_size, calibration=stats, keep_tokens=tokens)
+                cells = measure(model, ready, docs, **options, progress=bar.update)
                 named = [c._replace(condition=shown.get(c.condition, c.condition)) for c in cells]
                 measured.append((model, named))
     drifts = drifts_of(under_study, docs, batch_size)

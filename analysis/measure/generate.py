@@ -75,6 +75,8 @@ def generation_agreement(
         if c.downstream != "reroute":
             raise ValueError(f"downstream is {c.downstream!r}; generated text can only 'reroute'")
         c.perturbation.check(model.sites())
+    if not conditions or not phases:
+        raise ValueError(f"nothing is asked for: {len(conditions)} conditions, phases {phases}")
     arms = [(c, phase, _in_phase(c, phase, prompt)) for c in conditions for phase in phases]
     prompts = _prompts(docs, prompt)
     stats = calibrate(model, calibration or docs[:CALIBRATION])

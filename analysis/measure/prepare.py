@@ -29,8 +29,10 @@ def prepare(p: object, model: Adapter, clean: CleanPass, condition: Condition):
 
 @prepare.register
 def _(p: Perturbation, model: Adapter, clean: CleanPass, condition: Condition) -> Perturbation:
-    """Every part prepared on its own."""
+    """Every part prepared on its own; a class of yours may have a `prepare` of these arguments."""
     p.check([site for site in model.sites() if condition.where(site)])
+    if hasattr(p, "prepare"):
+        return p.prepare(model, clean, condition)
     return map_inner(p, lambda part: prepare(part, model, clean, condition))
 
 

@@ -26,7 +26,7 @@ def key_columns(model: str, family: str, train_seed: int, condition: Condition) 
 
 @dataclass(frozen=True)
 class Results:
-    """Tables of design.md: `losses` and `routing` hold sums, everything else is derived.
+    """Tables: `losses` and `routing` hold sums, everything else is derived.
 
     facts      model, train_seed, layer, stage, metric, value: what is fixed by the architecture
     finished, planned   cells; a half-finished study can be read like a finished one

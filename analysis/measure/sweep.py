@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
-from analysis.adapters import Adapter, check_documents, routed_adapter
+from analysis.adapters import check_documents, routed_adapter
 from analysis.measure.calibrate import calibrate
 from analysis.measure.results import Results, join
-from analysis.measure.shard import Cell, measure
+from analysis.measure.shard import measure
 from analysis.perturb import (
     Condition,
     DropChosen,
@@ -61,11 +61,11 @@ def sweep(
     model = routed_adapter(model)
     check_documents(docs, model)
     conditions = conditions_of(perturbations, where, point, seed, controls)
+    stats = calibrate(model, calibration or docs[:CALIBRATION])
+    options: dict[str, Any] = dict(batch_size=batch_size, calibration=stats, keep_tokens=tokens)
     batches = -(-len(docs) // batch_size)
     with tqdm(total=batches * len(conditions), unit="batch", disable=not progress) as bar:
-        cells = measure_calibrated(
-            model, conditions, docs, calibration, batch_size, tokens, bar.update
-        )
+        cells = measure(model, conditions, docs, **options, progress=bar.update)
     return join([(model, cells)])
 
 
@@ -98,25 +98,3 @@ def conditions_of(
     for name, same in of_one_name(asked).items():
         raise ValueError(f"perturbations has {len(same)} that tables call {name!r}: {same}")
     return list(dict.fromkeys(asked))
-
-
-def measure_calibrated(
-    model: Adapter,
-    conditions: Sequence[Condition],
-    docs: Sequences,
-    calibration: Sequences | None,
-    batch_size: int,
-    tokens: bool,
-    advance,
-) -> list[Cell]:
-    """`measure`, with statistics of the model's own clean routing."""
-    stats = calibrate(model, calibration or docs[:CALIBRATION])
-    return measure(
-        model,
-        conditions,
-        docs,
-        batch_size=batch_size,
-        calibration=stats,
-        keep_tokens=tokens,
-        progress=advance,
-    )

@@ -11,15 +11,7 @@ training.py       over the checkpoints of a run
 """
 
 from analysis.overlap.measure import measure_overlap
-from analysis.overlap.metrics import (
-    METRICS,
-    TABLES,
-    ExpertWeights,
-    Metric,
-    outputs,
-    usage,
-    weights,
-)
+from analysis.overlap.metrics import METRICS, TABLES, ExpertWeights, Metric, outputs, usage, weights
 from analysis.overlap.relation import Relation, relate
 from analysis.overlap.removal import expert_damage, takeover
 from analysis.overlap.request import check_request

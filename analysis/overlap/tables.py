@@ -20,7 +20,7 @@ VALUES = ["value", "low", "high", "null", "unit", "num_units"]
 
 @dataclass(frozen=True)
 class Overlap:
-    """What `analysis.measure_overlap` found; design.md, "Tables".
+    """What `analysis.measure_overlap` found.
 
     experts, sites, pairs   model, family, train_seed, layer, stage, metric, then expert (`SHARED`
         for the shared one), or expert_i and expert_j; value, low and high (the jackknife over units

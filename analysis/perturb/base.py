@@ -218,7 +218,7 @@ def import_name(text: str) -> Any:
         found = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a module of yours raises
         raise ValueError(
             f"{text!r} cannot be imported ({error}); write 'package.module:name'"
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import SkipValidation
@@ -20,7 +20,7 @@ from analysis.perturb.effects import EFFECTS
 from analysis.perturb.where import Where
 from analysis.stats import PLAIN, label_of
 from cartmoe.config import check_choice
-from cartmoe.fields import Count, declared
+from cartmoe.fields import Count, OneOf, declared
 from cartmoe.routing import Routing
 
 DOWNSTREAM: tuple[Literal["reroute", "replay"], ...] = ("reroute", "replay")
@@ -40,7 +40,7 @@ class Condition:
     perturbation: SkipValidation[Perturbation]
     where: SkipValidation[Where] = Where()
     point: Literal["logits", "scores"] = "logits"
-    effect: str = "full"
+    effect: Annotated[str, OneOf(EFFECTS)] = "full"
     downstream: Literal["reroute", "replay"] = "reroute"
     eval_seed: Count = 0
 
@@ -54,8 +54,12 @@ class Condition:
         made = getattr(p, "__dataclass_params__", None)
         if isinstance(p, Perturbation) and not (made and made.frozen):
             raise ValueError(f"perturbation is {p!r}; its class must be a @dataclass(frozen=True)")
+        if "__pydantic_fields__" not in vars(type(p)) and hasattr(p, "__pydantic_fields__"):
+            raise ValueError(
+                f"perturbation is {p!r}; its class derives from one whose fields declare what they "
+                "take, so decorate it with cartmoe.fields.declared too"
+            )
         object.__setattr__(self, "where", Where.parse(self.where))
-        check_choice("effect", self.effect, EFFECTS)
         if self.point not in getattr(p, "points", POINTS):
             raise ValueError(
                 f"point is {self.point!r}; {type(p).__name__} works at {' and '.join(p.points)}"

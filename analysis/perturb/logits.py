@@ -72,7 +72,7 @@ class Temperature(Perturbation):
 
     expects: ClassVar[str] = "weights"
     strength_field: ClassVar[str] = "log2_t"
-    log2_t: Annotated[float, Field(strict=True, ge=-64, le=64), PLAIN] = 1.0
+    log2_t: Annotated[float, Field(strict=True, ge=-64, le=64, allow_inf_nan=False), PLAIN] = 1.0
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A scaled copy."""

@@ -85,7 +85,8 @@ class KeepRanks(Perturbation):
 
 
 Ids = Annotated[tuple[Count, ...], DIFFERENT]
-SiteIds = Annotated[tuple[tuple[str, Ids], ...], Field(min_length=1), DIFFERENT]
+SetOfIds = Annotated[tuple[Count, ...], AfterValidator(lambda ids: tuple(sorted(set(ids))))]
+SiteIds = Annotated[tuple[tuple[str, SetOfIds], ...], Field(min_length=1), DIFFERENT]
 
 
 def _pairs(ids: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.adapters import Router, as_adapter, load, skeleton
-from analysis.perturb.base import Identity, Perturbation
+from analysis.perturb.base import Perturbation
 from analysis.perturb.context import RouterContext
 from analysis.perturb.decisions import where_tokens
 from analysis.perturb.trace import Trace
@@ -39,10 +39,6 @@ class OfAnotherRun(Perturbation):
         return (
             f"{type(self).__name__}({Path(where).name if isinstance(where, str) else where.name})"
         )
-
-    def identity(self) -> Perturbation:
-        """The router's own decisions."""
-        return Identity()
 
     def to_dict(self) -> dict[str, Any]:
         """Where it is (of a model in memory its name), and its SHA-256."""

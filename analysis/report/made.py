@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import plots
-from cartmoe.files import write_atomically
+from cartmoe.files import sync, temporary, write_atomically
 
 Picture = Callable[[], Axes | Figure]
 
@@ -43,8 +43,10 @@ def write_tables(
     """Each as a file of its name, "csv" or "parquet", whole or not at all; their paths."""
     paths = {folder / f"{name}.{format}": table for name, table in tables.items()}
     for path, table in paths.items():
-        encoded = table.to_csv if format == "csv" else table.to_parquet
-        write_atomically(path, encoded(index=False))
+        with temporary(path) as new:
+            (table.to_csv if format == "csv" else table.to_parquet)(new, index=False)
+            sync(new)
+            new.replace(path)
     return list(paths)
 
 

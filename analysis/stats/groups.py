@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns, chosen
+from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns, chosen, pair
 from analysis.stats.parts import stack
 from analysis.stats.tokens import CleanTokens, Tokens, rises
 
@@ -94,12 +94,18 @@ def _by_tokens(
 
 def _by_domain(losses: pd.DataFrame, conditions: Collection[str] | None) -> Iterator[Sums]:
     check_columns("losses", losses, ["domain"])
-    domain_of = losses.drop_duplicates("document_id").set_index("document_id").domain
-    names = sorted(domain_of.unique())
+    names = sorted(losses.domain.unique())
+    # A document may have sequences of several domains.
+    parts = [{q.name: q for q in pair(losses[losses.domain == name])} for name in names]
     for p, labels in chosen(losses, conditions):
-        is_of_GD = np.array(names)[:, None] == domain_of[p.documents_D].to_numpy()
-        delta_CGD = np.array([p.delta_D(name) for name in labels])[:, None] * is_of_GD
-        yield Sums(p.checkpoint, labels, names, delta_CGD, p.tokens_D * is_of_GD)
+        delta_CGD = np.zeros((len(labels), len(names), len(p.documents_D)))
+        count_GD = np.zeros(delta_CGD.shape[1:])
+        for g, part in enumerate(parts):
+            if q := part.get(p.name):
+                at = np.searchsorted(p.documents_D, q.documents_D)
+                count_GD[g, at] = q.tokens_D
+                delta_CGD[:, g, at] = [q.delta_D(name) for name in labels]
+        yield Sums(p.checkpoint, labels, names, delta_CGD, count_GD)
 
 
 def _groups(sums: Sums, bootstrap: Bootstrap) -> pd.DataFrame:

@@ -39,6 +39,8 @@ def read(out: str | Path) -> Results:
     out = Path(out)
     plan = read_plan(out)
     planned = pd.DataFrame(plan["cells"])
+    if "parameters" not in planned:
+        raise ValueError(f"{out} was measured by an older version; run its study again to read it")
     with Store(out / STORE) as store:
         seconds, failures = store.seconds(), store.failures()
         finished = planned[planned.key.isin(seconds.keys())]

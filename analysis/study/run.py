@@ -27,7 +27,7 @@ from cartmoe.folders import check_directory
 
 
 def run(
-    study: Study,
+    study: Study | str | Path,
     out: str | Path,
     progress: bool = True,
     executor: Callable[[], Executor] | None = None,
@@ -35,6 +35,7 @@ def run(
 ) -> Results:
     """Do what of the study is not done yet in `out`, and return its results.
 
+    study      itself, or the path of its TOML
     executor   makes any `concurrent.futures.Executor` to measure with: `analysis.processes(4)`,
                `analysis.dask("tcp://host:8786")`, or one of yours (of processes: spawned, not
                forked); None: in this process
@@ -46,7 +47,11 @@ def run(
     measurement with the first cell that is not in `out`/results.sqlite. A cell that kills its
     workers costs no other one: it is noted as failed, and tried again by the next run.
     """
-    out = Path(out)
+    if not (executor is None or callable(executor)):
+        raise ValueError(
+            f"executor is {executor!r}; give what makes one, such as analysis.processes(4)"
+        )
+    out, study = Path(out), study if isinstance(study, Study) else Study.read(study)
     # What can fail at once comes before training, which may take hours.
     check_directory(out)
     plan = Plan.of(study, threads_of(study, executor, threads))

@@ -22,7 +22,7 @@ def study_schema() -> Schema:
     model = _table(_fields(ModelConfig))
     runs = {
         "preset": {"enum": list(PRESETS)},
-        "families": {"type": "array", "items": {"enum": list(FAMILIES)}},
+        "families": _one_or_several({"enum": list(FAMILIES)}),
         "seeds": _one_or_several({"type": "integer", "minimum": 0}),
         "model": model,
         "variants": {"type": "object", "additionalProperties": model},

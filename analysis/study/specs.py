@@ -83,8 +83,8 @@ class Only:
     Gates and traces, for example, fit the models of one architecture alone.
     """
 
-    models: tuple[str, ...] | None = None
-    train_seeds: tuple[int, ...] | None = None
+    models: Annotated[tuple[str, ...] | None, listed(str)] = None
+    train_seeds: Annotated[tuple[int, ...] | None, listed(int)] = None
 
     def __call__(self, spec: ModelSpec) -> bool:
         """Whether the model is one of them."""

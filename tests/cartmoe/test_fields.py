@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+from pydantic import Field
 
 from cartmoe.fields import Count, Flag, NonNegative, OneOf, Share, Text, declared, listed
 
@@ -24,6 +25,8 @@ class Example:
     colour: Annotated[str, OneOf(COLOURS)] = "red"
     labels: Annotated[tuple[Text, ...], listed(Text)] = ()
     flag: Flag = False
+    pair: tuple[Count, Count] = (1, 2)
+    some: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
 
     def __post_init__(self) -> None:
         if self.count == 13:
@@ -45,12 +48,23 @@ class Example:
         (dict(labels=["x", 3]), "labels has 3; each must be a text"),
         (dict(flag=1), "flag is 1; it must be True or False"),
         (dict(count=13), "count is 13; that brings bad luck"),
+        (dict(pair=(1,)), "pair is (1,); it has too few values"),
+        (dict(pair=()), "pair is (); it has too few values"),
+        (dict(some=[]), "some is []; it must be a list that is not empty"),
+        (dict(some=["x"]), "some has 'x'; each must be a whole number"),
     ],
 )
 def test_a_mistake_is_named(wrong, message):
     with pytest.raises(ValueError, match=r"\w") as error:
         Example(**({"name": "x"} | wrong))
     assert str(error.value) == message
+
+
+def test_values_by_position():
+    with pytest.raises(ValueError, match=r"^Example takes 10 values; 11 is one more$"):
+        Example("x", 1, 0.5, None, "a", "red", (), False, (1, 2), (1,), 11)
+    with pytest.raises(ValueError, match=r"^name is 'y'; it must be given once$"):
+        Example("x", name="y")
 
 
 def test_all_mistakes_at_once_also_of_positions():
@@ -60,7 +74,7 @@ def test_all_mistakes_at_once_also_of_positions():
         "count is -1; it must be at least 0",
         "sigma is 'y'; it must be a finite number",
         "field of Example is 'size'; choose one of 'name', 'count', 'sigma', 'share', 'kind', "
-        "'colour', 'labels', 'flag'",
+        "'colour', 'labels', 'flag', 'pair', 'some'",
     ]
     with pytest.raises(ValueError, match=r"^Example lacks name$"):
         Example()

@@ -136,6 +136,8 @@ def test_a_right_guess_needs_one_forward(model_of, shard):
         (DropTop(1), dict(prompt=9), "prompt is 9; no sequence has so many tokens .* has 8"),
         (DropTop(1), dict(prompt=0), "prompt is 0; it must be at least 1"),
         (DropTop(1), dict(new=0), "new is 0; it must be at least 1"),
+        ([], {}, "nothing is asked for: 0 conditions"),
+        (DropTop(1), dict(phases=()), "nothing is asked for: 1 conditions"),
         (DropTop(1), dict(phases=("begin",)), "phases is 'begin'; choose one of 'prompt'"),
         (Condition(DropTop(1), "positions 0:2"), {}, "here the phases say at which positions"),
         (Condition(DropTop(1), downstream="replay"), {}, "can only 'reroute'"),

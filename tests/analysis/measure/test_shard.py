@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from analysis.measure import losses
 from analysis.measure.calibrate import calibrate
 from analysis.measure.intervene import Intervention, perturbed
 from analysis.measure.shard import measure
-from analysis.perturb.base import Identity
+from analysis.perturb.base import Identity, Perturbation
 from analysis.perturb.condition import CLEAN, Condition
 from analysis.perturb.context import Tokens
 from analysis.perturb.decisions import NoRouted
@@ -172,6 +173,21 @@ def test_the_model_stays_as_it_is(model_of, calibration_of, shard):
         measure(model, CONDITIONS, shard, calibration=calibration_of(model))
         assert model.model(shard.tokens_SL).equal(before)
     assert all(t.equal(weights[name]) for name, t in model.model.state_dict().items())
+
+
+def test_a_class_of_yours_prepares_itself(model_of, shard):
+    """Once a batch, from the clean pass; what it becomes is measured under its own name."""
+
+    @dataclass(frozen=True)
+    class OfTheBatch(Perturbation):
+        def prepare(self, model, clean, condition):
+            assert condition.perturbation is self
+            return DropTop(1 + int(clean.losses.nll_T.max() < 0))
+
+    conditions = [Condition(OfTheBatch()), Condition(DropTop(1))]
+    _, own, plain = measure(model_of("cartesian"), conditions, shard, reuse=())
+    pd.testing.assert_frame_equal(own.losses, plain.losses)
+    assert own.condition == conditions[0]
 
 
 def test_padding_is_ignored(model_of, calibration_of, shard, rows_of):

@@ -17,6 +17,7 @@ from analysis.perturb.effects import EFFECTS
 from analysis.perturb.logits import GaussianNoise, RandomRouting
 from analysis.perturb.masks import DropTop
 from analysis.perturb.where import KINDS, Where
+from cartmoe.fields import declared
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Router
 
@@ -191,6 +192,23 @@ def test_columns_name_it():
         "downstream": "replay",
         "eval_seed": 3,
     }
+
+
+def test_a_class_that_derives_from_a_declared_one_is_declared_too():
+    """Or nothing would check what its fields have."""
+
+    @dataclass(frozen=True)
+    class Mine(DropTop):
+        extra: int = 0
+
+    with pytest.raises(ValueError, match="decorate it with cartmoe.fields.declared"):
+        Condition(Mine(-1))
+
+    @declared
+    class Declared(DropTop):
+        extra: int = 0
+
+    assert Condition(Declared(2)).perturbation.m == 2
 
 
 # ---- applying

@@ -333,3 +333,14 @@ def test_all_mistakes_at_once():
         "within is 3; choose one of 'all', 'chosen'",
         "field of GaussianNoise is 'seed'; choose one of 'sigma', 'scale', 'within'",
     ]
+
+
+def test_a_module_that_raises_is_named(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("raise RuntimeError('boom')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"'broken:X' cannot be imported \(boom\)"):
+        perturbation_from_dict({"name": "broken:X"})
+
+
+def test_experts_of_a_router_are_a_set():
+    assert DropExperts(ids={"layer 0": [3, 1, 3]}) == DropExperts(ids={"layer 0": [1, 3]})

@@ -101,6 +101,13 @@ def test_any_executor(study_of, tmp_path):
     assert_same(threads, serial)
 
 
+def test_an_executor_is_asked_for_by_what_makes_it(study_of, tmp_path):
+    """Before anything is trained."""
+    with ThreadPoolExecutor(1) as made, pytest.raises(ValueError, match="give what makes one"):
+        run(study_of({"perturbation": "DropTop"}), tmp_path / "a", False, made)
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.fixture(scope="module")
 def cluster(environment):
     """The address of a Dask scheduler with two workers, each a process of one thread."""

@@ -54,6 +54,9 @@ GOOD = [
     {"conditions": [{"perturbation": "ResidualNoise", "of": {"name": "DropTop"}}]},
     {"conditions": [{"perturbation": "a.b:Mine", "by": 3}, {"perturbation": "NoRouted"}]},
     {"conditions": [{"perturbation": "DropTop", "models": ["smoe"], "train_seeds": [0]}]},
+    {"conditions": [{"perturbation": "DropTop", "models": "smoe", "train_seeds": 0}]},
+    {"conditions": [{"perturbation": "DropTop", "effect": ["full", "part set"]}]},
+    {"train": TRAIN | {"families": "cartesian"}},
 ]
 BAD = [
     {"dat": {}},
@@ -68,6 +71,7 @@ BAD = [
     {"conditions": [{"perturbation": "DropTop", "mm": 1}]},
     {"conditions": [{"perturbation": "DropTop", "m": -1}]},
     {"conditions": [{"perturbation": "DropTop", "point": "logit"}]},
+    {"conditions": [{"perturbation": "DropTop", "effect": "half"}]},
     {"conditions": [{"perturbation": ["DropTop", "Identity"], "mm": 1}]},
     {"contrasts": {"margin": -1}},
 ]
