@@ -201,7 +201,7 @@ def test_a_class_that_derives_from_a_declared_one_is_declared_too():
     class Mine(DropTop):
         extra: int = 0
 
-    with pytest.raises(ValueError, match="decorate it with cartmoe.fields.declared"):
+    with pytest.raises(ValueError, match=r"decorate it with cartmoe\.fields\.declared"):
         Condition(Mine(-1))
 
     @declared
