@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.measure import Cell
+from cartmoe.interrupt import Later
 
 SCHEMA = 2
 TABLES = {
@@ -153,7 +154,7 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Cursor]:
-        with self._db:  # which commits, or rolls back
+        with Later(), self._db:  # which commits, or rolls back
             yield self._db.execute("BEGIN IMMEDIATE")
 
     def read(self, table: str, keys: Iterable[str]) -> pd.DataFrame:

@@ -1,9 +1,10 @@
 """The result store: whole cells or none, with several writers and under kill -9."""
 
+import signal
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -135,6 +136,23 @@ def test_a_failed_add_leaves_nothing(path, cells):
         assert len(store.read("losses", store.keys())) == len(cells[0].losses)
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT count(*) FROM losses").fetchone() == (len(cells[0].losses),)
+
+
+def test_a_ctrl_c_while_a_cell_is_written(path, cells, monkeypatch):
+    """It is raised afterwards, also where code below lets go of it, as C code now and then does."""
+    assign = pd.DataFrame.assign
+
+    def letting_go(frame, **columns):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return assign(frame, **columns)
+
+    with Store(path) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(pd.DataFrame, "assign", letting_go)
+            with pytest.raises(KeyboardInterrupt):
+                store.add(IDENTITY, cells[0])
+        assert len(store.read("losses", [cell_key(IDENTITY)])) == len(cells[0].losses)
 
 
 def test_tokens(path, model_of, shard):
