@@ -52,7 +52,7 @@ def snapshot(out) -> dict[str, tuple]:
     return {
         str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes())
         for path in sorted(out.rglob("*"))
-        if path.is_file() and not path.name.endswith(("-wal", "-shm"))
+        if path.is_file()
     }
 
 

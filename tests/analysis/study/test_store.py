@@ -268,6 +268,12 @@ def test_an_empty_file_becomes_a_store(path):
 # ---- several writers, and kills
 
 
+def test_opened_at_once(path):
+    """A store that is not there yet, by 8 processes: they wait for each other, 25 times."""
+    log = write_in_processes(path, "opened", 8, 25)
+    assert len(log) == log.added.sum() == 8 * 25
+
+
 def test_writers_at_once(path):
     """All of them open a store that is not there yet, and add the same cells."""
     log = write_in_processes(path, "together", 6, 12)

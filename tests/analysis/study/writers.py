@@ -2,6 +2,7 @@
 
 together STORE LOG WRITERS CELLS   so many processes add the same cells, each in an order of its own
 apart STORE LOG WRITERS CELLS      so many processes add so many cells each, all different ones
+opened STORE LOG WRITERS ROUNDS    so many processes make a store at the same moment
 killed STORE LOG KILLS SEED        a process that adds cells is killed with SIGKILL and started anew
 
 What was added, or found to be there, is noted in LOG after `add` has returned: a line a cell.
@@ -39,11 +40,15 @@ def write(path: str, log: str, numbers: Iterable[int]) -> None:
             file.write(f"{cell_key(identity(number))} {int(added)}\n".encode())
 
 
-def fork(path: str, log: str, numbers: Iterable[int]) -> int:
+def fork(path: str, log: str, numbers: Iterable[int], gate: tuple[int, int] | None = None) -> int:
+    """A process that writes, once its parent has closed the writing end of the pipe `gate`."""
     pid = os.fork()
     if pid:
         return pid
     try:
+        if gate:
+            os.close(gate[1])
+            os.read(gate[0], 1)
         write(path, log, numbers)
     except BaseException as error:
         os.write(2, f"{error!r}\n".encode())
@@ -61,8 +66,16 @@ def apart(path: str, log: str, writers: int, cells: int) -> int:
     return at_once(path, log, [range(i * cells, (i + 1) * cells) for i in range(writers)])
 
 
+def opened(path: str, log: str, writers: int, rounds: int) -> int:
+    """Every round has a store of its own, STORE-ROUND, to which each adds a cell of its own."""
+    return max(at_once(f"{path}-{r}", log, [[i] for i in range(writers)]) for r in range(rounds))
+
+
 def at_once(path: str, log: str, numbers: list) -> int:
-    children = [fork(path, log, of_one) for of_one in numbers]
+    gate = os.pipe()
+    children = [fork(path, log, of_one, gate) for of_one in numbers]
+    for end in gate:
+        os.close(end)
     return max(os.waitpid(child, 0)[1] for child in children)
 
 
@@ -77,6 +90,6 @@ def killed(path: str, log: str, kills: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    modes = {"together": together, "apart": apart, "killed": killed}
+    modes = {"together": together, "apart": apart, "opened": opened, "killed": killed}
     mode, store, log, *numbers = sys.argv[1:]
     sys.exit(modes[mode](store, log, *map(int, numbers)))
