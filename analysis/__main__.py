@@ -39,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 OUT = typer.Argument(help="The --out of a study, finished or not.")
+TO = typer.Option(None, help="Directory for what is written; default: that of the study.")
 
 
 @app.command()
@@ -77,11 +78,11 @@ def run(
 
 
 @app.command()
-def summarize(out: Path = OUT) -> None:
+def summarize(out: Path = OUT, to: Path = TO) -> None:
     """Write tables/*.csv and robustness.txt, and print that."""
     from analysis import report
 
-    typer.echo(report.summarize(out))
+    typer.echo(report.summarize(out, to))
 
 
 @app.command()
@@ -132,6 +133,7 @@ def overlap(
     from analysis.adapters import documents as read_documents
     from analysis.overlap import Overlap, check_request, measure_overlap
     from cartmoe.folders import check_directory
+    from cartmoe.lock import locked
 
     check_directory(out)
     asked_for = (metric or None, sites, probe)
@@ -154,23 +156,24 @@ def overlap(
     if files is None:
         if any(len(set(docs.document_id)) < 2 for docs in data.values()):
             raise ValueError(f"corpus {corpus!r} has one document; intervals need several")
-        found = [
-            measure_overlap(model, data[name], *asked_for, progress=progress)
-            for name, model in loaded.items()
-        ]
-        files = report.write_overlap(Overlap.join(found), out, asked)
+        with locked(out):
+            found = [
+                measure_overlap(model, data[name], *asked_for, progress=progress)
+                for name, model in loaded.items()
+            ]
+            files = report.write_overlap(Overlap.join(found), out, asked)
     else:
         typer.echo(f"{out} is finished")
     typer.echo("\n".join(map(str, files)))
 
 
 @app.command()
-def plot(out: Path = OUT) -> None:
+def plot(out: Path = OUT, to: Path = TO) -> None:
     """Draw figures/*.png and *.pdf, and print their paths."""
     from analysis import report
     from analysis.study import progress_of
 
-    _print(progress_of(out), report.plot(out, progress=True))
+    _print(progress_of(out), report.plot(out, progress=True, to=to))
 
 
 @app.command()

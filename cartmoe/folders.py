@@ -1,7 +1,8 @@
 """Folders with a manifest: written whole or not at all, and checked byte by byte when read.
 
-manifest.json   {"format": 1, "key": what decides the content, "files": {name: size and SHA-256}};
-                a folder that is not of a cache has no key
+manifest.json   {"sha256": its own (see `cartmoe.sealed`), "format": 2, "key": what decides the
+                content, "files": {name: size and SHA-256}}; a folder that is not of a cache has no
+                key
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cartmoe.files import remove_leftovers, sync, temporary
+from cartmoe.sealed import read_sealed, seal, unseal
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def check_directory(path: Path) -> None:
@@ -45,12 +47,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None], key: Any = None) ->
     with temporary(folder) as new:
         new.mkdir()
         fill(new)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(new.iterdir())
-        }
-        # Without a newline at the end, so that it is no JSON once any byte is cut off.
-        manifest = json.dumps(_head(key) | {"files": files}, indent=1)
+        files = {path.name: fingerprint(path) for path in sorted(new.iterdir())}
+        manifest = seal(_head(key) | {"files": files})
         (new / MANIFEST).write_text(manifest, encoding="utf-8")
         for path in new.iterdir():
             path.chmod(0o644)
@@ -100,31 +98,42 @@ def damage(folder: Path, names: Iterable[str] | None = None, key: Any = None) ->
     names   files to check, default: all that the manifest has
     """
     try:
-        manifest = _read(folder)
-        files = manifest.pop("files")
-        if manifest != _head(key):
-            return f"{MANIFEST} is of something else, or in another format"
-        for name in files if names is None else names:
-            path, expected = folder / name, files[name]
-            size = path.stat().st_size
-            if size != expected["bytes"]:  # before reading it all
-                return f"{name} has {size} bytes instead of {expected['bytes']}"
-            if _sha256(path) != expected["sha256"]:
-                return f"the SHA-256 of {name} is not that of {MANIFEST}"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
+        manifest = unseal((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except ValueError:
+        return f"{MANIFEST} cannot be read: it is not as it was written"
+    files = manifest.pop("files")
+    if manifest != _head(key):
+        return f"{MANIFEST} is of something else, or in another format"
+    wanted = files if names is None else {name: files.get(name) for name in names}
+    problems = (differing(folder / name, known) for name, known in wanted.items())
+    return next(filter(None, problems), None)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """{"bytes": its size, "sha256": of its content}."""
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def differing(path: Path, known: Mapping[str, Any] | None) -> str | None:
+    """How the file differs from its fingerprint (None: it has none), or None where it does not."""
+    try:
+        size = path.stat().st_size
+        if known is None:
+            return f"{path.name} is not of it"
+        if size != known["bytes"]:  # before reading it all
+            return f"{path.name} has {size} bytes instead of {known['bytes']}"
+        if _sha256(path) != known["sha256"]:
+            return f"the SHA-256 of {path.name} is not that of when it was written"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
     return None
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:
     """{file: {"bytes": ..., "sha256": ...}} of a folder in which `damage` found nothing."""
-    return _read(folder)["files"]
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return read_sealed(folder / MANIFEST)["files"]
 
 
 def _head(key: Any) -> dict[str, Any]:

@@ -14,15 +14,18 @@ tokens_per_second
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor
 
 from cartmoe.files import write_atomically
 from cartmoe.hooks import RouterSite
+from cartmoe.sealed import read_sealed, write_sealed
 
 COLUMNS = (
     "step",
@@ -63,24 +66,48 @@ class Metrics:
     """metrics.csv: a header, and a row for each step, the step first.
 
     Opened after a kill it is cut back to `step`, the one that training goes on from: no row is
-    lost, since `sync` comes before each checkpoint, and none is there twice.
+    lost, since `sync` comes before each checkpoint, and none is there twice. metrics.json says how
+    many bytes were there at the last `sync`, and their SHA-256. Raises `ValueError` naming the file
+    if they are others now; without metrics.csv it begins anew.
     """
 
     def __init__(self, path: Path, step: int):
-        header = ",".join(COLUMNS) + "\n"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        rows = [line for line in text.splitlines(keepends=True)[1:] if line.endswith("\n")]
-        kept = [row for row in rows if int(row.split(",")[0]) <= step]
-        write_atomically(path, header + "".join(kept))
-        self._file: TextIO = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        self.path, self.seal = path, path.with_suffix(".json")
+        rows = self._whole().splitlines(keepends=True)[1:] if path.exists() else []
+        kept = [",".join(COLUMNS) + "\n", *(r for r in rows if int(r.partition(",")[0]) <= step)]
+        text = "".join(kept).encode()
+        self._size, self._digest = len(text), hashlib.sha256(text)
+        self._note()  # first: it is then true of the beginning of what is there
+        write_atomically(path, text)
+        self._file = path.open("ab")
+
+    def _whole(self) -> str:
+        known, data = read_sealed(self.seal), self.path.read_bytes()
+        data = data[: known["bytes"]]
+        if hashlib.sha256(data).hexdigest() != known["content"]:
+            raise ValueError(
+                f"{self.path} is not as it was written; move it away to go on without its rows"
+            )
+        return data.decode()
+
+    def _note(self) -> None:
+        write_sealed(self.seal, {"bytes": self._size, "content": self._digest.hexdigest()})
 
     def add(self, row: Mapping[str, Any]) -> None:
-        self._writer.writerow(row)
+        """The values of `COLUMNS`."""
+        line = io.StringIO()
+        csv.DictWriter(line, COLUMNS, lineterminator="\n").writerow(row)
+        data = line.getvalue().encode()
+        self._size += len(data)
+        self._digest.update(data)
+        self._file.write(data)
         self._file.flush()
 
     def sync(self) -> None:
+        """Have the disk hold all rows."""
         os.fsync(self._file.fileno())
+        self._note()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()

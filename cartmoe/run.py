@@ -1,61 +1,49 @@
 """The directory of a training run: what was asked for, its checkpoints, and who may write.
 
 run.json       what was asked for, and what was found out at the start (precision, threads)
-metrics.csv    a row for every step
+metrics.csv    a row for every step; metrics.json its SHA-256
 checkpoints/   step-00000100, ...: the newest few
 lock           held by the process that trains
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cartmoe.checkpoint import CHECKPOINTS, newest, run_checkpoints, step_of
-from cartmoe.files import remove_leftovers, write_atomically
-from cartmoe.folders import check_directory, remove_folder
+from cartmoe.files import remove_leftovers
+from cartmoe.folders import remove_folder
+from cartmoe.lock import locked
+from cartmoe.sealed import read_sealed, write_sealed
 
 RUN = "run.json"
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the directory, made if need be; the lock dies with the process, however it ends.
-
-    Raises `ValueError` if another process trains there.
-    """
-    check_directory(out)
-    (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise ValueError(f"{out} is in use: process {holder} trains there") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+def training_in(out: Path) -> Iterator[None]:
+    """Hold the directory as `locked` does, and clear away what killed trainings left."""
+    with locked(out):
+        (out / CHECKPOINTS).mkdir(exist_ok=True)
         remove_leftovers(out / CHECKPOINTS, locked=True)
         yield
 
 
 def read_run(out: str | Path) -> dict[str, Any]:
-    """What `start_run` wrote. Raises `FileNotFoundError` where there is no run."""
+    """What `start_run` wrote. Raises `FileNotFoundError` where there is no run, `ValueError` for a
+    file that is not as it was written."""
     path = Path(out) / RUN
     if not path.exists():
         raise FileNotFoundError(f"{out} is no run: it has no {RUN}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_sealed(path)
 
 
 def start_run(out: Path, asked: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> None:
     """Write run.json: `asked` (groups of settings that decide every weight) and `found`."""
-    write_atomically(out / RUN, json.dumps({"asked": asked, "found": found}, indent=1) + "\n")
+    write_sealed(out / RUN, {"asked": asked, "found": found})
 
 
 def check_same(

@@ -71,7 +71,7 @@ def train(
         group = stack.enter_context(ranks(device))
         start = None
         if group.first:
-            stack.enter_context(run.locked(out))
+            stack.enter_context(run.training_in(out))
             corpus = prepare(train_config.corpus, train_config.tokenizer)
             found = _start(model_config, train_config, corpus, group, out)
             start = found, run.resume_point(out)

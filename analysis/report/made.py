@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -13,28 +15,47 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import plots
-from cartmoe.files import sync, temporary, write_atomically
+from cartmoe.files import sync, temporary
+from cartmoe.folders import differing, fingerprint
+from cartmoe.sealed import read_sealed, write_sealed
 
 Picture = Callable[[], Axes | Figure]
 
 
-def recorded(note: Path, asked: dict[str, Any]) -> tuple[list[str], list[Path]]:
-    """(which parts of what is `asked` differ from what was, the files that were made), by the note
-    beside these. What cannot be read is nobody's note."""
-    try:
-        known = dict(json.loads(note.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
-        known = {}
-    now = json.loads(json.dumps(asked))  # as it would be read: tuples are lists
-    differing = [name for name, value in now.items() if known.get(name) != value]
-    return differing, [note.parent / name for name in known.get("files") or []]
+class Note(NamedTuple):
+    """What lies in a folder: what was `asked` for, and the fingerprints of the files made of it."""
+
+    asked: dict[str, Any]
+    files: dict[Path, dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Note:
+        """Raises `FileNotFoundError`, and `ValueError` naming a note that is not as it was
+        written."""
+        asked = read_sealed(path)
+        files = asked.pop("files")
+        place = path.parent
+        return cls(asked, {Path(os.path.normpath(place / name)): files[name] for name in files})
+
+    def other(self, asked: dict[str, Any]) -> list[str]:
+        """Which parts of what is `asked` now differ."""
+        now = json.loads(json.dumps(asked))  # as it would be read: tuples are lists
+        return [name for name, value in now.items() if self.asked.get(name) != value]
+
+    def is_whole(self) -> bool:
+        """Whether all files are there and as they were written; warns of those that are others."""
+        problems = {path: differing(path, known) for path, known in self.files.items()}
+        changed = [f"{path} ({said})" for path, said in problems.items() if said and path.exists()]
+        if changed:
+            warnings.warn(f"{'; '.join(changed)}: made anew", stacklevel=3)
+        return not any(problems.values())
 
 
-def record(note: Path, asked: dict[str, Any], files: Iterable[Path]) -> None:
-    """Write the note; the folder is made if it is not there."""
-    note.parent.mkdir(parents=True, exist_ok=True)
-    names = [str(path.relative_to(note.parent)) for path in files]
-    write_atomically(note, json.dumps(asked | {"files": names}, indent=1) + "\n")
+def write_note(path: Path, asked: dict[str, Any], files: Iterable[Path]) -> None:
+    """Write the note beside the files; the folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {os.path.relpath(file, path.parent): fingerprint(file) for file in files}
+    write_sealed(path, asked | {"files": known})
 
 
 def write_tables(

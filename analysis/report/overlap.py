@@ -15,9 +15,10 @@ from analysis.adapters import Adapter, load
 from analysis.overlap import Overlap
 from analysis.overlap.metrics import METRICS
 from analysis.plots import SHARES, SIMILAR
-from analysis.report.made import Picture, draw, record, recorded, write_tables
+from analysis.report.made import Note, Picture, draw, write_note, write_tables
 from analysis.stats import CHECKPOINT, facts_of
 from analysis.study import manifest
+from cartmoe.lock import LOCK
 
 MANIFEST = "manifest.json"
 
@@ -41,31 +42,40 @@ def named(paths: Sequence[Path]) -> list[Adapter]:
 
 
 def finished(out: Path, asked: dict[str, Any]) -> list[Path] | None:
-    """The files in `out` if all that is `asked` now was measured there and they are there; None if
-    it is to be done.
+    """The files in `out` if all that is `asked` now was measured there and they are as they were
+    written; None if it is to be done.
 
     Raises `ValueError` where it holds anything else, which would be lost.
     """
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
         return None
-    other, files = recorded(out / MANIFEST, asked)
+    damage = ""
+    try:
+        note = Note.read(out / MANIFEST)
+    except FileNotFoundError:
+        note = Note({}, {})
+    except ValueError as error:
+        note, damage = Note({}, {}), f" ({error})"
+    other = note.other(asked)
     if other:
         raise ValueError(
-            f"out is {str(out)!r}, which holds other results ({', '.join(other)}); choose another"
+            f"out is {str(out)!r}, which holds other results ({', '.join(other)}); "
+            f"choose another{damage}"
         )
-    return files if files and all(path.is_file() for path in files) else None
+    return [out / MANIFEST, *note.files] if note.files and note.is_whole() else None
 
 
 def write_overlap(overlap: Overlap, out: Path, asked: dict[str, Any]) -> list[Path]:
     """Write experts.csv, sites.csv, pairs.csv, manifest.json (`asked` in it) and figures/, each
-    whole or not at all; returns their paths."""
-    said, files = asked | manifest(), [out / MANIFEST]
-    record(files[0], said, [])
-    files += write_tables({n: t for n, t in overlap.tables.items() if not t.empty}, out)
+    whole or not at all; returns their paths. Raises as `finished`."""
+    finished(out, asked)
+    said, note = asked | manifest(), out / MANIFEST
+    write_note(note, said, [])
+    files = write_tables({n: t for n, t in overlap.tables.items() if not t.empty}, out)
     for name, picture in _pictures(overlap):
         files += draw(picture, out / "figures" / name)
-    record(files[0], said, files)
-    return files
+    write_note(note, said, files)
+    return [note, *files]
 
 
 def _pictures(overlap: Overlap) -> Iterator[tuple[str, Picture]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -17,12 +19,13 @@ from tqdm import tqdm
 
 from analysis import plots
 from analysis.measure import Results
-from analysis.report.made import draw, record, recorded, write_tables
+from analysis.report.made import Note, draw, write_note, write_tables
 from analysis.report.text import describe, tables
 from analysis.study import STORE, Store, read, read_plan, source_sha256
 from cartmoe.config import check_choice
 from cartmoe.files import write_atomically
 from cartmoe.folders import check_directory
+from cartmoe.lock import locked
 
 NOTE = ".made.json"  # what tables or figures were made from, and their names
 # The rooms that decide what they look like.
@@ -75,25 +78,28 @@ FIGURES: dict[str, Picture] = {
 }
 
 
-def summarize(out: Path) -> str:
+def summarize(out: Path, to: Path | None = None) -> str:
     """Write tables/*.csv and robustness.txt, and return what that file says.
+
+    out   of a study;  to   the directory for them, default: `out`
 
     What was summarized already, from the same cells by the same code, is not done again.
     """
-    text = out / "robustness.txt"
+    text = (to or out) / "robustness.txt"
 
     def write(folder: Path) -> list[Path]:
         results, contrasts = read(out), read_plan(out)["contrasts"]
         made = tables(results, contrasts)
         write_atomically(text, describe(results, made, contrasts))
-        return write_tables(made, folder)
+        return [text, *write_tables(made, folder)]
 
-    _once(out, "tables", write, [text])
-    return text.read_text()
+    _once(out, (to or out) / "tables", write)
+    return text.read_text(encoding="utf-8")
 
 
-def plot(out: Path, progress: bool = False) -> list[Path]:
-    """Draw every figure that the study has the conditions for: PNG and PDF in figures/."""
+def plot(out: Path, progress: bool = False, to: Path | None = None) -> list[Path]:
+    """Draw every figure that the study has the conditions for: PNG and PDF in figures/ of `to`,
+    by default of `out`."""
 
     def write(folder: Path) -> list[Path]:
         results, files = read(out), []
@@ -105,7 +111,7 @@ def plot(out: Path, progress: bool = False) -> list[Path]:
                 files += draw(partial(picture, table), folder / name)
         return files
 
-    return _once(out, "figures", write)
+    return _once(out, (to or out) / "figures", write)
 
 
 def export(
@@ -129,33 +135,48 @@ def export(
         tables["damage"] = results.damage()
     folder = Path(directory) / "export" if out is None else Path(out)
     check_directory(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return write_tables(tables, folder, format)
+    with locked(folder, wait=True):
+        return write_tables(tables, folder, format)
 
 
-def _once(
-    out: Path, name: str, write: Callable[[Path], list[Path]], beside: Sequence[Path] = ()
-) -> list[Path]:
-    """The files of that folder of the study, which `write` makes unless they are there already,
-    made from the same. What was made from something else and is not made now is removed."""
-    folder = out / name
-    note, asked = folder / NOTE, {"made_from": _fingerprint(out)}
-    differing, before = recorded(note, asked)
-    if not differing and all(path.is_file() for path in (*before, *beside)):
-        return before
-    folder.mkdir(exist_ok=True)
-    files = write(folder)
-    for path in set(before) - set(files):
-        path.unlink(missing_ok=True)
-    record(note, asked, files)
-    return files
+def _once(out: Path, folder: Path, write: Callable[[Path], list[Path]]) -> list[Path]:
+    """The files of the folder, which `write` makes of a study unless they are there already, made
+    from the same and as they were written. What was made from something else and is not made now
+    is removed."""
+    asked = {"made_from": _fingerprint(out)}
+    before = _made(folder, asked)
+    if before.asked == asked:
+        return list(before.files)
+    with locked(folder.parent, f"{folder.name}.lock", wait=True):
+        before = _made(folder, asked)  # by another process meanwhile
+        if before.asked != asked:
+            folder.mkdir(exist_ok=True)
+            files = write(folder)
+            for path in set(before.files) - set(files):
+                path.unlink(missing_ok=True)
+            write_note(folder / NOTE, asked, files)
+            return files
+    return list(before.files)
+
+
+def _made(folder: Path, asked: dict[str, Any]) -> Note:
+    """What is there; as if nothing had been asked for where that differs, or it is damaged."""
+    try:
+        note = Note.read(folder / NOTE)
+    except FileNotFoundError:
+        return Note({}, {})
+    except ValueError as error:
+        warnings.warn(f"{error}; it is made anew", stacklevel=4)
+        return Note({}, {})
+    same = not note.other(asked) and note.is_whole()
+    return note if same else Note({}, note.files)
 
 
 def _fingerprint(out: Path) -> str:
     """Of all that a report is made from: the plan, the cells that are there, and this code."""
     plan = {name: value for name, value in read_plan(out).items() if name != "manifest"}
     digest = hashlib.sha256(json.dumps(plan).encode())
-    with Store(out / STORE) as store:
+    with Store(out / STORE, readonly=True) as store:
         digest.update("".join(sorted(store.keys())).encode())
         digest.update(store.failures().sort_values("key").to_csv().encode())
     digest.update(source_sha256(CODE).encode())

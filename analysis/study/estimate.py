@@ -46,7 +46,7 @@ def dry_run(study: Study, out: str | Path, workers: int = 1, threads: int | None
     plan = Plan.of(study, threads_of(study, None, threads))
     finished: set[str] = set()
     if (out / STORE).is_file():
-        with Store(out / STORE) as store:
+        with Store(out / STORE, readonly=True) as store:
             finished = store.keys()
     with torch.random.fork_rng(), numerics(plan.platform), autocast(study.measure.precision):
         rows = [

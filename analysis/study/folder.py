@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pandas as pd
 from analysis.measure import FACTS, Results
 from analysis.stats import CHECKPOINT
 from analysis.study.store import Store
+from cartmoe.sealed import read_sealed
 
 STORE, PLAN = "results.sqlite", "plan.json"
 
@@ -25,9 +25,9 @@ def read_plan(out: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{out} holds no study (no {PLAN}); run one with --out {out}")
     try:
-        return json.loads(path.read_text())
+        return read_sealed(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); run the study again") from error
+        raise ValueError(f"{error}; run the study again") from error
 
 
 def read(out: str | Path) -> Results:
@@ -39,9 +39,7 @@ def read(out: str | Path) -> Results:
     out = Path(out)
     plan = read_plan(out)
     planned = pd.DataFrame(plan["cells"])
-    if "parameters" not in planned:
-        raise ValueError(f"{out} was measured by an older version; run its study again to read it")
-    with Store(out / STORE) as store:
+    with Store(out / STORE, readonly=True) as store:
         seconds, failures = store.seconds(), store.failures()
         finished = planned[planned.key.isin(seconds.keys())]
         parts = [_paired(part) for _, part in finished.groupby(CHECKPOINT, sort=False)]
@@ -76,7 +74,7 @@ def _tokens(
     keys = cells[wanted & (cells.condition == condition)][["key"]]
     if keys.empty:
         raise KeyError((model, train_seed, condition))
-    with Store(out / STORE) as store:
+    with Store(out / STORE, readonly=True) as store:
         rows = keys.merge(store.read("tokens", keys.key), on="key").drop(columns="key")
     return rows if condition == "clean" else rows.drop(columns="targets")
 
@@ -98,6 +96,6 @@ def _paired(cells: pd.DataFrame) -> pd.DataFrame:
 def progress_of(out: Path) -> str:
     """ "12 of 40 cells are measured", without reading any of them."""
     keys = [cell["key"] for cell in read_plan(out)["cells"]]
-    with Store(out / STORE) as store:
+    with Store(out / STORE, readonly=True) as store:
         finished = store.keys()
     return f"{sum(key in finished for key in keys)} of {len(keys)} cells are measured"

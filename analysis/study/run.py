@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from analysis.study.models import Checkpoint, check_bytes, make, run_folder
 from analysis.study.plan import Plan, Work
 from analysis.study.pool import Failure, InProcess, Pool
 from analysis.study.provenance import manifest
-from analysis.study.store import Store
+from analysis.study.store import DamagedCells, Store
 from analysis.study.study import Study, study_dict
-from analysis.study.worker import Task
-from cartmoe.files import write_atomically
 from cartmoe.folders import check_directory
+from cartmoe.lock import locked
+from cartmoe.sealed import write_sealed
 
 
 def run(
@@ -45,7 +45,9 @@ def run(
 
     A run that was stopped, however, goes on where it was: training from its last checkpoint, the
     measurement with the first cell that is not in `out`/results.sqlite. A cell that kills its
-    workers costs no other one: it is noted as failed, and tried again by the next run.
+    workers costs no other one: it is noted as failed, and tried again by the next run. Cells that
+    are not as they were written are measured anew, with a warning. Raises `ValueError` naming the
+    process that runs a study in `out` already.
     """
     if not (executor is None or callable(executor)):
         raise ValueError(
@@ -55,16 +57,32 @@ def run(
     # What can fail at once comes before training, which may take hours.
     check_directory(out)
     plan = Plan.of(study, threads_of(study, executor, threads))
-    with Store(out / STORE) as store:
-        finished = store.keys()
+    with locked(out), Store(out / STORE) as store:
+        finished = _undamaged(store)
         work = _ready(plan, out, finished, progress)
-        _write_plan(out, study, work)
-        missing = {c.key for w in work for c in w.cells} - finished
-        if missing:
-            if progress:
-                tqdm.write(f"measuring {len(missing)} of {sum(len(w.cells) for w in work)} cells")
-            _measure(plan, work, missing, store, executor, progress)
-    return read(out)
+        write_sealed(out / PLAN, _described(study, work))
+        _measure_missing(plan, work, finished, store, executor, progress)
+        try:
+            return read(out)
+        except DamagedCells as damaged:
+            _forget(store, damaged)
+        _measure_missing(plan, work, store.keys(), store, executor, progress)
+        return read(out)
+
+
+def _undamaged(store: Store) -> set[str]:
+    """The finished cells; damaged ones are forgotten, with a warning."""
+    try:
+        store.failures()
+        return store.keys()
+    except DamagedCells as damaged:
+        _forget(store, damaged)
+        return _undamaged(store)
+
+
+def _forget(store: Store, damaged: DamagedCells) -> None:
+    warnings.warn(str(damaged).replace("run the study again to measure", "measuring"), stacklevel=3)
+    store.remove(damaged.keys)
 
 
 def threads_of(
@@ -96,19 +114,25 @@ def _ready(plan: Plan, out: Path, finished: set[str], progress: bool) -> list[Wo
     return works
 
 
-def _measure(
+def _measure_missing(
     plan: Plan,
     work: Sequence[Work],
-    missing: set[str],
+    finished: set[str],
     store: Store,
     executor: Callable[[], Executor] | None,
     progress: bool,
 ) -> None:
+    planned = {cell.key for w in work for cell in w.cells}
+    missing = planned - finished
+    if not missing:
+        return
+    if progress:
+        tqdm.write(f"measuring {len(missing)} of {len(planned)} cells")
     attempts = store.failures().set_index("key").attempts.to_dict()
     bar = tqdm(total=len(missing), unit="cell", disable=not progress)
     with bar, InProcess() if executor is None else Pool(executor) as pool:
         tasks = [
-            _unfinished(plan.tasks(work, keys, pool.workers), store)
+            plan.tasks(work, keys, pool.workers)
             for keys in (missing - attempts.keys(), missing & attempts.keys())
         ]
         # Closed at once when anything goes wrong here: workers do not go on.
@@ -125,17 +149,9 @@ def _measure(
                 bar.update(len(task.cells))
 
 
-def _unfinished(tasks: Iterable[Task], store: Store) -> Iterator[Task]:
-    """What is left of each when its turn comes: another process may measure the same study."""
-    for task in tasks:
-        cells = tuple(cell for cell in task.cells if cell.key not in store)
-        if cells:
-            yield replace(task, cells=cells)
-
-
-def _write_plan(out: Path, study: Study, work: Sequence[Work]) -> None:
+def _described(study: Study, work: Sequence[Work]) -> dict[str, Any]:
     """plan.json names every cell, so that results can be read without the models or the data."""
-    plan: dict[str, Any] = {
+    return {
         "study": study_dict(study),
         "contrasts": study.contrasts and asdict(study.contrasts),
         "manifest": manifest(),
@@ -148,4 +164,3 @@ def _write_plan(out: Path, study: Study, work: Sequence[Work]) -> None:
             for cell in w.cells
         ],
     }
-    write_atomically(out / PLAN, json.dumps(plan, indent=1))

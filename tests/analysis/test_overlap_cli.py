@@ -185,7 +185,7 @@ def test_stopped_before_the_end(models, texts, tmp_path, monkeypatch):
         patch.setattr(overlap_report.plots, "save", lambda *_: 1 / 0)
         overlap(*words)
     assert (tmp_path / "experts.csv").is_file()
-    assert json.loads((tmp_path / "manifest.json").read_text())["files"] == []
+    assert json.loads((tmp_path / "manifest.json").read_text())["files"] == {}
     done = overlap(*words)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "figures" / "lift.pdf").is_file()

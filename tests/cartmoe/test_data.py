@@ -156,7 +156,7 @@ class TestCache:
             ("manifest.json", lambda b: b[:40], "manifest.json cannot be read"),
             ("manifest.json", lambda b: b"[]", "manifest.json cannot be read"),
             ("manifest.json", lambda b: b.replace(b"bytes", b"kilos"), "cannot be read"),
-            ("manifest.json", lambda b: b.replace(b'format": ', b'format": 9'), "something else"),
+            ("manifest.json", lambda b: b.replace(b'format": ', b'format": 9'), "cannot be read"),
         ],
     )
     def test_damage_is_repaired_with_a_warning(

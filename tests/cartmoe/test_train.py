@@ -16,12 +16,12 @@ from cartmoe.data import TrainBatches, prepare
 from cartmoe.distributed import Ranks
 from cartmoe.hooks import router_sites
 from cartmoe.interrupt import Interrupt
+from cartmoe.lock import locked
 from cartmoe.objective import Gradient
 from cartmoe.optim import clip_gradients, gradient_norm, learning_rate_factor, make_optimizer
 from cartmoe.precision import probe_precision
 from cartmoe.recipe import RECIPES
 from cartmoe.routing import balance_loss, expert_counts, z_loss
-from cartmoe.run import locked
 from cartmoe.train import TrainConfig, train
 
 ALONE = Ranks(0, 1, "cpu")
@@ -156,7 +156,7 @@ def test_every_family_learns(family, tiny_run, tmp_path):
 def test_what_a_run_leaves(tiny_run, texts, tmp_path):
     model_config, config = tiny_run(steps=6, checkpoint_every=2, keep=2)
     out = train(model_config, config, tmp_path / "run", progress=False)
-    names = ["checkpoints", "lock", "metrics.csv", "run.json"]
+    names = ["checkpoints", "metrics.csv", "metrics.json", "run.json"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert [path.name for path in run_checkpoints(out)] == ["step-00000004", "step-00000006"]
     meta = read_meta(out)
@@ -302,7 +302,7 @@ def test_what_cannot_be_trained_leaves_no_run(tiny_run, tmp_path):
 
 
 def test_a_directory_in_use_is_refused(tiny_run, tmp_path):
-    with locked(tmp_path / "run"), pytest.raises(ValueError, match=r"in use: process \d+ trains"):
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match=r"in use: process \d+ writes"):
         train(*tiny_run(), tmp_path / "run", progress=False)
     train(*tiny_run(steps=1), tmp_path / "run", progress=False)
 

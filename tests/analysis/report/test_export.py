@@ -1,11 +1,13 @@
 """A study's tables as files."""
 
+import re
+import shutil
 import sys
 
 import pandas as pd
 import pytest
 
-from analysis.report.study import export
+from analysis.report.study import export, plot, summarize
 from analysis.study.folder import read
 from analysis.study.run import run
 from analysis.study.study import Study
@@ -72,3 +74,28 @@ def test_mistakes(done, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"Parquet needs pyarrow; install it: .*cartmoe\[data\]"):
         export(done)
+
+
+def test_a_study_that_nobody_may_write_to(done, tmp_path):
+    """It is read, summarized, drawn and exported elsewhere, and stays as it is, byte by byte."""
+    study = tmp_path / "study"
+    shutil.copytree(done, study)
+    shutil.rmtree(study / "tables", ignore_errors=True)
+    before = {path: path.stat().st_mtime_ns for path in sorted(study.rglob("*"))}
+    assert "DropTop(1)" in summarize(study, tmp_path / "mine")
+    assert (tmp_path / "mine" / "tables" / "damage.csv").is_file()
+    (picture, *_) = plot(study, to=tmp_path / "mine")
+    assert picture.parent == tmp_path / "mine" / "figures"
+    export(study, "csv", tmp_path / "mine")
+    assert before == {path: path.stat().st_mtime_ns for path in sorted(study.rglob("*"))}
+
+
+@pytest.mark.parametrize("name", ["damage.csv", ".made.json"])
+def test_a_damaged_table_is_made_anew(done, tmp_path, name):
+    summarize(done, tmp_path)
+    path = tmp_path / "tables" / name
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"0", b"1", 1))
+    with pytest.warns(UserWarning, match=f"{re.escape(str(path))} .*made anew"):
+        summarize(done, tmp_path)
+    assert path.read_bytes() == content

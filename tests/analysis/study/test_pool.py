@@ -221,23 +221,20 @@ def test_tasks(study_of, tmp_path, workers):
     assert len(plan.tasks([*work, *work], missing, 1)) == len(plan.tasks(work, missing, 1))
 
 
-def test_another_process_is_faster(study_of, tmp_path, monkeypatch):
-    """What it has measured by the time is not measured again."""
+def test_one_run_at_a_time(study_of, tmp_path, monkeypatch):
+    """A second one, whatever its study, is refused before it does anything."""
     study = study_of({"perturbation": "DropTop"}, families=["smoe_share"])
-    add, added = Store.add, []
+    add, refused = Store.add, []
 
-    def add_all(store, identity, cell):
-        added.append(identity)
-        if len(added) == 1:
-            monkeypatch.setattr(Store, "add", add)
-            run(study, tmp_path, progress=False)
-            monkeypatch.setattr(Store, "add", add_all)
+    def run_meanwhile(store, identity, cell):
+        with pytest.raises(ValueError, match=r"is in use: process \d+ writes there") as error:
+            run(study_of({"perturbation": "Identity"}), tmp_path, progress=False)
+        refused.append(error)
         return add(store, identity, cell)
 
-    monkeypatch.setattr(Store, "add", add_all)
+    monkeypatch.setattr(Store, "add", run_meanwhile)
     results = run(study, tmp_path, progress=False)
-    assert results.finished == results.planned == 6
-    assert len(added) == 2  # the cells of its first task
+    assert results.finished == results.planned == len(refused) == 6
 
 
 # ---- what goes wrong in workers

@@ -306,6 +306,7 @@ NOT_COMPUTING = {
     "cartmoe.duplicates",
     "cartmoe.files",
     "cartmoe.folders",
+    "cartmoe.sealed",
     "cartmoe.interrupt",
     "cartmoe.reference",
     "cartmoe.skeleton",

@@ -334,6 +334,9 @@ def test_half_finished(study_dict_of, done, tmp_path, monkeypatch, cells):
 
 def test_nothing_measured(tiny, tmp_path, done):
     (tmp_path / "plan.json").write_bytes((done / "plan.json").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"there are no results at .*results\.sqlite"):
+        report.summarize(tmp_path)
+    Store(tmp_path / "results.sqlite").close()
     with pytest.raises(ValueError, match=rf"0 of {CELLS} cells are measured"):
         report.summarize(tmp_path)
 

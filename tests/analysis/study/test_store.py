@@ -1,5 +1,6 @@
 """The result store: whole cells or none, with several writers and under kill -9."""
 
+import random
 import signal
 import sqlite3
 import subprocess
@@ -10,10 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.measure.shard import Cell, measure
+from analysis.measure.shard import measure
 from analysis.perturb.condition import Condition
 from analysis.perturb.masks import DropTop
-from analysis.study.store import SCHEMA, TABLES, Store, cell_key
+from analysis.study.store import DamagedCells, Store, cell_key
+from analysis.study.tables import SCHEMA, TABLES
 
 WRITERS = Path(__file__).with_name("writers.py")
 IDENTITY = {
@@ -127,10 +129,13 @@ def test_the_first_writer_stays(path, cells):
 
 
 def test_a_failed_add_leaves_nothing(path, cells):
-    broken = Cell(None, cells[0].losses, cells[0].routing.assign(flips=[[]] * 28), 0.0)
     with Store(path) as store:
-        with pytest.raises(sqlite3.Error):
-            store.add(IDENTITY, broken)
+        with closing(sqlite3.connect(path)) as db:
+            refuse = "BEGIN SELECT RAISE(ABORT, 'no'); END"
+            db.execute(f"CREATE TRIGGER broken BEFORE INSERT ON routing {refuse}")
+            with pytest.raises(ValueError, match=r"results\.sqlite is damaged: no"):
+                store.add(IDENTITY, cells[0])
+            db.execute("DROP TRIGGER broken")
         assert store.keys() == set()
         assert store.add(IDENTITY, cells[0])
         assert len(store.read("losses", store.keys())) == len(cells[0].losses)
@@ -194,8 +199,6 @@ def test_failures(path, cells):
 def test_seconds(path, cells):
     with Store(path) as store:
         store.add(IDENTITY, cells[0])
-        assert cell_key(IDENTITY) in store
-        assert "another" not in store
         assert store.seconds() == {cell_key(IDENTITY): cells[0].seconds}
 
 
@@ -237,6 +240,74 @@ def test_a_damaged_store(path, cells):
     path.write_bytes(b"\xff" * 200 + content[200:])
     with pytest.raises(ValueError, match="is not a result store"):
         Store(path)
+
+
+@pytest.mark.parametrize("damage", ["flips", "cuts"])
+def test_damage_is_refused_by_name_or_without_effect(path, cells, damage):
+    with Store(path) as store:
+        for number, cell in enumerate(cells):
+            store.add({"cell": number}, cell)
+        store.fail(IDENTITY, "died", 3)
+
+    def read():
+        with Store(path, readonly=True) as store:
+            keys = store.keys()
+            tables = [store.read(table, keys).to_csv() for table in TABLES]
+            return *tables, store.seconds(), store.failures().to_csv()
+
+    def damaged():
+        if damage == "cuts":
+            yield from (content[:length] for length in range(0, len(content), 512))
+            return
+        draw, used = random.Random(0), [place for place, byte in enumerate(content) if byte]
+        for place in draw.sample(used, 200):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << draw.randrange(8)
+            yield flipped
+
+    content, expected, refused = path.read_bytes(), read(), 0
+    for changed in damaged():
+        path.write_bytes(changed)
+        try:
+            found = read()
+        except (ValueError, OSError) as error:
+            found, said = None, str(error)
+        if found is None:
+            assert str(path) in said
+            refused += 1
+        else:
+            assert found == expected
+    assert refused > 50
+
+
+def test_damaged_cells_are_named_and_removed(path, cells):
+    with Store(path) as store:
+        for number, cell in enumerate(cells):
+            store.add({"cell": number}, cell)
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE routing SET flips = flips + 1 WHERE cell = 2 AND sequence_id > 0")
+        wanted = [cell_key({"cell": number}) for number in range(2)]
+        assert len(store.read("losses", wanted)) == sum(len(c.losses) for c in cells)
+        with pytest.raises(DamagedCells, match="1 cells are not as they were written") as damaged:
+            store.read("routing", wanted)
+        assert damaged.value.keys == wanted[1:]
+        store.remove(damaged.value.keys)
+        assert store.keys() == set(wanted[:1])
+        assert store.add({"cell": 1}, cells[1])
+        assert len(store.read("routing", wanted)) == sum(len(c.routing) for c in cells)
+
+
+def test_readonly(path, cells):
+    with pytest.raises(FileNotFoundError, match=r"there are no results at .*results\.sqlite"):
+        Store(path, readonly=True)
+    assert not path.exists()
+    with Store(path) as store:
+        store.add(IDENTITY, cells[0])
+    with (
+        Store(path, readonly=True) as store,
+        pytest.raises(OSError, match=r"results\.sqlite: attempt to write a readonly database"),
+    ):
+        store.add(IDENTITY, cells[0])
 
 
 @pytest.mark.parametrize("version", [1, SCHEMA + 1])
