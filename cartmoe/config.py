@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, NamedTuple
+from numbers import Real
+from typing import Annotated, Any, Literal, NamedTuple, SupportsIndex
 
 from pydantic import Field, WrapValidator
 
-from cartmoe.fields import FILLED, PLAIN, Count, Flag, NonNegative, OneOf, Positive, Whole, declared
+from cartmoe.fields import (
+    FILLED,
+    LARGEST,
+    PLAIN,
+    Count,
+    Flag,
+    NonNegative,
+    OneOf,
+    Positive,
+    Whole,
+    declared,
+)
 
 
 class Family(NamedTuple):
@@ -51,22 +64,34 @@ def check_choice(name: str, value: object, choices: Any) -> None:
 
 def check_least(name: str, value: float, least: float) -> None:
     """Raise `ValueError` naming parameter and value unless it is a finite number >= least."""
-    if not isinstance(value, (int, float)) or value == math.inf:
+    if not isinstance(value, Real) or value == math.inf:
         raise ValueError(f"{name} is {value!r}; it must be a finite number")
     if not value >= least:
         raise ValueError(f"{name} is {value!r}; it must be at least {least}")
 
 
-def check_whole(name: str, value: int, least: int) -> None:
-    """Raise `ValueError` naming parameter and value unless it is an int >= least."""
-    if type(value) is not int:
+def check_whole(name: str, value: SupportsIndex, least: int) -> int:
+    """The value as an int. Raises `ValueError` naming it and the parameter unless it is a whole
+    number, of whatever library, from `least` to `LARGEST`; True is none."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; it must be a whole number")
-    check_least(name, value, least)
+    check_least(name, number, least)
+    if number > LARGEST:
+        raise ValueError(f"{name} is {value!r}; it must be at most {LARGEST}")
+    return number
+
+
+def _is_one(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 # A number stands for as many of them as there are stages.
 TOP_K = WrapValidator(
-    lambda k, check: k if k is None or type(k) is int else check(k),
+    lambda k, check: k if k is None else check_whole("top_k", k, 1) if _is_one(k) else check(k),
     json_schema_input_type=Positive | list[Positive],
 )
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cartmoe.config import check_least
+from cartmoe.config import check_whole
 from cartmoe.corpora import Document
 from cartmoe.tokenized import Corpus, document_ids, prepare
 from cartmoe.tokenizers import Tokenizer
@@ -42,8 +42,8 @@ class TrainBatches:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_least("batch_size", self.batch_size, 1)
-        check_least("length", self.length, 1)
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("length", self.length, 1)
         if len(self._tokens) < self.length + 1:
             raise ValueError(
                 f"length is {self.length}; a window of length + 1 tokens does not fit into the "
@@ -211,7 +211,7 @@ def _hash(text: str) -> int:
 def _sample(documents: pd.DataFrame, limit: int | None) -> pd.DataFrame:
     """The domains take turns; within one its groups do, each with its documents by their hashes."""
     if limit is not None:
-        check_least("limit", limit, 1)
+        check_whole("limit", limit, 1)
     documents = documents.iloc[np.argsort([_hash(id) for id in documents.document_id])]
     if "group" in documents:
         nth = documents.groupby(["domain", "group"]).cumcount()
@@ -226,9 +226,9 @@ def _cut(
     length: int,
     max_tokens: int | None,
 ) -> Sequences:
-    check_least("length", length, 1)
+    check_whole("length", length, 1)
     if max_tokens is not None:
-        check_least("max_tokens_per_document", max_tokens, 1)
+        check_whole("max_tokens_per_document", max_tokens, 1)
     columns: list[list] = [[] for _ in fields(Sequences)]
     for document_id, domain, ids in documents:
         ids = ids.astype(np.int64)

@@ -16,25 +16,46 @@ one's own raises `ValueError("must be ...")`; the name and the value are put bef
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Annotated, Any, dataclass_transform
 
-import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
 from pydantic_core import CoreSchema, ErrorDetails
 from pydantic_core.core_schema import literal_schema
 
-PLAIN = BeforeValidator(lambda value: value.item() if isinstance(value, np.generic) else value)
 
-Whole = Annotated[int, Field(strict=True), PLAIN]
-Count = Annotated[int, Field(strict=True, ge=0), PLAIN]
-Positive = Annotated[int, Field(strict=True, ge=1), PLAIN]
-Several = Annotated[int, Field(strict=True, ge=2), PLAIN]
-NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), PLAIN]
-AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), PLAIN]
-Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), PLAIN]
+def _plain(value: Any) -> Any:
+    """Python's own number for one of NumPy or torch."""
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
+
+
+def _finite(value: Any) -> Any:
+    """A whole number beyond all floats is no finite number; pydantic would raise OverflowError."""
+    value = _plain(value)
+    if type(value) is int:
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+    return value
+
+
+LARGEST = 2**63 - 1  # of whole numbers: what TOML, NumPy and torch hold
+PLAIN = BeforeValidator(_plain)
+FINITE = BeforeValidator(_finite)
+
+Whole = Annotated[int, Field(strict=True, ge=-LARGEST, le=LARGEST), PLAIN]
+Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST), PLAIN]
+Positive = Annotated[int, Field(strict=True, ge=1, le=LARGEST), PLAIN]
+Several = Annotated[int, Field(strict=True, ge=2, le=LARGEST), PLAIN]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), FINITE]
+AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), FINITE]
+Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), FINITE]
 Flag = Annotated[bool, Field(strict=True), PLAIN]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 
@@ -70,9 +91,9 @@ _MUST = {
     "string_too_short": "must be a text",
     "tuple_type": "must be a list",
     "too_short": "must be a list that is not empty",
-    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than_equal": "must be at least {ge}",
     "greater_than": "must be more than {gt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "less_than_equal": "must be at most {le}",
     "less_than": "must be less than {lt:g}",
     "value_error": "{error}",
     "multiple_argument_values": "must be given once",

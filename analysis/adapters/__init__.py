@@ -25,6 +25,7 @@ from analysis.adapters.running import (
     batches,
     branches,
     clean_routing,
+    num_batches,
     route,
     run,
     steps,

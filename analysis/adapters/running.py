@@ -12,13 +12,20 @@ import torch
 from torch import Tensor
 
 from analysis.adapters.base import Adapter, Experts, Router, Segment, State
+from cartmoe.config import check_whole
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
 
 
+def num_batches(docs: Sequences, batch_size: int) -> int:
+    """How many there are; `ValueError` for a batch_size that is no whole number above 0."""
+    return -(-len(docs) // check_whole("batch_size", batch_size, 1))
+
+
 def batches(model: Adapter, docs: Sequences, batch_size: int) -> Iterator[Sequences]:
-    """So many sequences at a time, where the model is."""
+    """So many sequences at a time, where the model is. Raises as `num_batches`."""
+    batch_size = check_whole("batch_size", batch_size, 1)
     for first in range(0, len(docs), batch_size):
         yield docs[first : first + batch_size].to(model.device)
 

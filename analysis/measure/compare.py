@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from analysis.adapters import Adapter, check_documents, load, routed_adapter
+from analysis.adapters import Adapter, check_documents, load, num_batches, routed_adapter
 from analysis.measure.calibrate import calibrate
 from analysis.measure.comparison import Comparison, drifts_of
 from analysis.measure.results import join
@@ -61,7 +61,7 @@ def compare(
         ready = [_with_parts(c, partial(_resolved, under_study, traces)) for c in conditions]
         # What tables call them may not depend on where the traces are, or ids would differ.
         shown = {c: _with_parts(c, partial(_named_after, traces)) for c in ready}
-        total = -(-len(docs) // batch_size) * len(ready) * len(under_study)
+        total = num_batches(docs, batch_size) * len(ready) * len(under_study)
         measured = []
         with tqdm(total=total, unit="batch", disable=not progress) as bar:
             for name, model in under_study.items():

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import Adapter, batches, routed_adapter, run
+from analysis.adapters import Adapter, batches, num_batches, routed_adapter, run
 from analysis.measure.calibrate import calibrate
 from analysis.measure.intervene import Intervention
 from analysis.measure.rows import SequenceRows, means
 from analysis.measure.sweep import CALIBRATION, Asked, conditions_of
 from analysis.perturb import CLEAN, Calibration, Condition, Tokens, token_kinds
 from analysis.stats import Bootstrap, label
-from cartmoe.config import check_choice, check_least
+from cartmoe.config import check_choice, check_whole
 from cartmoe.data import IGNORE, Sequences
 
 PHASES = ("prompt", "decoding", "both")
@@ -63,8 +63,8 @@ def generation_agreement(
     phases, numbers below 1, and where no sequence has `prompt` tokens.
     """
     model = routed_adapter(model)
-    check_least("prompt", prompt, 1)
-    check_least("new", new, 1)
+    check_whole("prompt", prompt, 1)
+    check_whole("new", new, 1)
     phases = (phases,) if isinstance(phases, str) else tuple(phases)
     for phase in phases:
         check_choice("phases", phase, PHASES)
@@ -83,7 +83,7 @@ def generation_agreement(
     kinds_V = token_kinds(model, [c.where for c in conditions])
     rows = SequenceRows()
     with tqdm(
-        total=-(-len(prompts) // batch_size) * len(arms), unit="text batch", disable=not progress
+        total=num_batches(prompts, batch_size) * len(arms), unit="text batch", disable=not progress
     ) as bar:
         for batch in batches(model, prompts, batch_size):
             decoder = Decoder(model, batch, prompt, new, stats, kinds_V)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def flip_prediction(
     documents, and a sigma that is not above 0.
     """
     model = routed_adapter(model)
-    sigmas = [sigmas] if isinstance(sigmas, int | float) else list(sigmas)
+    sigmas = list(sigmas) if np.ndim(sigmas) else [sigmas]
     noises = [GaussianNoise(sigma, scale) for sigma in sigmas]
     if not noises or not all(noise.sigma > 0 for noise in noises):
         raise ValueError(f"sigmas is {sigmas!r}; give numbers above 0")

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import Router, batches, check_documents, route, routed_adapter, run
+from analysis.adapters import (
+    Router,
+    batches,
+    check_documents,
+    num_batches,
+    route,
+    routed_adapter,
+    run,
+)
 from analysis.measure.clean import CleanPass
 from analysis.measure.intervene import Intervention
 from analysis.measure.losses import token_nll
@@ -107,12 +115,11 @@ def regret(
         listed = ", ".join(map(str, found))
         raise ValueError(f"site is {site!r}, which is {listed}; give one of them")
     (site,) = found
-    for name, number in {"n": n, "every": every}.items():
-        check_whole(name, number, 1)
+    n, every = check_whole("n", n, 1), check_whole("every", every, 1)
     check_documents(docs, model)
     sizes = sorted({*(2**i for i in range(n.bit_length())), n})
     rows = SequenceRows()
-    forwards = -(-len(docs) // batch_size) * n * every
+    forwards = num_batches(docs, batch_size) * n * every
     with tqdm(total=forwards, unit="batch", disable=not progress) as bar:
         for batch in batches(model, docs, batch_size):
             clean = CleanPass.of(model, batch)

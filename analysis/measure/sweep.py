@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from analysis.adapters import check_documents, routed_adapter
+from analysis.adapters import check_documents, num_batches, routed_adapter
 from analysis.measure.calibrate import calibrate
 from analysis.measure.results import Results, join
 from analysis.measure.shard import measure
@@ -61,10 +61,10 @@ def sweep(
     model = routed_adapter(model)
     check_documents(docs, model)
     conditions = conditions_of(perturbations, where, point, seed, controls)
+    total = num_batches(docs, batch_size) * len(conditions)
     stats = calibrate(model, calibration or docs[:CALIBRATION])
     options: dict[str, Any] = dict(batch_size=batch_size, calibration=stats, keep_tokens=tokens)
-    batches = -(-len(docs) // batch_size)
-    with tqdm(total=batches * len(conditions), unit="batch", disable=not progress) as bar:
+    with tqdm(total=total, unit="batch", disable=not progress) as bar:
         cells = measure(model, conditions, docs, **options, progress=bar.update)
     return join([(model, cells)])
 

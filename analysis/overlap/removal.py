@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.adapters import Adapter, DenseRouting, Router, batches, route
+from analysis.adapters import Adapter, DenseRouting, Router, batches, num_batches, route
 from analysis.measure import measure
 from analysis.overlap.metrics import Sums, UnitSums, usage
 from analysis.overlap.probes import by_document, decisions, of_tokens
@@ -173,7 +173,7 @@ def rises(
     model: Adapter, docs: Sequences, conditions: list[Condition], batch_size: int, progress: bool
 ) -> np.ndarray:
     """(C, D) rise of each document's summed nll under each condition, nats; see `by_document`."""
-    total = len(conditions) * -(-len(docs) // batch_size)
+    total = len(conditions) * num_batches(docs, batch_size)
     with tqdm(total=total, unit="forward", disable=not progress) as bar:
         clean, *cells = measure(model, conditions, docs, batch_size=batch_size, progress=bar.update)
     return by_document(docs, [cell.losses.nll_sum - clean.losses.nll_sum for cell in cells])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from analysis.perturb.base import Perturbation, chosen_mask, finite_std
 from analysis.perturb.context import RouterContext
-from cartmoe.fields import PLAIN, NonNegative, Positive, Share, declared
+from cartmoe.fields import FINITE, PLAIN, NonNegative, Positive, Share, declared
 from cartmoe.routing import stable_topk
 
 FLOATS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -72,7 +72,7 @@ class Temperature(Perturbation):
 
     expects: ClassVar[str] = "weights"
     strength_field: ClassVar[str] = "log2_t"
-    log2_t: Annotated[float, Field(strict=True, ge=-64, le=64, allow_inf_nan=False), PLAIN] = 1.0
+    log2_t: Annotated[float, Field(strict=True, ge=-64, le=64, allow_inf_nan=False), FINITE] = 1.0
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """A scaled copy."""

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from analysis.adapters import Adapter, batches, clean_routing
+from analysis.adapters import Adapter, batches, clean_routing, num_batches
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.folders import check_new, damage, read_manifest, write_folder
 from cartmoe.hooks import RouterSite
@@ -174,7 +174,7 @@ def batches_of_model(
     model: Adapter, docs: Sequences, batch_size: int, logits: bool, progress: bool
 ) -> Iterator[Batch]:
     """The clean decisions on documents, of each sequence up to its last token with a target."""
-    total = -(-len(docs) // batch_size)
+    total = num_batches(docs, batch_size)
     for batch in tqdm(
         batches(model, docs, batch_size), total=total, unit="batch", disable=not progress
     ):
