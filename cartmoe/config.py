@@ -91,7 +91,7 @@ def _is_one(value: object) -> bool:
 
 # A number stands for as many of them as there are stages.
 TOP_K = WrapValidator(
-    lambda k, check: k if k is None else check_whole("top_k", k, 1) if _is_one(k) else check(k),
+    lambda k, check: k if k is None else operator.index(k) if _is_one(k) else check(k),
     json_schema_input_type=Positive | list[Positive],
 )
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Annotated, Any, dataclass_transform
@@ -35,14 +36,9 @@ def _plain(value: Any) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """A whole number beyond all floats is no finite number; pydantic would raise OverflowError."""
+    """A whole number beyond all floats is infinite; pydantic would raise an OverflowError."""
     value = _plain(value)
-    if type(value) is int:
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf
-    return value
+    return math.inf if type(value) is int and abs(value) > sys.float_info.max else value
 
 
 LARGEST = 2**63 - 1  # of whole numbers: what TOML, NumPy and torch hold
@@ -92,9 +88,9 @@ _MUST = {
     "tuple_type": "must be a list",
     "too_short": "must be a list that is not empty",
     "greater_than_equal": "must be at least {ge}",
-    "greater_than": "must be more than {gt:g}",
+    "greater_than": "must be more than {gt}",
     "less_than_equal": "must be at most {le}",
-    "less_than": "must be less than {lt:g}",
+    "less_than": "must be less than {lt}",
     "value_error": "{error}",
     "multiple_argument_values": "must be given once",
     "callable_type": "must be a function",
@@ -152,6 +148,7 @@ def _mistake(cls: type, error: ErrorDetails) -> tuple[str, str]:
     if kind == "literal_error":
         choices = said["expected"].replace(" or ", ", ")
         return f"{name} is {value!r}; ", f"choose one of {choices}"
+    said = {key: f"{v:g}" if isinstance(v, float) else v for key, v in said.items()}
     must = _MUST[kind].format(**said) if kind in _MUST else f"is wrong: {error['msg']}"
     if any(isinstance(place, int) for place in within):
         return f"{name} has {value!r}; ", f"each {must}"
