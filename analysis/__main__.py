@@ -3,7 +3,6 @@ schema"""
 
 from __future__ import annotations
 
-import sqlite3
 import time
 import warnings
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import typer
 import typer.core
+
+from cartmoe.foreign import TOLD, told
 
 
 class _Commands(typer.core.TyperGroup):
@@ -21,8 +22,8 @@ class _Commands(typer.core.TyperGroup):
             with warnings.catch_warnings():
                 warnings.showwarning = lambda text, *_: typer.echo(f"warning: {text}", err=True)
                 return super().invoke(ctx)
-        except (ValueError, OSError, FloatingPointError, ImportError, sqlite3.Error) as error:
-            typer.echo(f"error: {error}", err=True)
+        except TOLD as error:
+            typer.echo(f"error: {told(error)}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as interrupt:
             then = "begins again" if ctx.invoked_subcommand == "overlap" else "goes on from here"

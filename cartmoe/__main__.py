@@ -20,6 +20,7 @@ from cartmoe.checkpoint import (
     read_meta,
 )
 from cartmoe.config import FAMILIES, PRESETS, ModelConfig, check_choice
+from cartmoe.foreign import TOLD, told
 from cartmoe.info import describe
 from cartmoe.train import TrainConfig, train
 
@@ -51,8 +52,8 @@ def _one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         typer.echo(str(stop) or "stopped", err=True)
         raise typer.Exit(130) from None
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    except TOLD as error:
+        typer.echo(f"error: {' '.join(told(error).split())}", err=True)
         raise typer.Exit(2) from None
 
 

@@ -19,12 +19,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cartmoe.config import ModelConfig
+from cartmoe.config import ModelConfig, check_whole
 from cartmoe.folders import damage, read_manifest, write_folder
+from cartmoe.foreign import named, read_object, read_text
 from cartmoe.model import LanguageModel
 from cartmoe.reference import config_from_reference, from_reference
 from cartmoe.skeleton import skeleton
@@ -72,13 +72,29 @@ def save(
     def fill(folder: Path) -> None:
         _write_json(folder / "config.json", model.config.to_dict())
         _write_json(folder / "meta.json", meta)
-        save_model(model, str(folder / "model.safetensors"))  # stores a shared tensor once
+        with named(directory):
+            save_file(_tensors(model), folder / "model.safetensors")
+            if optimizer is not None:
+                save_file(dict(optimizer), folder / "optimizer.safetensors")
         if tokenizer_json is not None:
             (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-        if optimizer is not None:
-            save_file(dict(optimizer), folder / "optimizer.safetensors")
 
     write_folder(Path(directory), fill)
+
+
+def _tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """By name, a tensor that the architecture shares once, and a copy of one that was tied."""
+    kept: dict[str, Tensor] = {}
+    names: dict[int, str] = {}  # of the architecture's tensors, by which one it is
+    taken: set[int] = set()
+    tensors, slots = model.state_dict(), skeleton(model.config).state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        first = names.setdefault(id(slots.get(name, tensor)), name)
+        where = tensor.untyped_storage().data_ptr()
+        if first == name or where != tensors[first].untyped_storage().data_ptr():
+            kept[name] = tensor.clone() if where in taken else tensor.contiguous()
+            taken.add(where)
+    return kept
 
 
 def load(directory: str | Path) -> LanguageModel:
@@ -87,13 +103,13 @@ def load(directory: str | Path) -> LanguageModel:
     Raises as `newest` does, and `CheckpointError` for weights that are not the configuration's.
     """
     folder = newest(directory)
-    model = skeleton(read_config(folder))
-    # A copy, because tensors mapped from a file are not aligned as torch aligns its own.
-    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
-    try:
+    config = read_config(folder)
+    with named(folder / "config.json", CheckpointError):
+        model = skeleton(config)
+    with named(folder / "model.safetensors", CheckpointError):
+        # A copy, because tensors mapped from a file are not aligned as torch aligns its own.
+        tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
         unexpected = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder}/model.safetensors: {error}") from error
     # Names of a shared tensor, stored under another, were filled in with it.
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing or unexpected:
@@ -130,8 +146,14 @@ def newest(directory: str | Path) -> Path:
 
 
 def run_checkpoints(run: Path) -> list[Path]:
-    """Those of a run, oldest first, good or not."""
-    return sorted((run / CHECKPOINTS).glob(f"{STEP}[0-9]*"), key=step_of)
+    """Those of a run, oldest first, good or not; not what somebody else put beside them."""
+    folders = (run / CHECKPOINTS).glob(f"{STEP}*")
+    return sorted(filter(_is_step, folders), key=step_of)
+
+
+def _is_step(folder: Path) -> bool:
+    number = folder.name.removeprefix(STEP)
+    return number.isascii() and number.isdecimal()
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -154,12 +176,23 @@ def checkpoint_sha256(directory: str | Path) -> str:
 
 def read_config(directory: str | Path) -> ModelConfig:
     """The model's configuration."""
-    return ModelConfig.from_dict(_read_json(_checked(directory, "config.json") / "config.json"))
+    path = _checked(directory, "config.json") / "config.json"
+    fields = read_object(path, CheckpointError)
+    with named(path, CheckpointError):
+        return ModelConfig.from_dict(fields)
 
 
 def read_meta(directory: str | Path) -> dict[str, Any]:
     """What `save` was given as meta, and "family"."""
-    return _read_json(_checked(directory, "meta.json") / "meta.json")
+    path = _checked(directory, "meta.json") / "meta.json"
+    meta = read_object(path, CheckpointError)
+    with named(path, CheckpointError):
+        for name in ("family", "corpus", "tokenizer"):
+            if not isinstance(meta.get(name), str | None):
+                raise ValueError(f"{name} is {meta[name]!r}; it must be a text")
+        for name in {"step", "steps", "train_seed"} & meta.keys():
+            check_whole(name, meta[name], 0)
+    return meta
 
 
 def _checked(directory: str | Path, *names: str) -> Path:
@@ -181,19 +214,21 @@ def read_tokenizer(directory: str | Path) -> Tokenizer | None:
     folder = _checked(directory, "meta.json")
     name = read_meta(folder).get("tokenizer")
     if "tokenizer.json" in read_manifest(folder):
-        text = (_checked(folder, "tokenizer.json") / "tokenizer.json").read_text(encoding="utf-8")
-        return JsonTokenizer(text, name or folder.name)
+        path = _checked(folder, "tokenizer.json") / "tokenizer.json"
+        with named(path, CheckpointError):
+            return JsonTokenizer(path.read_text(encoding="utf-8"), name or folder.name)
     return ByteTokenizer() if name == ByteTokenizer.name else None
 
 
 def read_optimizer(directory: str | Path) -> dict[str, Tensor]:
     """The optimizer's state. Raises `CheckpointError` for a checkpoint that has none."""
     name = "optimizer.safetensors"
-    path = _checked(directory) / name
-    if name not in read_manifest(path.parent):
-        raise CheckpointError(f"{path.parent} has no {name}; training cannot go on from it")
-    _checked(path.parent, name)
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    path = _checked(directory)
+    if name not in read_manifest(path):
+        raise CheckpointError(f"{path} has no {name}; training cannot go on from it")
+    _checked(path, name)
+    with named(path / name, CheckpointError):
+        return {name: tensor.clone() for name, tensor in load_file(path / name).items()}
 
 
 def import_reference(directory: str | Path, out: str | Path) -> LanguageModel:
@@ -204,16 +239,17 @@ def import_reference(directory: str | Path, out: str | Path) -> LanguageModel:
     and as `from_reference` does.
     """
     directory = Path(directory)
-    config = config_from_reference(_parse(directory / "config.json"))
+    read = _parse(directory / "config.json")
+    with named(directory / "config.json", CheckpointError):
+        config = config_from_reference(read)
     state: dict[str, Tensor] = {}
     for path in _shards(directory):
-        try:
+        with named(f"{path} is not a whole safetensors file", CheckpointError):
             state |= load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    model = from_reference(state, config)
+    with named(directory, CheckpointError):
+        model = from_reference(state, config)
     tokenizer = directory / "tokenizer.json"
-    text = tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None
+    text = read_text(tokenizer) if tokenizer.exists() else None
     save(model, out, {"source": "reference checkpoint"}, tokenizer_json=text)
     return model
 
@@ -221,7 +257,8 @@ def import_reference(directory: str | Path, out: str | Path) -> LanguageModel:
 def _shards(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(_parse(index).get("weight_map", {}).values()))
+        with named(index, CheckpointError):
+            names = sorted({str(name) for name in _parse(index)["weight_map"].values()})
         missing = [name for name in names if not (directory / name).exists()]
         if missing:
             raise FileNotFoundError(f"{directory} lacks {', '.join(missing)} of {index.name}")
@@ -236,17 +273,7 @@ def _parse(path: Path) -> dict[str, Any]:
     """A JSON object that others wrote."""
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
-    try:
-        parsed = _read_json(path)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} is no JSON object")
-    return parsed
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_object(path, CheckpointError)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

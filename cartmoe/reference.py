@@ -5,7 +5,10 @@ The format is that of the public model code of arXiv 2410.16077 (a LLaMA with Mo
 
 from __future__ import annotations
 
+import functools
 import re
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,8 +100,30 @@ def from_reference(
                 f"{key} has shape {tuple(ours[key].shape)}; the configuration asks for "
                 f"{tuple(tensor.shape)}"
             )
-    model.load_state_dict(ours, assign=True)
+    model.load_state_dict(_of_one_dtype(ours), assign=True)
     return model.requires_grad_()
+
+
+def _of_one_dtype(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The floats, but for routers' gates, which may have more digits, in a dtype that holds all of
+    them; with a warning where that is another one for any."""
+    floats = {
+        name: tensor
+        for name, tensor in ours.items()
+        if tensor.is_floating_point() and ".router." not in name
+    }
+    numbers = Counter(tensor.dtype for tensor in floats.values())
+    widest = functools.reduce(torch.promote_types, numbers)
+    if len(numbers) == 1:
+        return ours
+    (usual, _), *_ = numbers.most_common()
+    others = sorted(name for name, tensor in floats.items() if tensor.dtype != usual)
+    warnings.warn(
+        f"{len(others)} tensors are not of {usual} as most are, such as {others[0]}: all are taken "
+        f"as {widest}, which holds every number as it is",
+        stacklevel=3,
+    )
+    return ours | {name: tensor.to(widest) for name, tensor in floats.items()}
 
 
 class _Weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 from collections import Counter
@@ -105,7 +106,10 @@ def _write(folder: Path, source: Source, tokenizer_spec: str | Path) -> None:
             rows.append((id, group, domain, split[group], start, end, num_bytes))
     columns = ["document_id", "group", "domain", "split", "start", "end", "num_bytes"]
     table = pd.DataFrame(rows, columns=columns)
-    table.to_csv(folder / "documents.csv", index=False)
+    # A carriage return is left bare by csv, and then taken for the end of a line.
+    bare = table[["document_id", "domain"]].map(lambda text: "\r" in text).any(axis=None)
+    quoting = csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL
+    table.to_csv(folder / "documents.csv", index=False, quoting=quoting)
 
 
 def _open(folder: Path, name: str, tokenizer_name: str) -> Corpus:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
+from cartmoe.foreign import named, read_text
+
 BOS_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>", "[BOS]", "[CLS]")
 
 
@@ -68,12 +70,8 @@ class JsonTokenizer:
     def __init__(self, json: str, name: str):
         self.json, self.name = json, name
         library = _library()
-        try:
+        with named(f"tokenizer {name!r} is not one of the tokenizers library"):
             self._tokenizer = library.Tokenizer.from_str(json)
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(
-                f"tokenizer {name!r} is not one of the tokenizers library: {error}"
-            ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -102,7 +100,8 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         # Without the offsets into the text, which nobody reads and which cost as much again.
-        batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        with named(f"tokenizer {self.name!r} cannot encode a text"):
+            batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(batch[0].ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -140,7 +139,7 @@ def load_tokenizer(
             f"tokenizer is {str(spec)!r}; give 'bytes', 'bpe:<vocabulary size>', or the path of a "
             f"JSON file of the tokenizers library"
         )
-    return JsonTokenizer(path.read_text(encoding="utf-8"), path.stem)
+    return JsonTokenizer(read_text(path), path.stem)
 
 
 def tokenizer_key(spec: str | Path) -> str:

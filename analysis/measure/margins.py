@@ -71,8 +71,7 @@ def flip_prediction(
     documents, and a sigma that is not above 0.
     """
     model = routed_adapter(model)
-    sigmas = list(sigmas) if np.ndim(sigmas) else [sigmas]
-    noises = [GaussianNoise(sigma, scale) for sigma in sigmas]
+    noises = [GaussianNoise(sigma, scale) for sigma in np.atleast_1d(np.asarray(sigmas))]
     if not noises or not all(noise.sigma > 0 for noise in noises):
         raise ValueError(f"sigmas is {sigmas!r}; give numbers above 0")
     sites = sites_of(model, where)

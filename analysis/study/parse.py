@@ -15,6 +15,7 @@ from analysis.stats import ALL, CONDITION, label_of
 from analysis.study.reading import TableReader
 from analysis.study.specs import Contrasts, Data, Measure, ModelSpec, Only
 from cartmoe.config import FAMILIES, PRESETS, ModelConfig
+from cartmoe.foreign import named
 from cartmoe.train import TrainConfig
 
 NAME = r"[\w+-]{1,100}"  # of a variant and its directory
@@ -31,10 +32,8 @@ def read_study(path: Path) -> dict[str, Any]:
     """The fields of `Study`; see `Study.read`."""
     if not path.is_file():
         raise FileNotFoundError(f"no study at {path}")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not TOML: {error}") from error
+    with named(f"{path}: not TOML"):
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     return study_fields(table, str(path), path.stem)
 
 

@@ -307,6 +307,7 @@ NOT_COMPUTING = {
     "cartmoe.files",
     "cartmoe.folders",
     "cartmoe.sealed",
+    "cartmoe.foreign",
     "cartmoe.interrupt",
     "cartmoe.reference",
     "cartmoe.skeleton",
