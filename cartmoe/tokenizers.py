@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,15 +68,15 @@ class JsonTokenizer:
     Raises `ValueError` for text that defines no tokenizer, or one without any of `BOS_TOKENS`.
     """
 
-    def __init__(self, json: str, name: str):
-        self.json, self.name = json, name
+    def __init__(self, definition: str, name: str):
+        self.json, self.name = definition, name
         library = _library()
         with named(f"tokenizer {name!r} is not one of the tokenizers library"):
-            self._tokenizer = library.Tokenizer.from_str(json)
+            self._tokenizer = library.Tokenizer.from_str(definition)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.identity = hashlib.sha256(json.encode()).hexdigest()
+        self.identity = hashlib.sha256(definition.encode()).hexdigest()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         bos = next((token for token in BOS_TOKENS if token in vocabulary), None)
@@ -86,6 +87,8 @@ class JsonTokenizer:
             )
         self.bos_id = vocabulary[bos]
         self._bytes_V = self._token_bytes(vocabulary)
+        self._fallback_V = self._byte_tokens(vocabulary)
+        self._letter = [id for token, id in vocabulary.items() if token == "<0x41>"]
 
     def _token_bytes(self, vocabulary: dict[str, int]) -> np.ndarray | None:
         """Bytes each id stands for, where every character of a token stands for one byte."""
@@ -98,6 +101,15 @@ class JsonTokenizer:
             bytes_V[id] = 0 if token.special else len(token.content.encode())
         return bytes_V
 
+    def _byte_tokens(self, vocabulary: dict[str, int]) -> np.ndarray:
+        """(V,) which ids stand for a byte of a character that has no token: <0xE2>, where the
+        decoder takes them for that."""
+        bytes_V = np.zeros(self.vocab_size, bool)
+        if '"ByteFallback"' in json.dumps(json.loads(self.json).get("decoder")):
+            names = (f"<0x{byte:02X}>" for byte in range(256))
+            bytes_V[[vocabulary[name] for name in names if name in vocabulary]] = True
+        return bytes_V
+
     def encode(self, text: str) -> np.ndarray:
         # Without the offsets into the text, which nobody reads and which cost as much again.
         with named(f"tokenizer {self.name!r} cannot encode a text"):
@@ -108,9 +120,21 @@ class JsonTokenizer:
         return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
 
     def num_bytes(self, ids: Iterable[int]) -> int:
-        if self._bytes_V is None:
-            return len(self.decode(ids).encode())
-        return int(self._bytes_V[np.asarray(ids, dtype=np.int64)].sum())
+        ids = np.asarray(ids, dtype=np.int64)
+        if self._bytes_V is not None:
+            return int(self._bytes_V[ids].sum())
+        # In parts, since half a character decodes to something else; but for the first behind a
+        # byte, since a decoder may drop a space at the beginning of a text.
+        is_byte = self._fallback_V[ids]
+        parts = np.split(ids, np.flatnonzero(is_byte[1:] != is_byte[:-1]) + 1)
+        count = 0
+        for number, part in enumerate(parts):
+            if len(part) and self._fallback_V[part[0]]:
+                count += len(part)
+            else:
+                before = self._letter[: number > 0]
+                count += len(self.decode([*before, *part]).encode()) - len(before)
+        return count
 
 
 def load_tokenizer(
@@ -154,10 +178,10 @@ def _bpe_size(spec: str | Path) -> int | None:
     kind, colon, size = str(spec).partition(":")
     if kind != "bpe" or not colon:
         return None
-    if not size.isdecimal() or int(size) < 257:
+    if not (size.isascii() and size.isdecimal()) or not 257 <= int(size) < 2**31:
         raise ValueError(
-            f"tokenizer is {spec!r}; the size of a byte-level BPE is at least 257: every byte and "
-            f"the start of a document"
+            f"tokenizer is {spec!r}; the size of a byte-level BPE is at least 257, every byte and "
+            f"the start of a document, and below 2**31"
         )
     return int(size)
 

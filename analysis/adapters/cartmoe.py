@@ -44,14 +44,14 @@ class CartMoEAdapter:
         self.model = model
         self.family, self.vocab_size = model.config.family, model.config.vocab_size
         self.name, self.train_seed, self.tokenizer = name or self.family, train_seed, tokenizer
-        self._identity = identity
+        # Of a checkpoint, for as long as the model's tensors are those that were read from it.
+        self._loaded = {tensors_sha256(model): identity} if identity else {}
 
     @property
     def identity(self) -> str:
-        """Of the checkpoint it was loaded from; else of the tensors, hashed when first asked."""
-        if self._identity is None:
-            self._identity = tensors_sha256(self.model)
-        return self._identity
+        """Of the checkpoint whose tensors it has, or else of the tensors, hashed when asked."""
+        found = tensors_sha256(self.model)
+        return self._loaded.get(found, found)
 
     @property
     def device(self) -> torch.device:

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import product
@@ -161,16 +162,18 @@ def flat(label: str) -> str:
 
 
 def source_sha256(cls: type) -> str | None:
-    """Of the source of the class and of those of yours that it derives from; None where Python
-    knows none of it."""
+    """Of the modules in which the class and those of yours that it derives from stand, or in a
+    notebook of these classes; None where Python knows nothing of it. What a module imports of
+    others of yours is not part of it."""
     own = [c for c in cls.__mro__ if not c.__module__.startswith(("analysis.", "builtins"))]
-    text = "".join(map(_source, own))
+    text = "".join(dict.fromkeys(map(_source, own)))
     return hashlib.sha256(text.encode()).hexdigest() if text else None
 
 
 def _source(cls: type) -> str:
+    module = sys.modules.get(cls.__module__)
     try:
-        return inspect.getsource(cls)
+        return inspect.getsource(module if hasattr(module, "__file__") else cls)
     except (OSError, TypeError):  # a class of a notebook: its methods still have theirs
         functions = (f for f in vars(cls).values() if inspect.isfunction(f))
         written = [f for f in functions if f.__code__.co_filename != "<string>"]

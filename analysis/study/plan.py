@@ -74,6 +74,7 @@ class Plan:
         noted = Mistakes()
         layers: set[int] = set()
         for spec, checkpoint in zip(self.study.models, found, strict=True):
+            noted.attempt(f"model {spec.name!r}", self._check_vocabulary, spec)
             model, arms = self.arms(spec, checkpoint)
             for condition in arms:
                 p, sites = condition.perturbation, filter(condition.where, model.sites())
@@ -87,6 +88,15 @@ class Plan:
                 )
         noted.finish(self.study.origin)
         return found
+
+    def _check_vocabulary(self, spec: ModelSpec) -> None:
+        """Of one that is to be trained."""
+        needed = self.corpus.vocab_size
+        if not spec.path and spec.config.vocab_size < needed:
+            raise ValueError(
+                f"vocab_size is {spec.config.vocab_size}; data.tokenizer "
+                f"{self.study.data.tokenizer!r} needs {needed}"
+            )
 
     @cached_property
     def platform(self) -> dict[str, Any]:

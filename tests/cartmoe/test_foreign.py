@@ -19,7 +19,7 @@ from cartmoe.corpora import read_corpus
 from cartmoe.data import prepare
 from cartmoe.folders import write_folder
 from cartmoe.foreign import named, read_object
-from cartmoe.tokenizers import JsonTokenizer, load_tokenizer
+from cartmoe.tokenizers import JsonTokenizer, load_tokenizer, tokenizer_key
 
 DEEP = b"[" * 100_000
 FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
@@ -210,6 +210,12 @@ def test_a_tokenizer_without_its_unknown_token(tmp_path, texts, model):
     (tmp_path / "mine.json").write_text(Tokenizer(model).to_str())
     with pytest.raises(ValueError, match="tokenizer 'mine' cannot encode a text: "):
         prepare(texts, tmp_path / "mine.json")
+
+
+@pytest.mark.parametrize("size", ["99999999999999999999", "2147483648", "256", "٣٠٠", "-1", ""])
+def test_a_size_that_no_bpe_has(size):
+    with pytest.raises(ValueError, match="the size of a byte-level BPE is at least 257"):
+        tokenizer_key(f"bpe:{size}")
 
 
 # ---- corpora

@@ -1,9 +1,13 @@
+from string import ascii_lowercase
+
 import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cartmoe.corpora import Document
+from cartmoe.data import sequences_from
 from cartmoe.tokenizers import BOS_TOKENS, ByteTokenizer, JsonTokenizer, load_tokenizer
 
 TEXTS = ["the cat sat on the mat, the cat", "naïve café — ☕ and 日本語", "def f(x):\n    return x"]
@@ -117,3 +121,42 @@ class TestErrors:
     def test_no_token_to_start_a_document(self):
         with pytest.raises(ValueError, match=r"could start a document; it needs one of <s>, <bos>"):
             JsonTokenizer(sentencepiece_like(bos="<start>"), "odd")
+
+
+@pytest.fixture(scope="module")
+def byte_fallback():
+    """As of Llama 2, Mistral and Gemma: characters without a token are tokens of their bytes."""
+    pieces = ["<unk>", "<s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *ascii_lowercase, "é"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>")
+    )
+    steps = tokenizers.normalizers
+    made.normalizer = steps.Sequence([steps.Prepend("▁"), steps.Replace(" ", "▁")])
+    steps = tokenizers.decoders
+    made.decoder = steps.Sequence(
+        [steps.Replace("▁", " "), steps.ByteFallback(), steps.Fuse(), steps.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens(["<s>", "<unk>"])
+    return JsonTokenizer(made.to_str(), "fallback")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "router  expert naïve café",
+        "🙂🙃 hello 😀👍 a",
+        "ሰላም መጽሐፍት x ሰ",
+        "文章漢字是在有人我他不了大中国",
+        " a",
+        "é",
+        "🙂",
+        "a é🙂 é 🙂é",
+    ],
+)
+def test_bytes_of_byte_fallback_tokens(byte_fallback, text, length):
+    """Those of windows, wherever they are cut, are those of the text."""
+    docs = sequences_from([Document("a", "a", "d", text)], byte_fallback, length)
+    assert docs.num_bytes_S.sum() == len(text.encode())
+    assert (docs.num_bytes_S >= 0).all()

@@ -26,6 +26,7 @@ from analysis.perturb.logits import GaussianNoise, RandomRouting
 from analysis.perturb.masks import DropTop
 from analysis.report.study import FIGURES
 from analysis.report.text import describe
+from analysis.study.estimate import dry_run
 from analysis.study.folder import _paired, read
 from analysis.study.run import run
 from analysis.study.store import Store
@@ -581,6 +582,17 @@ def test_strengths_that_do_not_fit_are_found_before_training(study_dict_of, tmp_
     assert "model 'smoe_share'" in text
     assert "model 'cartesian'" in text
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("do", [run, dry_run])
+def test_a_vocabulary_that_is_too_small_is_found_before_training(study_dict_of, tmp_path, do):
+    """With the other mistakes, and by a dry run too."""
+    study = study_dict_of(data={"tokenizer": "bpe:300"})
+    study["conditions"] = [{"perturbation": "DropTop", "m": 99}]
+    with pytest.raises(ValueError, match="vocab_size is 256; .* 'bpe:300' needs 300") as error:
+        do(Study.from_dict(study), tmp_path / "out")
+    assert "DropTop(99)" in str(error.value)
+    assert not (tmp_path / "out" / "models").exists()
 
 
 def test_a_layer_that_no_model_has_is_found_before_training(study_dict_of, tmp_path):
