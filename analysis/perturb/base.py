@@ -173,7 +173,7 @@ def source_sha256(cls: type) -> str | None:
 def _source(cls: type) -> str:
     module = sys.modules.get(cls.__module__)
     try:
-        return inspect.getsource(module if hasattr(module, "__file__") else cls)
+        return inspect.getsource(module if module and hasattr(module, "__file__") else cls)
     except (OSError, TypeError):  # a class of a notebook: its methods still have theirs
         functions = (f for f in vars(cls).values() if inspect.isfunction(f))
         written = [f for f in functions if f.__code__.co_filename != "<string>"]
