@@ -73,11 +73,8 @@ def check_least(name: str, value: float, least: float) -> None:
 def check_whole(name: str, value: SupportsIndex, least: int) -> int:
     """The value as an int. Raises `ValueError` naming it and the parameter unless it is a whole
     number, of whatever library, from `least` to `LARGEST`; True is none."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
+    number = _index(value)
+    if number is None:
         raise ValueError(f"{name} is {value!r}; it must be a whole number")
     check_least(name, number, least)
     if number > LARGEST:
@@ -85,13 +82,19 @@ def check_whole(name: str, value: SupportsIndex, least: int) -> int:
     return number
 
 
-def _is_one(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+def _index(value: Any) -> int | None:
+    """The int that a whole number of any library is; None for all else, a truth value too."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 # A number stands for as many of them as there are stages.
 TOP_K = WrapValidator(
-    lambda k, check: k if k is None else operator.index(k) if _is_one(k) else check(k),
+    lambda k, check: k if k is None else check(k) if _index(k) is None else _index(k),
     json_schema_input_type=Positive | list[Positive],
 )
 

@@ -10,19 +10,18 @@ import ast
 import hashlib
 import io
 import json
-import os
 import platform
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
 from cartmoe.factorial import Factorial
-from cartmoe.foreign import named
+from cartmoe.text_files import READERS, files_below, suffix_of
 
 
 class Document(NamedTuple):
@@ -209,9 +208,9 @@ def _factorial_documents(corpus: Factorial) -> Iterator[Document]:
 
 def _user_files(root: Path) -> Source:
     if root.is_dir():
-        files = _files_below(root)
+        files = files_below(root)
     elif root.is_file():
-        files = {root.name: root} if _suffix(root) else {}
+        files = {root.name: root} if suffix_of(root) else {}
     else:
         raise FileNotFoundError(
             f"corpus is {str(root)!r}, which is no file or folder; give a path or one of the "
@@ -222,148 +221,12 @@ def _user_files(root: Path) -> Source:
     return Source(root.resolve().name, _fingerprint(files), _user_documents(files))
 
 
-def _files_below(root: Path) -> dict[str, Path]:
-    """By name, those that can be read, also where links to folders lead; in a fixed order. Warns of
-    others that look like text, of which none is read."""
-    files: dict[str, Path] = {}
-    left_out: list[str] = []
-    seen = {root.resolve()}
-    for folder, below, names in os.walk(root, followlinks=True):
-        # Not .git, .venv, .ipynb_checkpoints; nor a folder twice, of which links may make a circle.
-        there = {name: Path(folder, name).resolve() for name in sorted(below) if name[0] != "."}
-        below[:] = [name for name, place in there.items() if place not in seen]
-        seen |= {there[name] for name in below}
-        for name in names:
-            path = Path(folder, name)
-            if name[0] == "." or not path.is_file():
-                continue
-            if _suffix(path):
-                files[path.relative_to(root).as_posix()] = path
-            elif path.name.lower().endswith(LIKE_TEXT):
-                left_out.append(path.relative_to(root).as_posix())
-    if left_out and files:
-        warnings.warn(
-            f"corpus {str(root)!r}: {len(left_out)} files are left out, such as "
-            f"{_printed(sorted(left_out)[0])}; {', '.join(READERS)} files are read",
-            stacklevel=2,
-        )
-    for name in files:
-        check_text(f"corpus {str(root)!r} has a file whose name", name)
-    return dict(sorted(files.items()))
-
-
-def check_text(what: str, text: str) -> None:
-    """Raise `ValueError` for a text that has no UTF-8, such as an old file name."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} is not UTF-8: {_printed(text)}; rename it") from None
-
-
-def _printed(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _user_documents(files: dict[str, Path]) -> Iterator[Document]:
     for name, path in tqdm(files.items(), desc="reading", delay=1):
-        for id, domain, text in READERS[_suffix(path)](name, path):
+        for id, domain, text in READERS[suffix_of(path)](name, path):
             # Split by content: adding a file or reordering lines moves no other document.
             yield Document(id, hashlib.sha256(text.encode()).hexdigest()[:16], domain, text)
 
 
-def _suffix(path: Path) -> str:
-    """Empty where it is none that can be read."""
-    return next((suffix for suffix in READERS if path.name.endswith(suffix)), "")
-
-
-def _text_file(name: str, path: Path) -> Iterator[tuple[str, str, str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    folder, _, rest = name.partition("/")
-    yield name, folder if rest else path.suffix[1:], text
-
-
-def _json_lines(name: str, path: Path) -> Iterator[tuple[str, str, str]]:
-    with path.open("rb") as file:
-        yield from _parse_lines(name, path, file)
-
-
-def _zst_lines(name: str, path: Path) -> Iterator[tuple[str, str, str]]:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ImportError(f'{path} needs zstandard: pip install "cartmoe[data]"') from error
-
-    def chunks() -> Iterator[bytes]:
-        # zstandard.open() would stop after the first frame, of which parallel compressors write
-        # many, and take half of one for all of it.
-        frame = None
-        with path.open("rb") as file, named(f"{path} is not a whole zstandard file"):
-            while chunk := file.read(1 << 17):
-                while chunk:
-                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                    yield frame.decompress(chunk)
-                    chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-            if frame:
-                raise ValueError("it ends within a frame")
-
-    yield from _parse_lines(name, path, _lines(chunks()))
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    yield rest
-
-
-def _parse_lines(name: str, path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, str, str]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        with named(f"{path}:{number} is not JSON"):
-            record = json.loads(line)
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError(f'{path}:{number} is no object with a string "text"')
-        meta = record.get("meta")
-        domain = meta.get("pile_set_name") if isinstance(meta, dict) else None
-        if not isinstance(domain, str | None) or "\0" in (domain or ""):
-            raise ValueError(
-                f"{path}:{number} has the pile_set_name {domain!r}; it must be a text, without NUL"
-            )
-        # JSON can spell lone surrogates, which have no UTF-8.
-        domain, text = (
-            part.encode("utf-8", "replace").decode()
-            for part in (domain or "unknown", record["text"])
-        )
-        yield f"{name}:{number}", domain, text
-
-
 # Each is called with the options behind its name, a text, or without any.
 CORPORA: dict[str, Callable[..., Source]] = {"stdlib": _stdlib, "factorial": _factorial}
-
-# What is not read, but somebody may think that it is.
-LIKE_TEXT = (
-    ".txt",
-    ".md",
-    ".py",
-    ".jsonl",
-    ".zst",
-    ".gz",
-    ".json",
-    ".parquet",
-    ".csv",
-    ".bz2",
-    ".xz",
-)
-
-READERS: dict[str, Callable[[str, Path], Iterator[tuple[str, str, str]]]] = {
-    ".txt": _text_file,
-    ".md": _text_file,
-    ".py": _text_file,
-    ".jsonl": _json_lines,
-    ".jsonl.zst": _zst_lines,
-}

@@ -29,10 +29,10 @@ SCHEMA_SQL = [
     "CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, number INTEGER)",
     "INSERT OR IGNORE INTO counts VALUES ('cells', 0), ('failures', 0)",
 ]
-for _name, _columns in TABLES.items():
-    _typed = ", ".join(f"{c} {TYPES.get(c, 'REAL')}" for c in _columns)
+for _name, _names in TABLES.items():
+    _columns = ", ".join(f"{c} {TYPES.get(c, 'REAL')}" for c in _names)
     SCHEMA_SQL += [
-        f"CREATE TABLE IF NOT EXISTS {_name} (cell INTEGER, {_typed})",
+        f"CREATE TABLE IF NOT EXISTS {_name} (cell INTEGER, {_columns})",
         f"CREATE INDEX IF NOT EXISTS {_name}_cell ON {_name} (cell)",
     ]
 
@@ -40,9 +40,9 @@ for _name, _columns in TABLES.items():
 def typed(table: str, frame: pd.DataFrame | None) -> pd.DataFrame:
     """The table's columns, as they are both written and read."""
     columns = pd.DataFrame(frame, columns=[*TABLES[table]])
-    typed = columns.astype({c: DTYPES[TYPES.get(c, "REAL")] for c in columns})
+    rows = columns.astype({c: DTYPES[TYPES.get(c, "REAL")] for c in columns})
     blobs = [c for c in columns if TYPES.get(c) == "BLOB"]
-    return typed.assign(**{c: typed[c].where(typed[c].notna(), None) for c in blobs})
+    return rows.assign(**{c: rows[c].where(rows[c].notna(), None) for c in blobs})
 
 
 def checksums(rows: pd.DataFrame, cell: Any) -> pd.Series:

@@ -11,6 +11,9 @@ from cartmoe.factorial import Factorial
 
 TWO = [np.int64(2), np.uint8(2), torch.tensor(2), np.array(2)]
 
+WRONG = [0, -1, 1.5, True, np.True_, torch.tensor(True), "2", None, 2**70, np.float64(2)]
+WRONG += [torch.ones(2)]
+
 
 def entrances(model, docs):
     """What takes a batch size, by name."""
@@ -43,7 +46,20 @@ def test_two(model_of, shard, name, two):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "wrong", [0, -1, 1.5, True, "2", None, 2**70, np.float64(2), torch.ones(2)]
+    "wrong",
+    [
+        0,
+        -1,
+        1.5,
+        True,
+        np.True_,
+        torch.tensor(True),
+        "2",
+        None,
+        2**70,
+        np.float64(2),
+        torch.ones(2),
+    ],
 )
 def test_no_batch_size(model_of, shard, name, wrong):
     with pytest.raises(ValueError, match="batch_size is "):
@@ -80,3 +96,9 @@ def test_documents(texts, model_of):
         with pytest.raises(ValueError, match=rf"{name} is 1\.5; it must be a whole number"):
             an.documents(texts, model, **{name: 1.5})
         assert len(an.documents(texts, model, **{name: np.int32(2)})) > 0
+
+
+@pytest.mark.parametrize("wrong", [True, np.True_, torch.tensor(True), 1.0, "2"], ids=repr)
+def test_no_top_k(wrong):
+    with pytest.raises(ValueError, match="top_k is "):
+        ModelConfig("smoe", 256, 32, 64, 2, 2, top_k=wrong)

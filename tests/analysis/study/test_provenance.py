@@ -308,6 +308,7 @@ NOT_COMPUTING = {
     "cartmoe.folders",
     "cartmoe.sealed",
     "cartmoe.foreign",
+    "cartmoe.text_files",
     "cartmoe.interrupt",
     "cartmoe.reference",
     "cartmoe.skeleton",
