@@ -1,7 +1,7 @@
 """python -m benchmarks: every speed ratio beside its goal."""
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from benchmarks import layers, memory, overlap, overlap_function, steps, studies, sweeps
 

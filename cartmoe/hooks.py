@@ -6,10 +6,13 @@ this file.
 
 from __future__ import annotations
 
+import asyncio
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -42,6 +45,64 @@ class RouterSite:
 
 
 RouterFunction = Callable[[Routing, Router, RouterSite], Routing | None]
+
+
+class Caller(NamedTuple):
+    """Who runs: a thread, and within it an asyncio task, if there is one."""
+
+    thread: threading.Thread
+    task: asyncio.Task | None
+
+    @classmethod
+    def current(cls) -> Caller:
+        """The one that asks."""
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # no event loop runs here
+            task = None
+        return cls(threading.current_thread(), task)
+
+    def __str__(self) -> str:
+        task = f", task {self.task.get_name()}" if self.task else ""
+        return f"thread {self.thread.name}{task}"
+
+
+class Hook:
+    """What a block of this file, or of an adapter, puts on a module.
+
+    It works for the thread and task that entered the block, and raises `ValueError` for others: the
+    block is none of theirs (with refuse=False it does nothing for them). It stays with the module:
+    a copy of it, also by pickle, has a function that does nothing in its place.
+    """
+
+    def __init__(self, fn: Callable, refuse: bool = True):
+        self.fn, self.refuse, self.owner = fn, refuse, Caller.current()
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.refuse and Caller.current() != self.owner:
+            return None
+        self.check()
+        return self.fn(*args)
+
+    def check(self) -> None:
+        """Raise `ValueError` unless the one that entered the block calls."""
+        now = Caller.current()
+        if now != self.owner:
+            raise ValueError(
+                f"{now} runs a model that {self.owner} perturbs or measures meanwhile; let it wait "
+                "until that is done, or give it a model of its own (copy.deepcopy)"
+            )
+
+    def __reduce__(self):
+        return _nothing_hook, ()
+
+
+def _nothing_hook() -> Callable:
+    return nothing
+
+
+def nothing(*args: Any) -> None:
+    """The hook that a copy has in the place of a `Hook`."""
 
 
 def router_sites(model: nn.Module) -> dict[RouterSite, Router]:
@@ -101,7 +162,7 @@ def hook_routers(
 
     What fn returns takes the decision's place, None leaves it. Yields how often each site fired.
     Only these hooks are removed at the end, whatever happens (see `restoring`); several blocks
-    nest and interleave, the hook entered last acting last.
+    nest and interleave, the hook entered last acting last. See `Hook` for copies and threads.
 
     Raises `ValueError` for a compiled model, and where `where` selects nothing; `RuntimeError`,
     after a block without an exception, naming the sites that stayed silent although another
@@ -119,7 +180,7 @@ def hook_routers(
 
     with ExitStack() as handles:
         for site, stage in stages.items():
-            handle = stage.router.register_forward_hook(hook_for(site))
+            handle = stage.router.register_forward_hook(Hook(hook_for(site)))
             handles.callback(handle.remove)
         yield fired
     silent = [site.name for site, count in fired.items() if count == 0]
@@ -148,6 +209,6 @@ def capture_routing(
 
     with ExitStack() as handles:
         for site, stage in stages.items():
-            handle = stage.experts.register_forward_pre_hook(hook_for(site))
+            handle = stage.experts.register_forward_pre_hook(Hook(hook_for(site)))
             handles.callback(handle.remove)
         yield captured

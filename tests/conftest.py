@@ -52,7 +52,7 @@ def tiny_model(tiny_config):
 
     def build(family: str = "cartesian", seed: int = 0, **changes) -> LanguageModel:
         torch.manual_seed(seed)
-        return LanguageModel(tiny_config(family, **changes))
+        return LanguageModel(tiny_config(family, **changes)).eval()
 
     return build
 

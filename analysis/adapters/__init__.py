@@ -3,6 +3,7 @@
 base.py      the protocol: a model, and the router of a site
 running.py   running one by its segments; decisions as vectors
 cartmoe.py   the compact models
+owned.py     one measures it at a time, undisturbed
 load.py      from a path or an object to a model under study, and documents that fit it
 """
 
@@ -18,6 +19,7 @@ from analysis.adapters.base import (
 )
 from analysis.adapters.cartmoe import CartMoEAdapter
 from analysis.adapters.load import adapt, documents, load, skeleton
+from analysis.adapters.owned import owned, owning, using
 from analysis.adapters.running import (
     DenseRouting,
     RoutedFlow,

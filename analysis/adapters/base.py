@@ -96,6 +96,7 @@ class Adapter(Protocol):
     tokenizer    with `encode` and `num_bytes` (see cartmoe.tokenizers), or None: documents
     device       where its weights are, and batches go
     vocab_size   V: documents are checked by it, and losses taken so many rows at a time
+    module       the torch model, which one measures at a time: `owned`
     """
 
     name: str
@@ -103,6 +104,9 @@ class Adapter(Protocol):
     train_seed: int
     tokenizer: Any
     vocab_size: int
+
+    @property
+    def module(self) -> torch.nn.Module: ...
 
     @property
     def identity(self) -> str: ...
@@ -126,7 +130,7 @@ class Adapter(Protocol):
     def hooked(
         self,
         *,
-        forward: Callable[[Tensor], None] | None = None,
+        forward: Callable[[Tensor | None], None] | None = None,
         router: RouterFunction | None = None,
         experts: ExpertsFunction | None = None,
         output: OutputFunction | None = None,
@@ -135,7 +139,11 @@ class Adapter(Protocol):
         """Within the block, at these sites (None: all), what is given acts: `router` on decisions
         (conditions); `experts` in the experts' place (tables of outputs, gradients by them);
         `output` on what a stage adds to the stream, shared expert included (`ResidualNoise`).
-        forward(tokens_BL) is called before each forward of the whole model (`perturbed`).
+        forward(tokens_BL) is called before each forward of the whole model, forward(None) behind it
+        (`perturbed`).
+
+        Only the thread and asyncio task that entered the block may run the model in it; for others
+        a forward raises `ValueError`. Copies of the model that are made in it are as without it.
 
         Blocks nest; of several the one entered last acts last, and is asked first for the experts.
         """

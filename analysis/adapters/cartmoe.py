@@ -23,7 +23,7 @@ from analysis.adapters.base import (
 )
 from cartmoe.experts import RoutedExperts
 from cartmoe.ffn import RoutedStage
-from cartmoe.hooks import RouterSite, hook_routers, router_sites, select_sites
+from cartmoe.hooks import Hook, RouterSite, hook_routers, router_sites, select_sites
 from cartmoe.interrupt import restoring
 from cartmoe.model import LanguageModel, Step
 from cartmoe.routing import Router, Routing
@@ -46,6 +46,11 @@ class CartMoEAdapter:
         self.name, self.train_seed, self.tokenizer = name or self.family, train_seed, tokenizer
         # Of a checkpoint, for as long as the model's tensors are those that were read from it.
         self._loaded = {tensors_sha256(model): identity} if identity else {}
+
+    @property
+    def module(self) -> LanguageModel:
+        """The model itself."""
+        return self.model
 
     @property
     def identity(self) -> str:
@@ -86,7 +91,7 @@ class CartMoEAdapter:
     def hooked(
         self,
         *,
-        forward: Callable[[Tensor], None] | None = None,
+        forward: Callable[[Tensor | None], None] | None = None,
         router: RouterFunction | None = None,
         experts: ExpertsFunction | None = None,
         output: OutputFunction | None = None,
@@ -102,8 +107,11 @@ class CartMoEAdapter:
         stages = select_sites(self.model, where) if at_sites else {}
         with ExitStack() as stack:
             if forward:  # every way of running the model calls its trunk
-                first = self.model.trunk.register_forward_pre_hook(lambda _, args: forward(args[0]))
-                stack.callback(first.remove)
+                trunk = self.model.trunk
+                begin = Hook(lambda _, args, named: forward(*args, *named.values()))
+                end = Hook(lambda *_: forward(None), refuse=False)  # also behind a refusal
+                stack.callback(trunk.register_forward_pre_hook(begin, with_kwargs=True).remove)
+                stack.callback(trunk.register_forward_hook(end, always_call=True).remove)
             for site, stage in stages.items():
 
                 def enters(_, args, site=site):
@@ -114,9 +122,9 @@ class CartMoEAdapter:
                     return None if changed_TD is None else (changed_TD, out[1])
 
                 if router:
-                    stack.callback(stage.router.register_forward_pre_hook(enters).remove)
+                    stack.callback(stage.router.register_forward_pre_hook(Hook(enters)).remove)
                 if output:
-                    stack.callback(stage.register_forward_hook(leaves).remove)
+                    stack.callback(stage.register_forward_hook(Hook(leaves)).remove)
                 if experts is not None:
                     stack.enter_context(_standing_in(stage.experts, experts, site))
             if router:
@@ -177,22 +185,32 @@ def _(model: LanguageModel) -> CartMoEAdapter:
     return CartMoEAdapter(model)
 
 
-class _StandIn:
+class _StandIn(Hook):
     """Stands where an instance's `forward` does, for all blocks that replace it.
 
     own      what computes where none of their functions answers
     before   what the instance had there of its own, None for its class's
     """
 
-    def __init__(self, own: Experts, before: Experts | None):
-        self.own, self.before = own, before
+    def __init__(self, experts: RoutedExperts, before: Experts | None):
+        super().__init__(experts.forward)
+        self.experts, self.own, self.before = experts, experts.forward, before
         self.functions: dict[object, tuple[ExpertsFunction, RouterSite]] = {}  # in order of entry
 
+    def __reduce__(self):
+        return _own_forward, (self.experts, self.before)
+
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        self.check()
         compute = self.own
         for fn, site in self.functions.values():
             compute = partial(_answer, fn, site, compute)
         return compute(x_TD, routing)
+
+
+def _own_forward(experts: RoutedExperts, before: Experts | None) -> Experts:
+    """What a copy of the experts has in the stand-in's place."""
+    return before or type(experts).forward.__get__(experts)
 
 
 def _answer(
@@ -206,7 +224,7 @@ def _answer(
 def _standing_in(experts: RoutedExperts, fn: ExpertsFunction, site: RouterSite) -> Iterator[None]:
     """Blocks nest and interleave; of those that are open the one entered last is asked first."""
     before = vars(experts).get("forward")
-    stand_in = before if isinstance(before, _StandIn) else _StandIn(experts.forward, before)
+    stand_in = before if isinstance(before, _StandIn) else _StandIn(experts, before)
     experts.forward = stand_in  # type: ignore[method-assign]
     key = object()
     stand_in.functions[key] = fn, site

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, as_adapter, batches, clean_routing
+from analysis.adapters import Adapter, as_adapter, batches, clean_routing, owning
 from analysis.perturb import Calibration, SiteStats, Tokens, mix64
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing, expert_counts
 
 
+@owning
 @torch.no_grad()
 def calibrate(
     model: Adapter, sequences, *, rows: int = 2048, batch_size: int = 16, seed: int = 0

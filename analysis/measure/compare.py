@@ -10,9 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from analysis.adapters import Adapter, check_documents, load, num_batches, routed_adapter
+from analysis.adapters import Adapter, check_documents, load, num_batches, owned, routed_adapter
 from analysis.measure.calibrate import calibrate
 from analysis.measure.comparison import Comparison, drifts_of
 from analysis.measure.results import join
@@ -52,7 +52,7 @@ def compare(
     imposed = {name for c in conditions for name in _sources(c.perturbation, under_study)}
     _check_sites(conditions, under_study)
     options: dict[str, Any] = dict(batch_size=batch_size, progress=progress)
-    with TemporaryDirectory(prefix="routing-") as folder:
+    with owned(*under_study.values()), TemporaryDirectory(prefix="routing-") as folder:
         traces = {
             name: Trace.record(model, docs, Path(folder) / name, **options)
             for name, model in under_study.items()
@@ -71,7 +71,7 @@ def compare(
                 cells = measure(model, ready, docs, **options, progress=bar.update)
                 named = [c._replace(condition=shown.get(c.condition, c.condition)) for c in cells]
                 measured.append((model, named))
-    drifts = drifts_of(under_study, docs, batch_size)
+        drifts = drifts_of(under_study, docs, batch_size)
     return Comparison(join(measured), tuple(under_study), drifts)
 
 

@@ -12,9 +12,9 @@ from typing import Literal
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from analysis.adapters import Adapter, batches, num_batches, routed_adapter, run
+from analysis.adapters import Adapter, batches, num_batches, owning, routed_adapter, run
 from analysis.measure.calibrate import calibrate
 from analysis.measure.intervene import Intervention
 from analysis.measure.rows import SequenceRows, means
@@ -27,6 +27,7 @@ from cartmoe.data import IGNORE, Sequences
 PHASES = ("prompt", "decoding", "both")
 
 
+@owning
 @torch.no_grad()
 def generation_agreement(
     model: object,

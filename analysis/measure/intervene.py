@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, Experts, Router, Segment, State, as_adapter
+from analysis.adapters import Adapter, Experts, Router, Segment, State, as_adapter, using
 from analysis.measure.clean import CleanPass
 from analysis.measure.reuse import Table
 from analysis.perturb import (
@@ -186,7 +186,10 @@ def perturbed(
     intervention = Intervention(condition, stats, where=selector, observe=count)
     kinds_V = token_kinds(model, [condition.where])
 
-    def begin(tokens_BL: Tensor) -> None:
+    def begin(tokens_BL: Tensor | None) -> None:
+        if tokens_BL is None:  # what was announced for one forward is not for another one
+            intervention.tokens = None
+            return
         ids = sequence_hash(tokens_BL) if sequence_ids is None else torch.as_tensor(sequence_ids)
         if len(ids) != len(tokens_BL):
             raise ValueError(
@@ -195,5 +198,5 @@ def perturbed(
         intervention.begin(Tokens.of(tokens_BL, ids.to(tokens_BL.device), kinds_V), {})
 
     # All routers, also those that stay as they are: a perturbation may look back at them.
-    with model.hooked(forward=begin), intervention.attached(model):
+    with using(model), model.hooked(forward=begin), intervention.attached(model):
         yield fired

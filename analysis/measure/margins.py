@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr, ndtr
 
-from analysis.adapters import DenseRouting, Router, batches, check_documents, routed_adapter
+from analysis.adapters import DenseRouting, Router, batches, check_documents, owning, routed_adapter
 from analysis.measure.calibrate import calibrate
 from analysis.measure.clean import CleanPass
 from analysis.measure.rows import SequenceRows, means
@@ -29,6 +29,7 @@ from cartmoe.routing import Routing, stable_topk
 STEP, REACH = 0.25, 9.0  # of the quadrature, in standard deviations of the noise
 
 
+@owning
 @torch.no_grad()
 def flip_prediction(
     model: object,

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from analysis.adapters import (
     Router,
     batches,
     check_documents,
     num_batches,
+    owning,
     route,
     routed_adapter,
     run,
@@ -72,6 +73,7 @@ class Alternative(Perturbation):
         return where_tokens(inside_T, changed, routing)
 
 
+@owning
 @torch.no_grad()
 def regret(
     model: object,

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, DenseRouting, batches, steps
+from analysis.adapters import Adapter, DenseRouting, batches, owning, steps
 from analysis.measure.clean import CleanPass
 from analysis.measure.doses import certainty_of, change_of
 from analysis.measure.intervene import Intervention
@@ -51,6 +51,7 @@ class Cell(NamedTuple):
     tokens: pd.DataFrame | None = None
 
 
+@owning
 @torch.no_grad()
 def measure(
     model: Adapter,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from analysis.adapters import check_documents, num_batches, routed_adapter
+from analysis.adapters import check_documents, num_batches, owning, routed_adapter
 from analysis.measure.calibrate import calibrate
 from analysis.measure.results import Results, join
 from analysis.measure.shard import measure
@@ -35,6 +35,7 @@ CALIBRATION = 32  # sequences that a sweep calibrates on unless it is told other
 Asked = Perturbation | Condition | Sequence[Perturbation | Condition]
 
 
+@owning
 def sweep(
     model: object,
     docs: Sequences,

@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from analysis.adapters import owning
 from analysis.overlap.metrics import MAX_UNITS, METRICS, TABLES, Streams
 from analysis.overlap.probes import Labels, Probes, packs_of
 from analysis.overlap.request import DAMAGE, check_request, check_tokens
@@ -22,6 +23,7 @@ FIXED = {"weights": "none: parameters", "usage": TOTAL, "outputs": TOTAL}  # by 
 FEWEST_BATCHES = 8  # where there are as many sequences: with fewer units intervals are very wide
 
 
+@owning
 @torch.no_grad()
 def measure_overlap(
     model: object,

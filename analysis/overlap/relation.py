@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.adapters import owned
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.metrics import METRICS
 from analysis.overlap.removal import Removal
@@ -95,14 +96,15 @@ def relate(
         if key in frames:
             raise ValueError(f"models has two called {key[0]!r} of train_seed {key[1]}; name them")
         columns: dict[str, Any] = dict.fromkeys(names, np.nan)
-        heirs.append(removal.takeover())
-        own = [name for name in names if fits(model, chosen, name, METRICS[name])]
-        if own:
-            how: Any = dict(batch_size=batch_size, seed=seed, progress=progress)
-            how |= dict(confidence=bootstrap.confidence)
-            overlaps.append(measure_overlap(model, docs, own, chosen, probe, **how))
-            columns |= {name: _with_heirs(removal.shares, overlaps[-1], name) for name in own}
-        frames[key] = removal.damage(refill, bootstrap, progress).assign(**columns)
+        with owned(model):
+            heirs.append(removal.takeover())
+            own = [name for name in names if fits(model, chosen, name, METRICS[name])]
+            if own:
+                how: Any = dict(batch_size=batch_size, seed=seed, progress=progress)
+                how |= dict(confidence=bootstrap.confidence)
+                overlaps.append(measure_overlap(model, docs, own, chosen, probe, **how))
+                columns |= {name: _with_heirs(removal.shares, overlaps[-1], name) for name in own}
+            frames[key] = removal.damage(refill, bootstrap, progress).assign(**columns)
     if not frames:
         raise ValueError("models is empty; give at least one")
     if not overlaps:

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from analysis.adapters import Adapter, DenseRouting, Router, batches, num_batches, route
+from analysis.adapters import Adapter, DenseRouting, Router, batches, num_batches, owning, route
 from analysis.measure import measure
 from analysis.overlap.metrics import Sums, UnitSums, usage
 from analysis.overlap.probes import by_document, decisions, of_tokens
@@ -32,6 +32,7 @@ from cartmoe.routing import Routing
 HALVES = ("a", "b")
 
 
+@owning
 def expert_damage(
     model: object,
     docs: Sequences,
@@ -64,6 +65,7 @@ def expert_damage(
     return Removal(model, docs, sites, batch_size).damage(refill, bootstrap, progress)
 
 
+@owning
 def takeover(
     model: object, docs: Sequences, *, sites: Any = None, batch_size: int = 16
 ) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analysis.adapters import Router, routed_adapter
+from analysis.adapters import Router, owning, routed_adapter
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.probes import by_document, routed_tokens
 from analysis.overlap.removal import rises
@@ -53,6 +53,7 @@ class Substitute(Perturbation):
         return routing._replace(ids_TK=ids_TK)
 
 
+@owning
 def substitution(
     model: object,
     docs: Sequences,

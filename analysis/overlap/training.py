@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from analysis.adapters import DenseRouting, batches, load
 from analysis.measure import Asked, sweep

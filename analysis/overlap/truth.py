@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
+from analysis.adapters import owning
 from analysis.overlap.metrics import usage
 from analysis.overlap.probes import by_document, routed_tokens
 from analysis.overlap.request import check_run, metric_names
@@ -148,6 +149,7 @@ def _unit(rank_RP: np.ndarray) -> np.ndarray:
     return rank_RP / np.where(norm_R1 > 0, norm_R1, np.inf)
 
 
+@owning
 @torch.no_grad()
 def factor_information(
     model: object,

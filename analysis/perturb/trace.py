@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.adapters import routed_adapter
+from analysis.adapters import owning, routed_adapter
 from analysis.perturb.trace_files import (
     META,
     PARTS,
@@ -171,6 +171,7 @@ class Trace:
         return cls(path)
 
     @classmethod
+    @owning
     def record(
         cls,
         model: object,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from analysis.adapters import Adapter, batches, clean_routing, num_batches
 from cartmoe.data import IGNORE, Sequences

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from analysis.measure import Results, facts_of, key_columns
 from analysis.study.folder import PLAN, STORE, read

@@ -113,7 +113,8 @@ class OtherAdapter:
     train_seed, tokenizer, device = 0, None, torch.device("cpu")
 
     def __init__(self, model):
-        self.model, self.vocab_size = model, model.head.out_features
+        self.model = self.module = model
+        self.vocab_size = model.head.out_features
         self.identity = f"an OtherMoE of {sum(p.double().sum().item() for p in model.parameters())}"
         self._forward, self._router, self._experts, self._output = [], [], [], []
 
@@ -228,4 +229,4 @@ def build(seed=0) -> OtherAdapter:
     model = OtherMoE()
     for block in model.blocks:
         block.gate.weight.data.mul_(4 / math.sqrt(3))
-    return OtherAdapter(model)
+    return OtherAdapter(model.eval())

@@ -58,7 +58,7 @@ def main(keep: bool) -> None:
         family="cartesian", vocab_size=13, d_model=16, ffn_width=32, num_layers=3, num_heads=2,
         num_experts=6, init_std=0.3,
     )  # fmt: skip
-    model: Any = as_adapter(LanguageModel(config))
+    model: Any = as_adapter(LanguageModel(config).eval())
     clean = model.model(TOKENS_SL)
     work(model)
     held = None

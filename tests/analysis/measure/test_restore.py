@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import cartmoe.interrupt
-from analysis.adapters import Watch, as_adapter
+from analysis.adapters import Watch, as_adapter, clean_routing
 from analysis.adapters import cartmoe as adapter
 from analysis.measure.intervene import perturbed
 from analysis.measure.shard import measure
@@ -50,7 +50,7 @@ def build() -> LanguageModel:
             family="cartesian", vocab_size=13, d_model=16, ffn_width=32, num_layers=1, num_heads=2,
             num_experts=6, init_std=0.3,
         )
-    )  # fmt: skip
+    ).eval()  # fmt: skip
 
 
 def forward(model) -> torch.Tensor:
@@ -223,18 +223,24 @@ def test_blocks_of_experts_in_any_order():
 
 
 def test_measuring_inside_a_block_is_refused():
-    """There is no whole forward there; and nothing stays."""
     model = as_adapter(build())
     before = forward(model.model)
     with (
-        pytest.raises(
-            RuntimeError, match="must run as a whole; to measure it, pass the perturbation"
-        ),
+        pytest.raises(ValueError, match=r"has an open block of analysis\.perturbed"),
         perturbed(model, DropTop(1)),
     ):
         measure(model, [Condition(DropTop(1))], SHARD)
     assert not hooks_of(model.model)
     assert forward(model.model).equal(before)
+
+
+def test_parts_of_a_model_are_refused_inside_a_block():
+    """There is no whole forward, and what was announced for the last one is not for them."""
+    model = as_adapter(build())
+    with perturbed(model, DropTop(1)):
+        forward(model.model)
+        with pytest.raises(RuntimeError, match=r"nobody announced: .* must run as a whole"):
+            clean_routing(model, TOKENS_BL.flip(0))
 
 
 def test_errors_inside_measure_leave_nothing():

@@ -169,7 +169,7 @@ from cartmoe import LanguageModel, ModelConfig
 from cartmoe.data import Sequences
 from analysis import Trace
 size = dict(vocab_size=13, d_model=8, ffn_width=16, num_layers=4, num_heads=2, num_experts=96)
-model = LanguageModel(ModelConfig(family="cartesian", **size))
+model = LanguageModel(ModelConfig(family="cartesian", **size)).eval()
 S, L = 20, 64
 def docs(S):
     tokens = torch.randint(13, (S, L))

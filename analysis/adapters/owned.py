@@ -1,0 +1,152 @@
+"""Whoever measures a model owns it meanwhile: nobody else runs, changes or disturbs it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from analysis.adapters.base import Adapter, as_adapter
+from cartmoe.hooks import Caller, Hook, nothing
+from cartmoe.interrupt import restoring
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Use(NamedTuple):
+    """One open block, by whom, and whether it measures or only perturbs."""
+
+    caller: Caller
+    measures: bool
+
+
+_USES: WeakKeyDictionary[nn.Module, list[_Use]] = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def owning(fn: Callable[P, T]) -> Callable[P, T]:
+    """Within a call of the function its argument `model` is `owned`."""
+    signature = inspect.signature(fn)
+
+    @functools.wraps(fn)
+    def owner(*args: P.args, **kwargs: P.kwargs) -> T:
+        model = as_adapter(signature.bind(*args, **kwargs).arguments["model"])
+        with owned(model):
+            return fn(*args, **kwargs)
+
+    return owner
+
+
+@restoring
+def owned(*models: Adapter) -> Iterator[None]:
+    """Within the block these models are the caller's to measure. Blocks of one caller nest.
+
+    Raises `ValueError` naming the model and what is in the way: another thread or asyncio task that
+    measures or perturbs it, an open `perturbed` block, hooks of others on routed stages or on what
+    holds them, training mode; `RuntimeError` at the end if its weights were changed meanwhile.
+    """
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(_used(model, measures=True))
+        versions = [_versions(model) for model in models]
+        yield
+        for model, before in zip(models, versions, strict=True):
+            if _versions(model) != before:
+                raise RuntimeError(
+                    f"the weights of {model.name} were changed while it was measured; what was "
+                    "measured belongs to no one model"
+                )
+
+
+def using(model: Adapter):
+    """Within the block the caller perturbs the model: others may neither do that nor measure it.
+
+    Raises `ValueError` where another thread or asyncio task does so now.
+    """
+    return _used(model, measures=False)
+
+
+@restoring
+def _used(model: Adapter, measures: bool) -> Iterator[None]:
+    use = _Use(Caller.current(), measures)
+    with _LOCK:
+        open_uses = _USES.setdefault(model.module, [])
+        for other in open_uses:
+            if other.caller != use.caller:
+                raise ValueError(
+                    f"model {model.name} is in use: {other.caller} "
+                    f"{'measures' if other.measures else 'perturbs'} it. Wait until that is done, "
+                    "or give each its own (copy.deepcopy, or analysis.load again)"
+                )
+        if measures and not any(open.measures for open in open_uses):
+            _check_undisturbed(model)
+        open_uses.append(use)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            open_uses.remove(use)
+
+
+def _check_undisturbed(model: Adapter) -> None:
+    training = [name for name, part in model.module.named_modules() if part.training]
+    if training:
+        where = f" ({training[0]})" if training[0] else ""
+        raise ValueError(
+            f"model {model.name} is in training mode{where}, in which it may draw random numbers; "
+            "call its eval() first"
+        )
+    everywhere = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+    found = [f"{_named(fn)} on every module" for hooks in everywhere for fn in hooks.values()]
+    for name, part in _routed_parts(model).items():
+        hooks: list[Any] = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+        replaced = vars(part).get("forward")
+        if getattr(replaced, "__func__", None) is not type(part).forward:
+            hooks.append(replaced)
+        found += [f"{_named(fn)} on {name or 'the model'}" for fn in hooks if _disturbs(fn)]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(
+            f"model {model.name} has {found[0]}{more}: what is measured would not be the model. "
+            "Leave the block, or remove the hook, and measure then"
+        )
+
+
+def _routed_parts(model: Adapter) -> Mapping[str, nn.Module]:
+    """What is edited and captured: the modules around the routers, all in them, all that hold
+    them."""
+    around = {site.name.rpartition(".")[0] for site in model.sites()}
+
+    def concerned(name: str) -> bool:
+        return any(
+            name in ("", a) or not a or name.startswith(f"{a}.") or a.startswith(f"{name}.")
+            for a in around
+        )
+
+    return {name: part for name, part in model.module.named_modules() if concerned(name)}
+
+
+def _disturbs(hook: Any) -> bool:
+    """Not what is left of ours in a copy, and what torch computes weights with (pruning)."""
+    return not (hook is None or hook is nothing or type(hook).__module__.startswith("torch."))
+
+
+def _named(hook: Any) -> str:
+    if isinstance(hook, Hook):
+        return "an open block of analysis.perturbed, hook_routers or capture_routing"
+    name = getattr(hook, "__qualname__", type(hook).__qualname__)
+    return f"a hook of others ({getattr(hook, '__module__', '?')}.{name})"
+
+
+def _versions(model: Adapter) -> list[int]:
+    """How often each tensor of the model was changed in place."""
+    tensors = [*model.module.parameters(), *model.module.buffers()]
+    return [0 if t.is_inference() else t._version for t in tensors]
