@@ -44,10 +44,13 @@ def _(p: Worst, model: Adapter, clean: CleanPass, condition: Condition) -> Pertu
 
 @prepare.register
 def _(p: Replay, model: Adapter, clean: CleanPass, condition: Condition) -> Replay:
-    """Itself. Raises `ValueError` if a token with a target has no recorded decision."""
-    p.check([site for site in model.sites() if condition.where(site)])
-    tokens = clean.tokens
-    known_T = p.opened().known(tokens.sequence_T, tokens.position_T, tokens.token_ids_T)
+    """Itself. Raises `ValueError` if a token with a target has no recorded decision, unless such
+    tokens are to keep their own."""
+    sites = [site for site in model.sites() if condition.where(site)]
+    p.check(sites)
+    if p.uncaptured == "own":
+        return p
+    known_T = p.known_tokens(clean.tokens, sites)
     wanted_T = clean.losses.targets_T != IGNORE
     missing = int((wanted_T & ~known_T).sum())
     if missing:

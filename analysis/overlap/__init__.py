@@ -2,7 +2,7 @@
 
 metrics/          on tensors
 request.py        what a measurement is asked for
-probes.py         documents as the sites of a model see them
+probes.py         documents as the sites of a model see them; traced.py: as a trace tells of them
 measure.py        streams over one pass; tables.py: all of it as tables
 removal.py        experts dropped one at a time; relation.py: what that costs against overlap
 substitution.py   experts in each other's place

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from analysis.adapters import owning
+from analysis.adapters import owned
 from analysis.overlap.metrics import MAX_UNITS, METRICS, TABLES, Streams
 from analysis.overlap.probes import Labels, Probes, packs_of
 from analysis.overlap.request import DAMAGE, check_request, check_tokens
 from analysis.overlap.tables import KEYS, VALUES, Overlap, concat, rows_of, site_columns
+from analysis.overlap.traced import TracedModel, TraceProbes, check_trace_request
+from analysis.perturb import Trace
 from analysis.stats import INDEX, check_confidence
 from cartmoe.config import check_whole
 from cartmoe.data import Sequences
@@ -23,11 +26,10 @@ FIXED = {"weights": "none: parameters", "usage": TOTAL, "outputs": TOTAL}  # by 
 FEWEST_BATCHES = 8  # where there are as many sequences: with fewer units intervals are very wide
 
 
-@owning
 @torch.no_grad()
 def measure_overlap(
     model: object,
-    docs: Sequences,
+    docs: Sequences | None = None,
     metrics: str | Sequence[str] | None = None,
     sites: Any = None,
     probe: str = "all",
@@ -41,6 +43,9 @@ def measure_overlap(
 ) -> Overlap:
     """Tables of what experts have in common; `METRICS` says what each metric is and its null.
 
+    model       a model under study, a `LanguageModel`, or a `Trace`: recorded decisions tell what
+                experts are used for, without a model
+    docs        what it is measured on; of a trace None is each recorded sequence as a document
     metrics     names; None: all that fit the model but those of kind "function", which are damage
     sites       a `RouterSite`, a list of them, or "layer 2", "stage 0", ...; None: all
     probe       for metrics of expert outputs: "all" experts on the same tokens, those "routed" to
@@ -52,11 +57,17 @@ def measure_overlap(
     skip_first  leave out the first token of each sequence, on which all attention dwells
 
     Routing is that of the real run, as the experts were given it. Memory does not grow with the
-    documents, only with the number of domains that they are of. Raises `ValueError` for a dense
-    model, unknown names, metrics that do not fit the model, documents without a token to measure
+    documents, only with the number of domains that they are of. Tokens for which a trace has no
+    decision at some site are left out, with a warning. Raises `ValueError` for a dense model,
+    unknown names, metrics that do not fit the model or trace, documents without a token to measure
     on, and numbers out of range.
     """
-    model, chosen, wanted = check_request(model, metrics, sites, probe)
+    if isinstance(model, Trace):
+        model, docs, chosen, wanted = check_trace_request(model, docs, metrics, sites)
+        owner: Any = nullcontext()
+    else:
+        model, chosen, wanted = check_request(model, metrics, sites, probe)
+        owner = owned(model)
     check_confidence(confidence)
     check_whole("batch_size", batch_size, 1)
     check_whole("minibatch", minibatch, 4)
@@ -70,15 +81,17 @@ def measure_overlap(
     sizes = labels.num_classes, len(labels.domains)
     options = dict(probe=probe, minibatch=minibatch, seed=seed)
     streams = Streams(model, chosen, asked, units, sizes, **options)
-    if streams.kinds != {"weights"}:  # which need no tokens
-        probes = Probes(model, docs, chosen, labels, skip_first, DAMAGE in streams.kinds)
-        with tqdm(total=len(docs), unit="sequence", disable=not progress) as bar:
-            for number, pack in enumerate(packs):
-                for first in range(0, len(pack), batch_size):
-                    rows = pack[first : first + batch_size]
-                    for site, seen in probes.of(rows, number % units, (seed, number, first)):
-                        streams.add(site, seen)
-                    bar.update(len(rows))
+    kind = TraceProbes if isinstance(model, TracedModel) else Probes
+    probes = kind(model, docs, chosen, labels, skip_first, DAMAGE in streams.kinds)
+    read = [] if streams.kinds == {"weights"} else packs  # parameters need no tokens
+    with owner, tqdm(total=sum(map(len, read)), unit="sequence", disable=not progress) as bar:
+        for number, pack in enumerate(read):
+            for first in range(0, len(pack), batch_size):
+                rows = pack[first : first + batch_size]
+                for site, seen in probes.of(rows, number % units, (seed, number, first)):
+                    streams.add(site, seen)
+                bar.update(len(rows))
+    probes.check()
     resampled = ("batch of documents" if len(packs) <= MAX_UNITS else "batches of documents", units)
     tables = {table: [pd.DataFrame(columns=[*KEYS, *INDEX[table], *VALUES])] for table in TABLES}
     for site in chosen:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -79,6 +80,15 @@ def _shuffled(document_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return other_S
 
 
+class Seen(NamedTuple):
+    """What one site saw of a batch, and dloss/d(routed output) where it was asked for."""
+
+    x_TD: Tensor
+    routing: Routing
+    stream_TD: Tensor
+    gradient_TD: Tensor | None
+
+
 @dataclass
 class Probes:
     """Documents as these sites of a model see them.
@@ -100,10 +110,10 @@ class Probes:
         """Of a batch of these sequences, a `Probe` for each site; `key` of the random order of its
         tokens. Raises `FloatingPointError` if logits are not finite."""
         batch = self.docs.take(rows).to(self.model.device)
-        flows, streams, gradient_of = self._run(batch)
         counts_SL = batch.targets_SL != IGNORE
         if self.skip_first:
             counts_SL[:, 0] = False
+        seen = self.look(batch, counts_SL)
         at = np.random.default_rng(key).permutation(np.flatnonzero(counts_SL.cpu()))
         counted = torch.from_numpy(at).to(self.model.device)
         own_SL = torch.arange(counts_SL.shape[1]).expand_as(counts_SL)
@@ -112,20 +122,17 @@ class Probes:
         others = self._labels(others_RS, self._places(others_RS), at)
         before: Routing | None = None
         for site in self.model.sites():
-            x_TD, routing, _ = flows[site]
+            x_TD, routing, stream_TD, gradient_TD = seen[site]
             routing = Routing(*(t.detach()[counted] for t in routing))
             if site in self.sites:
-                x_TD, stream_TD = x_TD.detach()[counted], streams[site][counted]
-                gradient_TD = gradient_of[site][counted] if self.gradients else None
+                x_TD, stream_TD = x_TD.detach()[counted], stream_TD[counted]
+                gradient_TD = gradient_TD[counted] if gradient_TD is not None else None
                 labels = *own, *others
                 yield site, Probe(unit, x_TD, routing, *labels, before, stream_TD, gradient_TD)
             before = routing
 
-    def _run(
-        self, batch: Sequences
-    ) -> tuple[Watch, dict[RouterSite, Tensor], dict[RouterSite, Tensor]]:
-        """By site what went through the experts, the residual stream that entered its segment, and,
-        with gradients, dloss/d(routed output)."""
+    def look(self, batch: Sequences, counts_SL: Tensor) -> dict[RouterSite, Seen]:
+        """One forward, and with gradients one backward. Which tokens count stays as it is."""
         entered: dict[RouterSite, Tensor] = {}
         flows, start = Watch(), State(None, batch.tokens_SL)
         with torch.set_grad_enabled(self.gradients), self.model.hooked(experts=flows):
@@ -134,12 +141,18 @@ class Probes:
                     entered[site] = before.hidden_BLD.detach().flatten(0, 1)
                 after.hidden_BLD.requires_grad_(self.gradients)
             hidden_TD = after.hidden_BLD.flatten(0, 1)
-        if not self.gradients:
-            return flows, entered, {}
-        end_TD = loss_gradient(self.model, hidden_TD.detach(), batch.targets_SL.flatten())
-        outputs = [flow.output_TD for flow in flows.values()]
-        found = torch.autograd.grad(hidden_TD, outputs, end_TD)
-        return flows, entered, dict(zip(flows, found, strict=True))
+        found: Sequence[Tensor | None] = [None] * len(flows)
+        if self.gradients:
+            end_TD = loss_gradient(self.model, hidden_TD.detach(), batch.targets_SL.flatten())
+            outputs = [flow.output_TD for flow in flows.values()]
+            found = torch.autograd.grad(hidden_TD, outputs, end_TD)
+        return {
+            site: Seen(flow.x_TD, flow.routing, entered[site], gradient_TD)
+            for (site, flow), gradient_TD in zip(flows.items(), found, strict=True)
+        }
+
+    def check(self) -> None:
+        """Behind the last batch; there is nothing to say of a model."""
 
     def _places(self, rows_S: Tensor) -> Tensor:
         """(..., S, L) the places with a target of these sequences, (..., S), and from their end on

@@ -5,7 +5,8 @@ masks.py       experts taken away
 logits.py      logits moved
 decisions.py   decisions changed that are no map of logits
 flips.py       the worst flips within a budget, and as many random ones
-recorded.py    decisions and gates of other models; trace.py, trace_files.py: recorded routing
+recorded.py    decisions of other runs; gates.py: gates of other models
+trace.py       recorded routing; trace_files.py, trace_arrays.py: on the disk, from engines
 compound.py    made of other perturbations, or of a function
 catalogue.py   the dict that names them
 where.py       sites and tokens; context.py, noise.py: what a perturbation may see, and draw
@@ -21,6 +22,7 @@ from analysis.perturb.condition import CLEAN, DOWNSTREAM, Clean, Condition, of_o
 from analysis.perturb.context import Calibration, RouterContext, SiteStats, Tokens
 from analysis.perturb.decisions import DropSlots, Lag, NoRouted, TopK, UniformWeights, where_tokens
 from analysis.perturb.flips import Flips, Worst
+from analysis.perturb.gates import GateSwap
 from analysis.perturb.logits import (
     GaussianNoise,
     GumbelNoise,
@@ -31,6 +33,6 @@ from analysis.perturb.logits import (
 )
 from analysis.perturb.masks import DropChosen, DropExperts, DropTop, DropUnchosen, KeepRanks
 from analysis.perturb.noise import Noise, hash_key, mix64, sequence_hash
-from analysis.perturb.recorded import GateSwap, Replay
+from analysis.perturb.recorded import Replay
 from analysis.perturb.trace import Trace
 from analysis.perturb.where import Where, sites_of, token_kinds

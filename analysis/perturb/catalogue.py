@@ -9,6 +9,7 @@ from analysis.perturb.base import Identity, Perturbation, import_name
 from analysis.perturb.compound import Compose, Custom, ResidualNoise
 from analysis.perturb.decisions import DropSlots, Lag, NoRouted, TopK, UniformWeights
 from analysis.perturb.flips import Worst
+from analysis.perturb.gates import GateSwap
 from analysis.perturb.logits import (
     GaussianNoise,
     GumbelNoise,
@@ -18,7 +19,7 @@ from analysis.perturb.logits import (
     Temperature,
 )
 from analysis.perturb.masks import DropChosen, DropExperts, DropTop, DropUnchosen, KeepRanks
-from analysis.perturb.recorded import GateSwap, Replay
+from analysis.perturb.recorded import Replay
 from cartmoe.config import check_choice
 
 PERTURBATIONS: dict[str, type[Perturbation]] = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +16,12 @@ import torch
 from torch import Tensor
 
 from analysis.adapters import owning, routed_adapter
+from analysis.perturb.trace_arrays import Uncaptured, read_arrays
 from analysis.perturb.trace_files import (
     META,
     PARTS,
     SEQUENCES,
     TOKENS,
-    batches_of_arrays,
     batches_of_model,
     check_trace,
     file_of,
@@ -49,6 +48,9 @@ class Trace:
     path, name   its folder, and that folder's name
     sha256       of all that is recorded: its identity
     places       its routers, a `RouterSite` each (num_experts None where nobody said how many)
+    sequence_id_S, offset_S, length_S   the recorded sequences: where each begins, its tokens
+    tokens_N     their ids, one sequence after the other; None where only decisions were recorded
+    uncaptured   by (layer, stage), of how many tokens there is no decision
     origin       SHA-256 of the model and the documents, where it was recorded here
     len          tokens recorded
 
@@ -68,11 +70,12 @@ class Trace:
         self.origin: dict[str, Any] = meta["origin"]
         self.places = [site_of(**place) for place in meta["places"]]
         self._places = {site.place: site for site in self.places}
+        self.uncaptured = dict(zip(self._places, meta["uncaptured"], strict=True))
         index_S3 = self._map(SEQUENCES, "<i8").reshape(-1, 3)
         order_S = index_S3[:, 0].argsort()
-        self._ids_S, self._offset_S, self._length_S = index_S3[order_S].T.copy()
+        self.sequence_id_S, self.offset_S, self.length_S = index_S3[order_S].T.copy()
         # All now: what another process puts in the folder's place later does not matter.
-        self._tokens_N = self._map(TOKENS, "<i4")
+        self.tokens_N = self._map(TOKENS, "<i4")
         self._recorded = {
             place: Recorded(*(self._map(file_of(s, x), PARTS[x], width_of(s, x)) for x in PARTS))
             for place, s in self._places.items()
@@ -86,13 +89,13 @@ class Trace:
         return mapped.reshape(-1, width) if width else mapped
 
     def __len__(self) -> int:
-        return int(self._length_S.sum())
+        return int(self.length_S.sum())
 
     def __repr__(self) -> str:
-        sites = len(self.places)
-        return (
-            f"Trace({self.name}: {len(self)} tokens of {len(self._ids_S)} sequences, {sites} sites)"
-        )
+        lost = max(self.uncaptured.values())
+        size = f"{len(self)} tokens of {len(self.sequence_id_S)} sequences"
+        left_out = f", up to {lost} tokens of a site not captured" if lost else ""
+        return f"Trace({self.name}: {size}, {len(self.places)} sites{left_out})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Trace) and self.sha256 == other.sha256
@@ -120,7 +123,8 @@ class Trace:
         return self._places[layer, stage]
 
     def routing(self, site: RouterSite | tuple[int, int]) -> Recorded:
-        """All that is recorded of one router, mapped, token by token in the order of recording."""
+        """All that is recorded of one router, mapped, token by token in the order of recording; a
+        token that was not captured has ids -1 and weights 0."""
         return self._recorded[self.place(site).place]
 
     def lookup(
@@ -128,9 +132,9 @@ class Trace:
     ) -> tuple[Tensor, Tensor | None]:
         """Ids (T, K) int64 and weights (T, K) fp32 (None: not recorded), on the tensors' device.
 
-        Behind the last recorded token of a sequence stands padding, which has no decision: its ids
-        are -1 and its weights 0. Raises `ValueError` for a site that was not recorded, and saying
-        how many of the sequences were not.
+        Where there is no decision, as behind the last recorded token of a sequence and where an
+        engine captured none, ids are -1 and weights 0. Raises `ValueError` for a site that was not
+        recorded, and saying how many of the sequences were not.
         """
         recorded, (row_T, known_T) = self.routing(site), self._rows(sequence_T, position_T)
         ids_TK = recorded.ids_NK[row_T].astype(np.int64)
@@ -141,27 +145,36 @@ class Trace:
         ids, *weights = (torch.from_numpy(a).to(sequence_T.device) for a in found)
         return ids, weights[0] if weights else None
 
-    def known(self, sequence_T: Tensor, position_T: Tensor, token_ids_T: Tensor) -> Tensor:
-        """(T,) bool: for which tokens there is a decision. Where the recording knows its tokens,
-        they must be these. Raises `ValueError` for sequences that were not recorded."""
+    def known(
+        self,
+        sequence_T: Tensor,
+        position_T: Tensor,
+        token_ids_T: Tensor,
+        sites: Iterable[RouterSite | tuple[int, int]] = (),
+    ) -> Tensor:
+        """(T,) bool: for which tokens there is a decision, at all of these sites. Where the
+        recording knows its tokens, they must be these. Raises `ValueError` for sequences that were
+        not recorded."""
         row_T, known_T = self._rows(sequence_T, position_T)
-        if self._tokens_N is not None:
-            known_T &= self._tokens_N[row_T] == token_ids_T.cpu().numpy()
+        for site in sites:
+            known_T &= self.routing(site).ids_NK[row_T, 0] >= 0
+        if self.tokens_N is not None:
+            known_T &= self.tokens_N[row_T] == token_ids_T.cpu().numpy()
         return torch.from_numpy(known_T).to(sequence_T.device)
 
     def _rows(self, sequence_T: Tensor, position_T: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """(T,) rows, 0 where there is none; (T,) where there is one."""
         ids_T, at_T = sequence_T.cpu().numpy(), position_T.cpu().numpy()
-        number_T = self._ids_S.searchsorted(ids_T).clip(max=len(self._ids_S) - 1)
-        found_T = self._ids_S[number_T] == ids_T
+        number_T = self.sequence_id_S.searchsorted(ids_T).clip(max=len(self.sequence_id_S) - 1)
+        found_T = self.sequence_id_S[number_T] == ids_T
         if not found_T.all():
             asked, missing = len(np.unique(ids_T)), len(np.unique(ids_T[~found_T]))
             raise ValueError(
                 f"trace {self.name} has not recorded {missing} of these {asked} sequences "
                 f"({(~found_T).sum()} positions); record it on the same documents"
             )
-        known_T = at_T < self._length_S[number_T]
-        return np.where(known_T, self._offset_S[number_T] + at_T, 0), known_T
+        known_T = at_T < self.length_S[number_T]
+        return np.where(known_T, self.offset_S[number_T] + at_T, 0), known_T
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
@@ -190,7 +203,6 @@ class Trace:
         Raises `FileExistsError` if there is something at the path, `ValueError` for a dense model,
         no documents, and sequences of equal id.
         """
-
         model = routed_adapter(model)
         origin = {"model": model.identity, "documents": docs.sha256}
         found = batches_of_model(model, docs, batch_size, logits, progress)
@@ -204,37 +216,33 @@ class Trace:
         sequence_ids: Iterable[int],
         path: str | Path,
         *,
-        places: Sequence[tuple[int, int]] | None = None,
+        places: Sequence[tuple[int, int] | None] | None = None,
         num_experts: int | None = None,
         weights: Iterable[Any] | None = None,
+        uncaptured: Uncaptured = "refuse",
     ) -> Trace:
-        """What serving engines return: for each sequence an integer array (tokens, layers, K).
+        """What serving engines return: for each sequence an integer array (tokens, layers, K), or a
+        tuple of them that follow each other (prompt, decoding).
 
         sequence_ids   a number for each, as documents have them (`Sequences.sequence_id_S`)
-        places         (layer, stage) of each position in the middle axis; default: layers 0, 1, ...
+        places         (layer, stage) of each position in the middle axis, None to leave it out;
+                       default: layers 0, 1, ... without those that have no decision in the first
+                       sequence (an engine's zeros for dense layers), which a warning names
         num_experts    of every router, to check the ids, and the model they are imposed on, by
         weights        arrays of the same shapes; without them an expert's weight is what the
                        router that replays gives it
+        uncaptured     "refuse" a token without a decision, or "leave out": it is kept as one (see
+                       `Trace.uncaptured`). That is a token with an id of -1 or NaN, with an expert
+                       twice, as in an engine's zeros, and with weights that are NaN or all 0. Of
+                       K = 1 zeros are expert 0
 
-        Arrays may come from a generator: one is held at a time. Raises `ValueError` for other
-        shapes, ids that are no whole numbers or none of the experts, and equal sequence ids.
+        Numbers may be of any type that holds them, ids whole ones. The array of a text may be
+        shorter than it: of the last token engines have no decision. Arrays may come from a
+        generator: one is held at a time. Raises `ValueError` for other shapes, ids that are none of
+        the experts, weights that are negative or infinite, and equal sequence ids.
         """
-        arrays = iter(routed_experts)
-        first: Any = next(arrays, None)
-        if np.ndim(first) != 3:
-            raise ValueError(
-                f"routed_experts has {type(first).__name__} of shape {np.shape(first)} first; give "
-                "an array (tokens, layers, K) for each sequence"
-            )
-        _, num_layers, slots = np.shape(first)
-        places = [(layer, 0) for layer in range(num_layers)] if places is None else list(places)
-        if len(places) != num_layers or len(set(places)) != num_layers:
-            raise ValueError(
-                f"places is {places!r}; give a different (layer, stage) for each of the "
-                f"{num_layers} positions of the middle axis"
-            )
-        sites = [site_of(layer, stage, slots, num_experts) for layer, stage in places]
-        weights = None if weights is None else iter(weights)
-        found = batches_of_arrays(chain([first], arrays), iter(sequence_ids), weights, sites)
+        sites, found = read_arrays(
+            routed_experts, sequence_ids, places, num_experts, weights, uncaptured
+        )
         write_trace(Path(path), sites, found, {})
         return cls(path)

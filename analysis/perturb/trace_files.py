@@ -3,7 +3,7 @@
     trace.json                  places, and where it comes from
     sequences.i8                (S, 3) id, offset of its first token, number of tokens
     tokens.i4                   (N,) token ids; not where an engine's arrays were read
-    layer2-stage0.ids.i2        (N, K) experts, best first
+    layer2-stage0.ids.i2        (N, K) experts, best first; -1 where there is no decision
     layer2-stage0.weights.f4    (N, K) their weights; likewise optional
     layer2-stage0.logits.f4     (N, E) of the router, if asked for
     manifest.json               size and SHA-256 of each
@@ -72,7 +72,7 @@ def write_trace(
     for sequences of equal id, and where there is no token at all."""
 
     def fill(folder: Path) -> None:
-        files, rows, offset = {}, [], 0
+        files, rows, offset, uncaptured = {}, [], 0, Counter[RouterSite]()
         with ExitStack() as stack:
 
             def append(name: str, dtype: str, values: np.ndarray) -> None:
@@ -89,6 +89,8 @@ def write_trace(
                 for part, dtype in PARTS.items():
                     for site, values in zip(sites, getattr(batch, part) or (), strict=False):
                         append(file_of(site, part), dtype, values)
+                for site, ids_NK in zip(sites, batch.ids, strict=True):
+                    uncaptured[site] += int((ids_NK < 0).any(-1).sum())
             append(SEQUENCES, "<i8", np.reshape(rows, (-1, 3)))
         twice = [id for id, count in Counter(row[0] for row in rows).items() if count > 1]
         if twice:
@@ -101,6 +103,7 @@ def write_trace(
                 dict(layer=s.layer, stage=s.stage, slots=s.top_k, num_experts=s.num_experts)
                 for s in sites
             ],
+            "uncaptured": [uncaptured[site] for site in sites],
         }
         (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
@@ -123,51 +126,6 @@ def trace_sha256(path: Path) -> str | None:
     if not path.is_dir() or damage(path, [META], KIND):
         return None
     return hashlib.sha256(json.dumps(read_manifest(path), sort_keys=True).encode()).hexdigest()
-
-
-def batches_of_arrays(
-    arrays: Iterator[Any],
-    sequence_ids: Iterator[int],
-    weights: Iterator[Any] | None,
-    sites: Sequence[RouterSite],
-) -> Iterator[Batch]:
-    """One a sequence; `ValueError` for arrays that are not (tokens, sites, slots) of experts, and
-    where the three are not equally many."""
-    shape = (len(sites), sites[0].top_k)
-    experts = sites[0].num_experts or MAX_EXPERTS
-    number = -1
-    for number, array in enumerate(arrays):
-        ids_NLK = np.asarray(array)
-        name = f"routed_experts has for sequence {number}"
-        if ids_NLK.ndim != 3 or ids_NLK.shape[1:] != shape or ids_NLK.dtype.kind not in "iu":
-            raise ValueError(
-                f"{name} {ids_NLK.dtype} of shape {ids_NLK.shape}; it must be whole numbers of "
-                f"shape (tokens, {shape[0]}, {shape[1]})"
-            )
-        if ids_NLK.size and not 0 <= ids_NLK.min() <= ids_NLK.max() < experts:
-            raise ValueError(
-                f"{name} experts {ids_NLK.min()} to {ids_NLK.max()}; "
-                f"they must be 0 to {experts - 1}"
-            )
-        own = None if weights is None else np.asarray(next(weights, None))
-        if own is not None and own.shape != ids_NLK.shape:
-            raise ValueError(
-                f"weights has shape {own.shape} for sequence {number}; routed_experts has "
-                f"{ids_NLK.shape}"
-            )
-        id = next(sequence_ids, None)
-        if id is None:
-            raise ValueError(f"sequence_ids has only {number}; routed_experts has more sequences")
-        yield Batch(
-            [int(id)],
-            [len(ids_NLK)],
-            None,
-            list(ids_NLK.swapaxes(0, 1)),
-            None if own is None else list(own.swapaxes(0, 1)),
-            None,
-        )
-    if next(sequence_ids, None) is not None:
-        raise ValueError(f"sequence_ids has more than the {number + 1} of routed_experts")
 
 
 def batches_of_model(

@@ -11,6 +11,7 @@ X, Y, Z values of any three variables; ... as many leading dimensions as there a
 from __future__ import annotations
 
 import math
+import warnings
 from numbers import Integral
 from typing import Any
 
@@ -46,6 +47,12 @@ def used_mask(ids_TK: Any, num_experts: int, weights_TK: Any = None) -> Tensor:
         if weights_TK.isnan().any():
             raise ValueError(f"weights_TK has {int(weights_TK.isnan().sum())} that are NaN")
         ids_TK = ids_TK.masked_fill(weights_TK.to(ids_TK.device) == 0, num_experts)
+    elif ids_TK.shape[1] > 1 and (alone_T := (ids_TK == ids_TK[:, :1]).all(-1)).any():
+        warnings.warn(
+            f"ids_TK has for {int(alone_T.sum())} of {len(ids_TK)} tokens one expert in all slots: "
+            "rows that an engine did not capture? Trace.from_arrays finds them",
+            stacklevel=3,
+        )
     nobody_TE = torch.zeros(len(ids_TK), num_experts + 1, dtype=torch.bool, device=ids_TK.device)
     return nobody_TE.scatter_(-1, ids_TK, True)[:, :num_experts]
 

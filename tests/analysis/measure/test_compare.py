@@ -15,9 +15,10 @@ from analysis.measure.shard import measure
 from analysis.measure.sweep import sweep
 from analysis.perturb.compound import Compose, ResidualNoise
 from analysis.perturb.condition import Condition
+from analysis.perturb.gates import GateSwap
 from analysis.perturb.logits import GaussianNoise
 from analysis.perturb.masks import DropTop
-from analysis.perturb.recorded import GateSwap, Replay
+from analysis.perturb.recorded import Replay
 from analysis.perturb.trace import Trace
 from cartmoe.checkpoint import save
 from cartmoe.data import IGNORE

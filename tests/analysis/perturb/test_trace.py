@@ -20,8 +20,9 @@ from analysis.perturb.base import Identity
 from analysis.perturb.catalogue import perturbation_from_dict
 from analysis.perturb.compound import Compose
 from analysis.perturb.condition import Condition
+from analysis.perturb.gates import GateSwap
 from analysis.perturb.masks import DropTop
-from analysis.perturb.recorded import GateSwap, Replay
+from analysis.perturb.recorded import Replay
 from analysis.perturb.trace import Trace
 from analysis.study.study import Study
 from cartmoe.checkpoint import save
@@ -199,6 +200,9 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path):
 # ---- arrays of serving engines
 
 
+RIGHT = np.tile([0, 1], (2, 3, 1))  # (tokens, layers, slots)
+
+
 def test_from_arrays(shard, arrays, tmp_path):
     weights = [np.full(a.shape, 0.5, np.float32) for a in arrays]
     trace = Trace.from_arrays(
@@ -219,16 +223,21 @@ def test_from_arrays(shard, arrays, tmp_path):
     [
         (dict(routed_experts=[]), "routed_experts has NoneType of shape () first"),
         (dict(routed_experts=[np.zeros((2, 3))]), "of shape (2, 3) first; give an array"),
-        (dict(routed_experts=[np.zeros((2, 3, 2))]), "float64 of shape (2, 3, 2)"),
+        (dict(routed_experts=[RIGHT + 0.5]), "sequence 0 ids that are not whole numbers"),
+        (dict(routed_experts=[RIGHT == 1]), "sequence 0 bool; give an array"),
+        (dict(routed_experts=[[[[0, 1]], [[1]]]]), "has for sequence 0 no array"),
         (
-            dict(routed_experts=[np.zeros((2, 3, 2), int), np.zeros((2, 3, 1), int)]),
+            dict(routed_experts=[RIGHT, RIGHT[..., :1]]),
             "sequence 1 int64 of shape (2, 3, 1); it must be whole numbers of shape (tokens, 3, 2)",
         ),
         (dict(num_experts=2), "experts 0 to 5; they must be 0 to 1"),
-        (dict(routed_experts=[np.full((1, 1, 1), -1)]), "experts -1 to -1"),
+        (dict(routed_experts=[np.full((1, 1, 1), -2)]), "experts -2 to -2"),
+        (dict(routed_experts=[np.full((1, 1, 1), -1)]), "no decision for 1 of 1 tokens at layer 0"),
         (dict(routed_experts=[np.full((1, 1, 1), 40000)]), "they must be 0 to 32767"),
         (dict(places=[(0, 0)]), "places is [(0, 0)]; give a different (layer, stage) for each of"),
         (dict(places=[(0, 0), (0, 0)]), "give a different (layer, stage)"),
+        (dict(places=[None, None]), "give a different (layer, stage)"),
+        (dict(uncaptured="drop"), "uncaptured is 'drop'; choose one of 'refuse', 'leave out'"),
         (dict(sequence_ids=range(3)), "sequence_ids has only 3"),
         (dict(sequence_ids=range(30)), "sequence_ids has more than the 7 of routed_experts"),
         (dict(sequence_ids=[1] * 7), "sequence ids must differ; [1]"),
@@ -245,7 +254,7 @@ def test_wrong_arrays(shard, arrays, tmp_path, change, message):
 
 def test_memory_of_arrays_is_that_of_one(tmp_path):
     def arrays(number):
-        return (np.zeros((100, 8, 4), np.int64) for _ in range(number))
+        return (np.tile(np.arange(4), (100, 8, 1)) for _ in range(number))
 
     peaks = []
     for number in (20, 400):
@@ -254,6 +263,106 @@ def test_memory_of_arrays_is_that_of_one(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 2**17  # of 400 arrays of 25 KiB
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(np.int8, np.uint8, np.int16, np.uint16, np.int32, np.int64, np.uint64, np.float32),
+        *(torch.from_numpy, lambda a: torch.from_numpy(a).to(torch.bfloat16), np.ndarray.tolist),
+        lambda a: (a[:3], a[3:]),  # prompt and decoding apart
+        lambda a: (torch.from_numpy(a[:3]), a[3:].astype(np.uint8)),
+    ],
+)
+def test_numbers_of_any_type(shard, arrays, tmp_path, change):
+    plain = Trace.from_arrays(arrays, range(7), tmp_path / "a")
+    given = [change(a) for a in arrays]
+    assert Trace.from_arrays(given, range(7), tmp_path / "b") == plain
+
+
+LOST = {
+    "zeros": np.int64(0),
+    "-1": np.int64(-1),
+    "-1 of an unsigned type": np.uint8(255),
+    "NaN": np.float32("nan"),
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+@pytest.mark.parametrize("num_experts", [None, 6])
+def test_tokens_that_were_not_captured(model_of, shard, arrays, tmp_path, lost, num_experts):
+    """A prefix from a cache, say: refused, or kept as tokens without a decision."""
+    places = [(0, 0), (2, 0)]
+    arrays = [a.astype(LOST[lost].dtype) for a in arrays]
+    for a in arrays[:2]:
+        a[:3] = LOST[lost]
+    arrays[2][1, 1] = LOST[lost]
+    options = dict(places=places, num_experts=num_experts)
+    with pytest.raises(ValueError, match=r"sequence 0 no decision for 3 of 8 tokens at layer 0"):
+        Trace.from_arrays(arrays, shard.sequence_id_S, tmp_path / "t", **options)
+    options["uncaptured"] = "leave out"
+    trace = Trace.from_arrays(arrays, shard.sequence_id_S, tmp_path / "t", **options)
+    assert trace.uncaptured == {(0, 0): 6, (2, 0): 7}
+    assert Trace.load(trace.path).uncaptured == trace.uncaptured
+    assert "up to 7 tokens of a site not captured" in repr(trace)
+    ids_TK, _ = trace.lookup((2, 0), shard.sequence_id_S[2].repeat(3), torch.arange(3))
+    assert (ids_TK[:, 0] == -1).tolist() == [False, True, False]
+
+
+def test_weights_that_were_not_captured(arrays, tmp_path):
+    weights = [np.full(a.shape, 0.5, np.float32) for a in arrays]
+    weights[0][0, 0] = np.nan
+    weights[1][2, 1] = 0
+    options = dict(weights=weights)
+    with pytest.raises(ValueError, match="no decision for 1 of 8 tokens"):
+        Trace.from_arrays(arrays, range(7), tmp_path / "t", **options)
+    trace = Trace.from_arrays(arrays, range(7), tmp_path / "t", uncaptured="leave out", **options)
+    assert trace.uncaptured == {(0, 0): 1, (1, 0): 1}
+    assert (trace.routing((0, 0)).ids_NK[0] == -1).all()
+    assert (trace.routing((0, 0)).weights_NK[0] == 0).all()
+    for wrong in (-0.5, np.inf, -np.inf):
+        weights[3][0, 0, 0] = wrong
+        with pytest.raises(ValueError, match=f"sequence 3 1 that are negative or inf.* {wrong} f"):
+            Trace.from_arrays(arrays, range(7), tmp_path / "u", uncaptured="leave out", **options)
+
+
+def test_zeros_for_dense_layers(arrays, tmp_path):
+    """They are no decisions, and are left out with a word, or by name."""
+    wide = [np.stack([0 * a[:, 0], a[:, 0], a[:, 1]], 1) for a in arrays]
+    with pytest.warns(UserWarning, match=r"layers 0 have no decision in the first .* left out"):
+        trace = Trace.from_arrays(wide, range(7), tmp_path / "t")
+    named = Trace.from_arrays(wide, range(7), tmp_path / "u", places=[None, (1, 0), (2, 0)])
+    assert trace == named
+    assert trace.sites == [(1, 0), (2, 0)]
+    places = [(0, 0), (1, 0), (2, 0)]
+    with pytest.raises(ValueError, match="no decision for 8 of 8 tokens at layer 0"):
+        Trace.from_arrays(wide, range(7), tmp_path / "v", places=places)
+
+
+def test_replay_of_what_was_captured(model_of, shard, arrays, tmp_path):
+    """Other tokens keep their own decision where that is asked for, and are refused else."""
+    model = model_of("smoe_share")
+    arrays[0][:3] = 0
+    trace = Trace.from_arrays(
+        arrays, shard.sequence_id_S, tmp_path / "t", places=[s.place for s in model.sites()],
+        num_experts=6, uncaptured="leave out",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no decision for 3 of 41 tokens"):
+        measure(model, [Condition(Replay(trace))], shard)
+    p = Replay(trace, uncaptured="own")
+    assert p.label == "Replay(t, uncaptured=own)"
+    assert perturbation_from_dict(p.to_dict()) == p != Replay(trace)
+    measure(model, [Condition(p), Condition(Compose((DropTop(1), p)))], shard)
+    with (
+        perturbed(model, p, sequence_ids=shard.sequence_id_S[:1]),
+        capture_routing(model.model) as captured,
+        torch.no_grad(),
+    ):
+        model.model(shard.tokens_SL[:1])
+    own = clean_routing(model, shard.tokens_SL[:1])[model.sites()[0]]
+    ((got,), *_) = captured.values()
+    assert got.ids_TK[:3].equal(own.ids_TK[:3])
+    assert got.ids_TK[3:].equal(torch.from_numpy(arrays[0][3:, 0]))
 
 
 # ---- Replay
@@ -309,7 +418,7 @@ def test_replay_of_another_checkpoint(model_of, tiny_model, shard, tmp_path):
 @pytest.mark.parametrize("kind", ["smoe_share", "raw"])
 def test_without_weights_they_are_the_routers_own(model_of, shard, arrays, tmp_path, kind):
     model, slots = model_of(kind), model_of(kind).sites()[0].top_k
-    arrays = [np.concatenate([a, 5 - a], -1)[..., :slots] for a in arrays]
+    arrays = [np.stack([a[..., 0], (a[..., 0] + 1) % 6], -1)[..., :slots] for a in arrays]
     trace = Trace.from_arrays(
         arrays, shard.sequence_id_S, tmp_path / "t", places=[(0, 0), (2, 0)], num_experts=6
     )

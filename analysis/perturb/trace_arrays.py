@@ -1,0 +1,181 @@
+"""Recorded routing as serving engines return it: arrays (tokens, layers, slots) a sequence.
+
+Shapes: N tokens, P positions of the middle axis, L those of them that are kept, K slots.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from analysis.perturb.trace_files import MAX_EXPERTS, Batch, site_of
+from cartmoe.config import check_choice
+from cartmoe.hooks import RouterSite
+
+Uncaptured = Literal["refuse", "leave out"]
+GIVE = "give an array (tokens, layers, K) for each sequence"
+
+
+def read_arrays(
+    routed_experts: Iterable[Any],
+    sequence_ids: Iterable[int],
+    places: Sequence[tuple[int, int] | None] | None,
+    num_experts: int | None,
+    weights: Iterable[Any] | None,
+    uncaptured: Uncaptured,
+) -> tuple[list[RouterSite], Iterator[Batch]]:
+    """The sites, and a batch a sequence. The parameters are those of `Trace.from_arrays`, and it
+    raises as that does, of all but the first array when it comes to them."""
+    check_choice("uncaptured", uncaptured, get_args(Uncaptured))
+    arrays = iter(routed_experts)
+    first = next(arrays, None)
+    ids_NPK = _joined("routed_experts", 0, first)
+    if ids_NPK.ndim != 3:
+        what = f"{type(first).__name__} of shape {np.shape(first)}"
+        raise ValueError(f"routed_experts has {what} first; {GIVE}")
+    _, positions, slots = ids_NPK.shape
+    if places is None:
+        places = [(p, 0) if captured else None for p, captured in enumerate(_captured(ids_NPK))]
+    kept = [p for p, place in enumerate(places) if place is not None]
+    sites = [site_of(*place, slots, num_experts) for place in places if place is not None]
+    if len(places) != positions or len({s.place for s in sites}) != len(sites) or not sites:
+        raise ValueError(
+            f"places is {places!r}; give a different (layer, stage) for each of the {positions} "
+            "positions of the middle axis, None for one to leave out"
+        )
+
+    def batches() -> Iterator[Batch]:
+        ids, own = iter(sequence_ids), None if weights is None else iter(weights)
+        number = -1
+        for number, array in enumerate(chain([first], arrays)):
+            shape = (positions, slots)
+            yield _batch(number, array, shape, ids, own, kept, sites, uncaptured == "leave out")
+        if next(ids, None) is not None:
+            raise ValueError(f"sequence_ids has more than the {number + 1} of routed_experts")
+
+    return sites, batches()
+
+
+def _captured(ids_NPK: np.ndarray) -> list[bool]:
+    """Which positions have a decision, unless none has; a warning names the others."""
+    empty_P = _uncaptured(ids_NPK).all(0)
+    if not empty_P.any() or empty_P.all():
+        return [True] * len(empty_P)
+    layers = ", ".join(map(str, np.flatnonzero(empty_P)))
+    warnings.warn(
+        f"layers {layers} have no decision in the first of routed_experts: they are left out, as "
+        "dense ones. Give places if they are none",
+        stacklevel=4,
+    )
+    return (~empty_P).tolist()
+
+
+def _batch(
+    number: int,
+    array: Any,
+    shape: tuple[int, int],
+    sequence_ids: Iterator[int],
+    weights: Iterator[Any] | None,
+    kept: list[int],
+    sites: Sequence[RouterSite],
+    leave_out: bool,
+) -> Batch:
+    """Of one sequence, the positions that are kept."""
+    ids_NPK, own_NPK = _joined("routed_experts", number, array), None
+    if ids_NPK.ndim != 3 or ids_NPK.shape[1:] != shape:
+        raise ValueError(
+            f"routed_experts has for sequence {number} {ids_NPK.dtype} of shape {ids_NPK.shape}; "
+            f"it must be whole numbers of shape (tokens, {shape[0]}, {shape[1]})"
+        )
+    if weights is not None:
+        own_NPK = _joined("weights", number, next(weights, None))
+        if own_NPK.shape != ids_NPK.shape:
+            raise ValueError(
+                f"weights has shape {own_NPK.shape} for sequence {number}; routed_experts has "
+                f"{ids_NPK.shape}"
+            )
+    id = next(sequence_ids, None)
+    if id is None:
+        raise ValueError(f"sequence_ids has only {number}; routed_experts has more sequences")
+    ids_NLK = ids_NPK[:, kept]
+    own_NLK = None if own_NPK is None else own_NPK[:, kept].astype(np.float32)
+    lost_NL = _uncaptured(ids_NLK, own_NLK)
+    if lost_NL.any() and not leave_out:
+        raise ValueError(_no_decision(number, lost_NL, sites))
+    ids_NLK = _experts(number, ids_NLK, lost_NL, sites[0].num_experts or MAX_EXPERTS)
+    own = None if own_NLK is None else list(_weights(number, own_NLK, lost_NL).swapaxes(0, 1))
+    return Batch([int(id)], [len(ids_NLK)], None, list(ids_NLK.swapaxes(0, 1)), own, None)
+
+
+def _joined(name: str, number: int, given: Any) -> np.ndarray:
+    """One array of numbers, from one or from a tuple of parts, whatever library it is of."""
+    parts = given if isinstance(given, tuple) else (given,)
+    try:
+        arrays = [_array(part) for part in parts]
+        joined = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} has for sequence {number} no array: {error}; {GIVE}") from None
+    if joined.dtype.kind not in "iuf" and given is not None:
+        raise ValueError(f"{name} has for sequence {number} {joined.dtype}; {GIVE}")
+    return joined
+
+
+def _array(part: Any) -> np.ndarray:
+    if isinstance(part, torch.Tensor):
+        part = part.detach().cpu()
+        part = part.float() if part.dtype == torch.bfloat16 else part  # which numpy lacks
+    array = np.asarray(part)
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def _uncaptured(ids_NLK: np.ndarray, weights_NLK: np.ndarray | None = None) -> np.ndarray:
+    """(N, L) bool: where no router can have decided this."""
+    sorted_NLK = np.sort(ids_NLK, -1)
+    lost_NL = (sorted_NLK[..., 1:] == sorted_NLK[..., :-1]).any(-1)
+    lost_NL |= np.isnan(ids_NLK).any(-1) | (ids_NLK == -1).any(-1)
+    if weights_NLK is not None:
+        lost_NL |= np.isnan(weights_NLK).any(-1) | (weights_NLK == 0).all(-1)
+    return lost_NL
+
+
+def _no_decision(number: int, lost_NL: np.ndarray, sites: Sequence[RouterSite]) -> str:
+    worst = int(lost_NL.sum(0).argmax())
+    token = int(lost_NL[:, worst].argmax())
+    return (
+        f"routed_experts has for sequence {number} no decision for {lost_NL[:, worst].sum()} of "
+        f"{len(lost_NL)} tokens at {sites[worst]}, token {token} first: an expert twice, as in "
+        "zeros, an id of -1 or NaN, or weights that are NaN or all 0. They were not captured (a "
+        'prefix from a cache?): uncaptured="leave out" keeps them as such'
+    )
+
+
+def _experts(number: int, ids_NLK: np.ndarray, lost_NL: np.ndarray, num_experts: int) -> np.ndarray:
+    """The ids, -1 where there is no decision; `ValueError` where others are no experts."""
+    wide = np.float64 if ids_NLK.dtype.kind == "f" else np.int64  # an unsigned type has no -1
+    ids_NLK = np.where(lost_NL[..., None], -1, ids_NLK.astype(wide))
+    if (ids_NLK != np.trunc(ids_NLK)).any():
+        raise ValueError(f"routed_experts has for sequence {number} ids that are not whole numbers")
+    known_X = ids_NLK[~lost_NL]
+    if known_X.size and not 0 <= known_X.min() <= known_X.max() < num_experts:
+        raise ValueError(
+            f"routed_experts has for sequence {number} experts {known_X.min():.0f} to "
+            f"{known_X.max():.0f}; they must be 0 to {num_experts - 1}"
+        )
+    return ids_NLK.astype(np.int64)
+
+
+def _weights(number: int, weights_NLK: np.ndarray, lost_NL: np.ndarray) -> np.ndarray:
+    """The weights, 0 where there is no decision; `ValueError` for what no weight is."""
+    weights_NLK = np.where(lost_NL[..., None], 0, weights_NLK)
+    wrong_NLK = ~(np.isfinite(weights_NLK) & (weights_NLK >= 0))
+    if wrong_NLK.any():
+        raise ValueError(
+            f"weights has for sequence {number} {wrong_NLK.sum()} that are negative or infinite, "
+            f"{weights_NLK[wrong_NLK][0]} first"
+        )
+    return weights_NLK
