@@ -1,5 +1,7 @@
 """Metrics of use, straight from recorded decisions: those that the model itself would give."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -124,8 +126,7 @@ def test_refusals(model_of, shard, engines, trace_of, tmp_path):
         an.measure_overlap(trace, "docs", **QUIET)
     with pytest.raises(ValueError, match="docs is a NoneType"):
         an.measure_overlap(model_of("smoe_share"), None, "load", **QUIET)
-    other = shard[:3]
-    other.sequence_id_S[:] += 100
+    other = replace(shard, sequence_id_S=shard.sequence_id_S + 100)
     with pytest.raises(ValueError, match="has not recorded"):
         an.measure_overlap(trace, other, "load", **QUIET)
 
