@@ -62,27 +62,29 @@ def measure_overlap(
     unknown names, metrics that do not fit the model or trace, documents without a token to measure
     on, and numbers out of range.
     """
+    study: Any
+    owner: Any = nullcontext()
+    texts: Any = docs
     if isinstance(model, Trace):
-        model, docs, chosen, wanted = check_trace_request(model, docs, metrics, sites)
-        owner: Any = nullcontext()
+        study, texts, chosen, wanted = check_trace_request(model, docs, metrics, sites)
     else:
-        model, chosen, wanted = check_request(model, metrics, sites, probe)
-        owner = owned(model)
+        study, chosen, wanted = check_request(model, metrics, sites, probe)
+        owner = owned(study)
     check_confidence(confidence)
     check_whole("batch_size", batch_size, 1)
     check_whole("minibatch", minibatch, 4)
     check_whole("seed", seed, 0)
-    check_tokens(docs, model, skip_first)
-    batch_size = min(batch_size, max(1, len(docs) // FEWEST_BATCHES))
-    packs = list(packs_of(docs, batch_size, seed))
+    check_tokens(texts, study, skip_first)
+    batch_size = min(batch_size, max(1, len(texts) // FEWEST_BATCHES))
+    packs = list(packs_of(texts, batch_size, seed))
     units = min(len(packs), MAX_UNITS)
-    labels = Labels.of(docs, seed)
+    labels = Labels.of(texts, seed)
     asked = {name: METRICS[name] for name in wanted}
     sizes = labels.num_classes, len(labels.domains)
     options = dict(probe=probe, minibatch=minibatch, seed=seed)
-    streams = Streams(model, chosen, asked, units, sizes, **options)
-    kind = TraceProbes if isinstance(model, TracedModel) else Probes
-    probes = kind(model, docs, chosen, labels, skip_first, DAMAGE in streams.kinds)
+    streams = Streams(study, chosen, asked, units, sizes, **options)
+    kind = TraceProbes if isinstance(study, TracedModel) else Probes
+    probes = kind(study, texts, chosen, labels, skip_first, DAMAGE in streams.kinds)
     read = [] if streams.kinds == {"weights"} else packs  # parameters need no tokens
     with owner, tqdm(total=sum(map(len, read)), unit="sequence", disable=not progress) as bar:
         for number, pack in enumerate(read):
@@ -98,7 +100,7 @@ def measure_overlap(
         for name, found in streams.estimates(site, confidence):
             metric = asked[name]
             unit, num_units = resampled if metric.units else (FIXED[metric.kind], 0)
-            columns = site_columns(model, site) | {"metric": name}
+            columns = site_columns(study, site) | {"metric": name}
             domains = labels.domains if name == "domain_specialization" else ()
             rows = rows_of(columns, metric.table, found, site, domains)
             tables[metric.table].append(rows.assign(unit=unit, num_units=num_units))

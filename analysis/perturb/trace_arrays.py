@@ -33,7 +33,7 @@ def read_arrays(
     raises as that does, of all but the first array when it comes to them."""
     check_choice("uncaptured", uncaptured, get_args(Uncaptured))
     arrays = iter(routed_experts)
-    first = next(arrays, None)
+    first: Any = next(arrays, None)
     ids_NPK = _joined("routed_experts", 0, first)
     if ids_NPK.ndim != 3:
         what = f"{type(first).__name__} of shape {np.shape(first)}"
@@ -63,7 +63,7 @@ def read_arrays(
 
 def _captured(ids_NPK: np.ndarray) -> list[bool]:
     """Which positions have a decision, unless none has; a warning names the others."""
-    empty_P = _uncaptured(ids_NPK).all(0)
+    empty_P = np.atleast_1d(_uncaptured(ids_NPK).all(0))
     if not empty_P.any() or empty_P.all():
         return [True] * len(empty_P)
     layers = ", ".join(map(str, np.flatnonzero(empty_P)))
