@@ -63,6 +63,7 @@ class Intervention:
         earlier   decisions of sites that it will not run, nobody having perturbed them
         """
         self.tokens, self.draws = tokens, draws
+        self.touched: dict[RouterSite, Tensor] = {}  # (T,) bool: what the condition could change
         self.earlier, self.own = dict(earlier or {}), dict(earlier or {})
 
     @restoring
@@ -118,6 +119,7 @@ class Intervention:
                     self.intended[site] = intended
             else:
                 changed = condition.apply(base, router, ctx)
+            self.touched[site] = condition.touched(ctx)
             self.observe(site, base, changed)
         self.earlier[site], self.own[site] = changed, base
         return changed

@@ -30,14 +30,15 @@ from cartmoe.hooks import RouterSite
 from cartmoe.losses import IGNORE
 
 LOSSES = ["document_id", "domain", "sequence_id", "num_tokens", "num_bytes"]
-LOSSES += ["nll_sum", "kl_sum", "num_agree", "delta_max"]
+LOSSES += ["nll_sum", "kl_sum", "num_agree", "num_touched", "delta_max"]
 
 
 class Cell(NamedTuple):
     """What one condition (`CLEAN`: the clean run) gave on one shard.
 
     losses   a row a sequence: document_id, domain, sequence_id, num_tokens, num_bytes, nll_sum and
-             kl_sum in nats, num_agree, delta_max (the largest rise of a token's nll)
+             kl_sum in nats, num_agree, num_touched (tokens whose decision the condition could change
+             at any site; of the clean run all), delta_max (the largest rise of a token's nll)
     routing  a row a sequence and perturbed site (clean: every site): document_id, sequence_id,
              layer, stage, num_tokens, and sums over the tokens of what `doses` defines
     tokens   where they are kept, a row a sequence: document_id, sequence_id, nll (fp32 nats of the
@@ -103,7 +104,8 @@ def _collect_clean(
 ) -> None:
     nll_T, used_T = clean.losses.nll_T, batch.targets_SL.flatten() != IGNORE
     nothing_T = torch.zeros_like(nll_T)
-    collector.add_losses(batch, {"nll": nll_T, "kl": nothing_T, "agree": used_T.float()}, nll_T)
+    losses = {"nll": nll_T, "kl": nothing_T, "agree": used_T, "touched": used_T}
+    collector.add_losses(batch, losses, nll_T)
     for number, segment in enumerate(clean.segments):
         for site in segment.sites:
             share_T, routed_T = clean.branches[site]
@@ -146,6 +148,7 @@ def _run_condition(
                 for site in filter(condition.where, segment.sites):
                     collector.add_site(batch, site, doses[site] | {"output_change": change_T})
     losses = clean.losses.compare(model, state.hidden_BLD.flatten(0, 1))
+    losses["touched"] = torch.stack([*intervention.touched.values()]).any(0)
     collector.add_losses(batch, losses, clean.losses.nll_T)
 
 
@@ -166,7 +169,8 @@ class _Collector:
         used_SL = batch.targets_SL != IGNORE
         nll_SL = losses["nll"].view_as(used_SL)
         rise_SL = (nll_SL - clean_T.view_as(used_SL)).masked_fill(~used_SL, -torch.inf)
-        sums = {"nll_sum": losses["nll"], "kl_sum": losses["kl"], "num_agree": losses["agree"]}
+        sums = {"nll_sum": losses["nll"], "kl_sum": losses["kl"]}
+        sums |= {"num_agree": losses["agree"], "num_touched": losses["touched"]}
         self.losses.add(
             batch,
             sums,

@@ -104,6 +104,14 @@ class Perturbation:
                 have = f"{site.name} has only {site.num_experts} experts"
                 raise ValueError(f"{name} {said} {largest}; {have}")
 
+    def reach(self, ctx: RouterContext) -> Tensor | None:
+        """(T,) bool: the tokens whose decision it could change at this router, None for all; of
+        what is made of others, those that any of them could. No damage says nothing about others.
+        """
+        masks = [part.reach(ctx) for part in self.inner()]
+        known = [mask_T for mask_T in masks if mask_T is not None]
+        return torch.stack(known).any(0) if masks and len(known) == len(masks) else None
+
     def inner(self) -> tuple[Perturbation, ...]:
         """Those that it is made of."""
         values = (getattr(self, f.name) for f in fields(self))

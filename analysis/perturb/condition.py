@@ -112,6 +112,14 @@ class Condition:
         inside_T = self.where.inside(ctx.tokens)
         return changed if inside_T is None else where_tokens(inside_T, changed, base)
 
+    def touched(self, ctx: RouterContext) -> Tensor:
+        """(T,) bool: the tokens whose decision it could change at this router, by where it acts and
+        by what its perturbation can reach."""
+        of = getattr(self.perturbation, "reach", lambda ctx: None)
+        masks = [self.where.inside(ctx.tokens), of(ctx)]
+        every_T = torch.ones_like(ctx.tokens.position_T, dtype=torch.bool)
+        return torch.stack([every_T, *(m for m in masks if m is not None)]).all(0)
+
     def _perturb(self, p, base: Routing, router: Router, ctx: RouterContext) -> Routing:
         if isinstance(p, Compose):
             for i, part in enumerate(p.parts):

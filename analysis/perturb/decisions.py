@@ -112,11 +112,21 @@ class Lag(Perturbation):
         if self.n == 0:
             return routing
         if self.over == "sites":
-            alike = [r for s, r in ctx.own.items() if s.num_experts == ctx.site.num_experts]
+            alike = self._alike(ctx)
             return alike[-self.n] if len(alike) >= self.n else routing
         # Tokens of a sequence stand one after the other, so n rows before is n tokens before.
         late_T1 = (ctx.tokens.position_T >= self.n)[:, None]
         return Routing(*(torch.where(late_T1, t.roll(self.n, dims=0), t) for t in routing))
+
+    def reach(self, ctx: RouterContext) -> Tensor:
+        """(T,): those that have a decision n steps before."""
+        position_T = ctx.tokens.position_T
+        if self.over == "sites":
+            return torch.full_like(position_T, len(self._alike(ctx)) >= self.n, dtype=torch.bool)
+        return position_T >= self.n
+
+    def _alike(self, ctx: RouterContext) -> list[Routing]:
+        return [r for s, r in ctx.own.items() if s.num_experts == ctx.site.num_experts]
 
 
 def fit(rows_TK: Tensor, K: int) -> Tensor:

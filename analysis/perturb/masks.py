@@ -150,6 +150,12 @@ class DropExperts(Perturbation):
             return logits_TE
         return logits_TE.index_fill(-1, dead.to(logits_TE.device), -torch.inf)
 
+    def reach(self, ctx: RouterContext) -> Tensor | None:
+        """None of a router that `ids` do not name, or of whose experts the fraction is none."""
+        if self == self.identity() or len(self._dead(ctx.site.num_experts, ctx)):
+            return None
+        return torch.zeros_like(ctx.tokens.position_T, dtype=torch.bool)
+
     def _listed(self, site: RouterSite) -> list[int]:
         """The dead of one router, where `ids` say which."""
         dead: Any = self.ids or ()

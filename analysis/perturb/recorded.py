@@ -113,6 +113,10 @@ class Replay(OfAnotherRun):
         """The trace; opened, and checked byte by byte, once a process."""
         return _opened(self.trace, self.known())
 
+    def reach(self, ctx: RouterContext) -> Tensor:
+        """(T,): those that have a recorded decision."""
+        return self.known_tokens(ctx.tokens, [ctx.site])
+
     def known_tokens(self, tokens: Tokens, sites: Sequence[RouterSite]) -> Tensor:
         """(T,) bool: which of these tokens have a recorded decision, at all of these sites."""
         at = tokens.sequence_T, tokens.position_T, tokens.token_ids_T

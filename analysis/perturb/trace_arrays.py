@@ -63,7 +63,7 @@ def read_arrays(
 
 def _captured(ids_NPK: np.ndarray) -> list[bool]:
     """Which positions have a decision, unless none has; a warning names the others."""
-    empty_P = np.atleast_1d(_uncaptured(ids_NPK).all(0))
+    empty_P: Any = _uncaptured(ids_NPK).all(0)
     if not empty_P.any() or empty_P.all():
         return [True] * len(empty_P)
     layers = ", ".join(map(str, np.flatnonzero(empty_P)))

@@ -100,8 +100,14 @@ class Bootstrap:
     ) -> Intervals:
         """Sum(numerator) / sum(denominator) per row, or contrasts of them, with BCa intervals.
 
-        Fewer than two documents give NaN bounds.
+        Fewer than two documents give NaN bounds. A row that is not known (NaN) gives NaN, and so
+        does each contrast that it has a part in.
         """
+        unknown_C = np.isnan(numerator_CD).any(axis=1)
+        if unknown_C.any() and contrast_CM is not None:
+            known = self.intervals(np.nan_to_num(numerator_CD), denominator_CD, contrast_CM)
+            unknown_M = (contrast_CM[unknown_C] != 0).any(axis=0)
+            return Intervals(*(np.where(unknown_M, np.nan, values_M) for values_M in known))
         total_C, weight_C = numerator_CD.sum(axis=1), denominator_CD.sum(axis=1)
         ratio_C = total_C / weight_C
         value_M = ratio_C if contrast_CM is None else ratio_C @ contrast_CM

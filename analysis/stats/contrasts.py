@@ -42,7 +42,8 @@ def family_contrasts(
                               1 - confidence, that is, the (2 confidence - 1) interval lies
                               inside of +- margin, row by row (not adjusted for their number);
                               it stands also where p_holm is small. Else
-                              "undecided": nothing here says that there is no difference.
+                              "undecided": nothing here says that there is no difference; "no
+                              token was changed": neither does the condition.
 
     Models that lack a condition have no row. Raises `ValueError` for an unknown reference or
     condition, other documents, a margin that is not above 0, and where there is nothing to compare.
@@ -74,6 +75,7 @@ def family_contrasts(
     if margin is not None:
         inside = [-margin < low and high < margin for low, high in inner]
         table.loc[inside, "verdict"] = "equivalent within margin"
+    table.loc[table.delta_nats.isna(), "verdict"] = "no token was changed"
     return table
 
 
@@ -119,10 +121,14 @@ def _test(
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down adjusted p-values (Scandinavian Journal of Statistics 6, 1979)."""
-    order = np.argsort(p)
-    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    return np.minimum(steps, 1)[np.argsort(order)]
+    """Holm's step-down adjusted p-values (Scandinavian Journal of Statistics 6, 1979); what is NaN
+    was no test, and stays."""
+    tests = ~np.isnan(p)
+    order = np.argsort(p[tests])
+    steps = np.maximum.accumulate(p[tests][order] * np.arange(tests.sum(), 0, -1))
+    adjusted = np.full(len(p), np.nan)
+    adjusted[tests] = np.minimum(steps, 1)[np.argsort(order)]
+    return adjusted
 
 
 def format_contrasts(

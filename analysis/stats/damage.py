@@ -5,6 +5,8 @@ An interval over documents speaks for one checkpoint; seeds.py compares training
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pandas as pd
 
@@ -29,6 +31,8 @@ def damage(
     clean_perplexity, perplexity, perplexity_ratio, ratio_low, ratio_high    exp of the above
     kl, agreement                 KL(clean || perturbed) in nats, share of equal top-1 tokens
     delta_max                     the largest rise of one token's loss, in nats
+    num_touched                   tokens whose decision the condition could change, at any site; of
+        none, every change is NaN, with a warning: it says nothing about robustness
     mass_moved, flips, flips_total, changed, mass_lost, active, output_change    with `routing`
         only: the dose per token, averaged over the perturbed sites; see `stats.doses`
 
@@ -55,6 +59,13 @@ def damage(
         )
         tables.append(table)
     table = pd.concat(tables, ignore_index=True)
+    nothing = table[table.num_touched == 0]
+    if len(nothing):
+        warnings.warn(
+            f"no token could be changed by {', '.join(nothing.label.unique())}: what that costs is "
+            "not known (NaN). Look at its where, and at the lengths of the documents",
+            stacklevel=2,
+        )
     return table if routing is None else table.merge(doses(routing), on=KEY, how="left")
 
 

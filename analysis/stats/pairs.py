@@ -19,7 +19,7 @@ UNIT = ["document_id", "sequence_id"]
 SUMS = ["num_tokens", "num_bytes", "nll_sum", "kl_sum", "num_agree"]
 NAMED = ["name", "parameters"]  # of the perturbation, to be read by programs; labels are for people
 OTHER = ["condition", *NAMED, "expects", "eval_seed", "delta_max"]
-MEASURED = ["kl", "agreement", "delta_max"]
+MEASURED = ["kl", "agreement", "delta_max", "num_touched"]
 
 # What a condition has unless it says otherwise, and what a label therefore leaves out.
 PLAIN = {"where": "all", "point": "logits", "effect": "full", "downstream": "reroute"}
@@ -100,8 +100,9 @@ class Pairs:
     bytes_D: np.ndarray
     clean_D: np.ndarray  # nats
     conditions: pd.DataFrame  # CONDITION, NAMED, expects, label and ids (a tuple), a row each
-    delta_CD: np.ndarray  # nats above the clean run
-    measured: pd.DataFrame  # kl (nats per token), agreement (share), delta_max (nats, of a token)
+    delta_CD: np.ndarray  # nats above the clean run; NaN of what touched no token
+    measured: pd.DataFrame  # kl (nats per token), agreement (share), delta_max (nats, of a token),
+    # num_touched (tokens that could be changed, NaN where that is not known)
 
     @property
     def name(self) -> str:
@@ -159,16 +160,22 @@ def pair_conditions(losses: Losses) -> list[Pairs]:
 
 
 def chosen(losses: Losses, conditions: Collection[str] | None) -> Iterator[tuple[Pairs, list[str]]]:
-    """Each checkpoint that has any of these conditions (labels; None: all), and those it has.
+    """Each checkpoint that has any of these conditions (labels; None: all that could change a
+    token), and those it has.
 
-    Raises `ValueError` with the choices for a label that no checkpoint has.
+    Raises `ValueError` with the choices for a label that no checkpoint has, and for one that could
+    change no token: there is nothing to take apart.
     """
     pairs = pair(losses)
+    untouched = {name for p in pairs for name in p.conditions.label[p.measured.num_touched == 0]}
     known = dict.fromkeys(name for p in pairs for name in p.by_label)
     for name in conditions or ():
         check_choice("condition", name, known)
+        if name in untouched:
+            raise ValueError(f"condition is {name!r}, which could change no token")
+    asked = known.keys() - untouched if conditions is None else conditions
     for p in pairs:
-        if own := [name for name in p.by_label if conditions is None or name in conditions]:
+        if own := [name for name in p.by_label if name in asked]:
             yield p, own
 
 
@@ -201,8 +208,9 @@ def _pair_one(checkpoint: dict[str, Any], rows: pd.DataFrame) -> Pairs:
             nll = np.mean([run.nll_sum for run in runs], axis=0)
             # Differences before sums: equal rows then give a zero that is exact.
             deltas.append(by_document(nll - clean.nll_sum.to_numpy()))
-            shares = (arm[name].sum() / arm.num_tokens.sum() for name in ("kl_sum", "num_agree"))
-            measured.append((*shares, arm.delta_max.max()))
+            shares = [arm[name].sum() / arm.num_tokens.sum() for name in ("kl_sum", "num_agree")]
+            touched = arm.num_touched.sum() / len(runs) if "num_touched" in arm else np.nan
+            measured.append((*shares, arm.delta_max.max(), touched))
     table = pd.DataFrame(conditions, columns=[*CONDITION, *NAMED, "expects", "ids"])
     table["label"] = label(table)
     if not all(paired):
@@ -215,6 +223,10 @@ def _pair_one(checkpoint: dict[str, Any], rows: pd.DataFrame) -> Pairs:
     finite_C = np.isfinite(delta_CD).all(axis=1)
     if not finite_C.all():
         raise ValueError(f"an nll_sum of {name} is not finite: {_listed(table[~finite_C])}")
+    known = pd.DataFrame(measured, columns=MEASURED, dtype=float)
+    nothing_C = (known.num_touched == 0).to_numpy()
+    delta_CD[nothing_C] = np.nan  # what was never disturbed shows no robustness
+    known.loc[nothing_C, ["kl", "agreement", "delta_max"]] = np.nan
     return Pairs(
         checkpoint=checkpoint,
         documents_D=documents_D,
@@ -223,7 +235,7 @@ def _pair_one(checkpoint: dict[str, Any], rows: pd.DataFrame) -> Pairs:
         clean_D=by_document(clean.nll_sum),
         conditions=table,
         delta_CD=delta_CD,
-        measured=pd.DataFrame(measured, columns=MEASURED, dtype=float),
+        measured=known,
     )
 
 

@@ -91,7 +91,8 @@ def sign_flip_test(
     """Two-sided p of a sum of paired differences, and the smallest p that their number allows.
 
     Under the null hypothesis each difference is as likely to have the other sign. All signs are
-    tried where there are no more than `bootstrap.resamples`, else that many random ones.
+    tried where there are no more than `bootstrap.resamples`, else that many random ones. p is NaN
+    where a difference is.
     """
     size, total = len(differences_D), np.abs(differences_D).sum()
     if 2**size <= bootstrap.resamples:
@@ -104,7 +105,7 @@ def sign_flip_test(
         # The observed signs count, too.
         sums, fewest = np.concatenate([[differences_D.sum()], *drawn]), 1
     p = (np.abs(sums) >= abs(differences_D.sum()) - 1e-12 * total).mean()
-    return float(p), min(1.0, fewest / len(sums))
+    return np.nan if np.isnan(total) else float(p), min(1.0, fewest / len(sums))
 
 
 def permutation_test(
@@ -113,7 +114,7 @@ def permutation_test(
     """Two-sided p of the difference of means, and the smallest p that the sizes allow.
 
     All splits are tried where there are no more than `bootstrap.resamples`, else so many random
-    ones.
+    ones. p is NaN where a number is.
     """
     pooled, size = np.concatenate([a, b]), len(a)
     splits = comb(len(pooled), size)
@@ -127,4 +128,5 @@ def permutation_test(
         sums = np.append(shuffled[:, :size].sum(axis=1), a.sum())
     slack = 1e-12 * np.abs(pooled).sum()  # sums that are equal but for rounding are ties
     tail = min((sums >= a.sum() - slack).sum(), (sums <= a.sum() + slack).sum())
-    return min(1.0, 2 * tail / splits), min(1.0, 2 / splits)
+    p = np.nan if np.isnan(slack) else min(1.0, 2 * tail / splits)
+    return p, min(1.0, 2 / splits)

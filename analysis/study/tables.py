@@ -8,7 +8,7 @@ import pandas as pd
 
 TABLES = {
     "losses": ("document_id", "domain", "sequence_id", "num_tokens", "num_bytes", "nll_sum",
-               "kl_sum", "num_agree", "delta_max"),
+               "kl_sum", "num_agree", "num_touched", "delta_max"),
     "routing": ("document_id", "sequence_id", "layer", "stage", "num_tokens", "flips",
                 "flips_total", "changed", "mass_moved", "mass_lost", "active", "entropy", "margin",
                 "output_change", "routed_share", "routed_ratio"),
@@ -19,7 +19,7 @@ TYPES = {"document_id": "TEXT", "domain": "TEXT", "sequence_id": "INTEGER", "lay
          "targets": "BLOB"}  # fmt: skip
 DTYPES = {"TEXT": str, "INTEGER": "int64", "REAL": float, "BLOB": object}
 CELL = ("key", "seconds", "created", *TABLES)  # what the checksum of a cell's own row is over
-SCHEMA = 3
+SCHEMA = 4
 SCHEMA_SQL = [
     "CREATE TABLE IF NOT EXISTS cells (id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, identity "
     "TEXT NOT NULL, seconds REAL NOT NULL, created REAL NOT NULL, "

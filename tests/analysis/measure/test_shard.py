@@ -212,7 +212,7 @@ def test_columns_of_losses(model_of, shard):
         assert frame.document_id.tolist() == shard.document_id
         assert frame.domain.tolist() == shard.domain
         assert frame.num_bytes.tolist() == shard.num_bytes_S.tolist()
-        assert list(frame) == [*KEYS, "nll_sum", "kl_sum", "num_agree", "delta_max"]
+        assert list(frame) == [*KEYS, "nll_sum", "kl_sum", "num_agree", "num_touched", "delta_max"]
     assert (clean.losses.kl_sum == 0).all()
     assert (clean.losses.num_agree == clean.losses.num_tokens).all()
     assert cell.seconds > 0
