@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -182,7 +183,8 @@ def sequences_from(
     limit: int | None = None,
     max_tokens_per_document: int | None = None,
 ) -> Sequences:
-    """Evaluation sequences of documents in memory, as `sequences`; those without text are left out.
+    """Evaluation sequences of documents in memory, as `sequences`; those without text are left out,
+    and, with a warning, those that repeat another one to the last character.
 
     tokenizer   anything with the attributes and methods of `cartmoe.tokenizers.Tokenizer`
 
@@ -192,9 +194,17 @@ def sequences_from(
     for document in documents:
         if by_id.setdefault(document.id, document) is not document:
             raise ValueError(f"document id {document.id!r} stands for more than one document")
-    rows = [(d.id, d.domain) for d in by_id.values() if d.text]
+    first: dict[str, str] = {}  # a copy would count as one more independent document
+    for document in by_id.values():
+        first.setdefault(document.text, document.id)
+    rows = [(d.id, d.domain) for d in by_id.values() if d.text and first[d.text] == d.id]
     if not rows:
         raise ValueError("documents have no text")
+    if copies := sum(1 for d in by_id.values() if d.text) - len(rows):
+        warnings.warn(
+            f"{copies} of the documents repeat others to the last character and are left out",
+            stacklevel=2,
+        )
     chosen = _sample(pd.DataFrame(rows, columns=["document_id", "domain"]), limit)
     parts = (
         (row.document_id, row.domain, document_ids(by_id[row.document_id], tokenizer))

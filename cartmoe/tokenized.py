@@ -32,6 +32,7 @@ class Corpus:
     documents  a row each: document_id, group, domain, split ("train", "validation"), start, end
                (tokens[start:end] are its ids), num_bytes (UTF-8 bytes that the ids stand for)
     sha256     of tokens, documents and tokenizer: the same wherever the corpus is prepared
+    fingerprint   of the text that it was made of
     """
 
     name: str
@@ -39,6 +40,7 @@ class Corpus:
     documents: pd.DataFrame
     tokenizer: Tokenizer
     sha256: str
+    fingerprint: str
 
     @property
     def vocab_size(self) -> int:
@@ -49,10 +51,7 @@ class Corpus:
         check_choice("split", name, SPLITS)
         documents = self.documents[self.documents.split == name]
         if documents.empty:
-            raise ValueError(
-                f"corpus {self.name!r} has no {name} documents: it takes at least two documents "
-                f"that differ to have both {' and '.join(SPLITS)}"
-            )
+            raise ValueError(_no_documents(self.name, name))
         return documents
 
 
@@ -78,7 +77,26 @@ def prepare(
     }
     cache = Path(cache_dir or _default_cache()).expanduser()
     folder = cached_folder(cache, source.name, key, lambda new: _write(new, source, tokenizer))
-    return _open(folder, source.name, Path(tokenizer).stem)
+    return _open(folder, source, Path(tokenizer).stem)
+
+
+def documents_of(source: Source, split: str) -> list[Document]:
+    """The documents of a split, chosen as `prepare` does, without tokens. Raises `ValueError` for
+    an unknown split or one without documents."""
+    check_choice("split", split, SPLITS)
+    documents = drop_near_duplicates(source.documents)
+    split_of = _split(documents)
+    chosen = [document for document in documents if split_of[document.group] == split]
+    if not chosen:
+        raise ValueError(_no_documents(source.name, split))
+    return chosen
+
+
+def _no_documents(corpus: str, split: str) -> str:
+    return (
+        f"corpus {corpus!r} has no {split} documents: it takes at least two documents that differ "
+        f"to have both {' and '.join(SPLITS)}"
+    )
 
 
 def _default_cache() -> str:
@@ -112,7 +130,7 @@ def _write(folder: Path, source: Source, tokenizer_spec: str | Path) -> None:
     table.to_csv(folder / "documents.csv", index=False, quoting=quoting)
 
 
-def _open(folder: Path, name: str, tokenizer_name: str) -> Corpus:
+def _open(folder: Path, source: Source, tokenizer_name: str) -> Corpus:
     tokenizer = load_tokenizer()
     if (folder / "tokenizer.json").exists():
         json = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -124,7 +142,7 @@ def _open(folder: Path, name: str, tokenizer_name: str) -> Corpus:
     files = read_manifest(folder)
     parts = [tokenizer.identity, *(files[f]["sha256"] for f in ("tokens.bin", "documents.csv"))]
     sha256 = hashlib.sha256("".join(parts).encode()).hexdigest()
-    return Corpus(name, tokens, documents, tokenizer, sha256)
+    return Corpus(source.name, tokens, documents, tokenizer, sha256, source.fingerprint)
 
 
 def _dtype(tokenizer: Tokenizer) -> str:

@@ -240,6 +240,7 @@ class _Trainer:
             "train_seed": config.seed,
             "corpus": config.corpus,
             "corpus_sha256": self.corpus.sha256,
+            "corpus_fingerprint": self.corpus.fingerprint,
             "tokenizer": config.tokenizer,
             "length": config.length,
             "precision": config.precision,

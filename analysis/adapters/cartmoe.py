@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -40,8 +40,10 @@ class CartMoEAdapter:
         name: str | None = None,
         train_seed: int = 0,
         identity: str | None = None,
+        trained_on: Mapping[str, Any] | None = None,
     ):
-        self.model = model
+        """identity, trained_on: those of the checkpoint that it was loaded from, its "meta"."""
+        self.model, self.trained_on = model, trained_on or {}
         self.family, self.vocab_size = model.config.family, model.config.vocab_size
         self.name, self.train_seed, self.tokenizer = name or self.family, train_seed, tokenizer
         # Of a checkpoint, for as long as the model's tensors are those that were read from it.

@@ -37,8 +37,9 @@ class Cell(NamedTuple):
     """What one condition (`CLEAN`: the clean run) gave on one shard.
 
     losses   a row a sequence: document_id, domain, sequence_id, num_tokens, num_bytes, nll_sum and
-             kl_sum in nats, num_agree, num_touched (tokens whose decision the condition could change
-             at any site; of the clean run all), delta_max (the largest rise of a token's nll)
+             kl_sum in nats, num_agree, num_touched (tokens whose decision the condition could
+             change at any site; of the clean run all), delta_max (the largest rise of a token's
+             nll)
     routing  a row a sequence and perturbed site (clean: every site): document_id, sequence_id,
              layer, stage, num_tokens, and sums over the tokens of what `doses` defines
     tokens   where they are kept, a row a sequence: document_id, sequence_id, nll (fp32 nats of the

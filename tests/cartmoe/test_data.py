@@ -343,7 +343,9 @@ def by_document(s: Sequences):
 
 
 texts_with_content = st.lists(
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40), min_size=1
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40),
+    min_size=1,
+    unique=True,
 )
 
 
@@ -362,6 +364,14 @@ class TestSequences:
             assert num_bytes == len(document.text.encode())
         assert s.num_tokens == s.num_bytes_S.sum() == len("".join(texts).encode())
         assert s.tokens_SL.shape == s.targets_SL.shape == (len(s), length)
+
+    def test_documents_that_repeat_others_count_once(self):
+        with pytest.warns(UserWarning, match="2 of the documents repeat others to the last char"):
+            s = sequences_from(in_memory(["one", "two", "one", "one"]), ByteTokenizer(), 8)
+        assert (
+            s.document_id
+            == sequences_from(in_memory(["one", "two"]), ByteTokenizer(), 8).document_id
+        )
 
     @pytest.mark.parametrize("length", [1, 2, 3, 50])
     def test_bytes_add_up_where_only_a_whole_text_decodes(self, length):

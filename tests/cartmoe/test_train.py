@@ -12,6 +12,7 @@ import torch
 
 from cartmoe import FAMILIES, LanguageModel, ModelConfig, load
 from cartmoe.checkpoint import newest, read_meta, read_tokenizer, run_checkpoints
+from cartmoe.corpora import open_source
 from cartmoe.data import TrainBatches, prepare
 from cartmoe.distributed import Ranks
 from cartmoe.hooks import router_sites
@@ -168,6 +169,7 @@ def test_what_a_run_leaves(tiny_run, texts, tmp_path):
         "train_seed": 0,
         "corpus": str(texts),
         "corpus_sha256": prepare(texts).sha256,
+        "corpus_fingerprint": open_source(texts).fingerprint,
         "tokenizer": "bytes",
         "length": 32,
         "precision": "fp32",

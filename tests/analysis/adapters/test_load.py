@@ -1,6 +1,16 @@
-"""Models under study from checkpoints."""
+"""Models under study from checkpoints, and the documents that they are measured on."""
 
-from analysis.adapters.load import load
+import json
+import random
+import shutil
+import warnings
+
+import pytest
+
+from analysis.adapters.load import documents, load
+from cartmoe.config import ModelConfig
+from cartmoe.data import prepare
+from cartmoe.train import TrainConfig, train
 
 
 def test_the_identity_follows_the_tensors(checkpoint_of):
@@ -14,3 +24,91 @@ def test_the_identity_follows_the_tensors(checkpoint_of):
     assert model.identity not in (loaded, load(path).identity)
     row.copy_(kept)
     assert model.identity == loaded
+
+
+# ---- documents that a model was trained on
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twelve documents, the words of each its own."""
+    folder = tmp_path_factory.mktemp("own")
+    for i in range(12):
+        rng = random.Random(i)
+        (folder / f"{i}.txt").write_text(" ".join(f"w{rng.randrange(10**6)}" for _ in range(90)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory, environment):
+    """A model that was trained on them."""
+    shape = dict(d_model=32, ffn_width=64, num_layers=1, num_heads=2, num_experts=4)
+    config = TrainConfig(corpus=str(folder), batch_size=2, length=32, steps=2, precision="fp32")
+    out = tmp_path_factory.mktemp("run") / "m"
+    train(ModelConfig.preset("nano", "smoe", **shape), config, out, progress=False)
+    return load(out)
+
+
+def ids(docs):
+    return set(docs.document_id)
+
+
+def split_of(folder, split):
+    rows = prepare(folder).documents
+    return set(rows.document_id[rows.split == split])
+
+
+def test_a_model_is_measured_on_what_it_was_not_trained_on(folder, trained):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        held_out = documents(folder, trained, length=64)
+        assert ids(held_out) == split_of(folder, "validation")
+        assert ids(documents(folder, trained, split="validation")) == ids(held_out)
+    assert 0 < len(ids(held_out)) < 12
+
+
+@pytest.mark.parametrize("split", ["all", "train"])
+def test_unless_one_says_so_and_then_with_a_word(folder, trained, split):
+    with pytest.warns(UserWarning, match=f"smoe was trained on documents of .*split='{split}'"):
+        docs = documents(folder, trained, split=split)
+    everything = split_of(folder, "train") | split_of(folder, "validation")
+    assert ids(docs) == (everything if split == "all" else split_of(folder, "train"))
+
+
+def test_the_text_is_known_where_it_is_moved_to(folder, trained, tmp_path):
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert ids(documents(moved, trained)) == split_of(folder, "validation")
+    (moved / "0.txt").write_text("another text. " * 20)
+    assert len(ids(documents(moved, trained))) == 12
+
+
+def test_the_place_is_known_where_the_text_changed(folder, trained, tmp_path):
+    """A file more: the others stand where they stood."""
+    meta = dict(trained.trained_on)
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    (changed / "0.txt").write_text("another text. " * 20)
+    trained.trained_on = meta | {"corpus": str(changed)}
+    try:
+        assert ids(documents(changed, trained)) == split_of(changed, "validation")
+    finally:
+        trained.trained_on = meta
+
+
+def test_a_folder_that_no_model_saw(folder, checkpoint_of):
+    assert len(ids(documents(folder))) == 12
+    model = load(checkpoint_of("smoe"))
+    assert len(ids(documents(folder, model))) == 12
+    assert ids(documents(folder, model, split="train")) == split_of(folder, "train")
+
+
+@pytest.mark.parametrize("corpus", [None, "factorial:documents=40"])
+def test_splits_that_there_are_not(folder, corpus):
+    with pytest.raises(ValueError, match="split is 'nonsense'; choose one of 'train', 'valid"):
+        documents(corpus or folder, split="nonsense")
+
+
+def test_one_document_has_no_validation(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one text"}))
+    assert len(ids(documents(tmp_path / "a.jsonl"))) == 1
+    with pytest.raises(ValueError, match="has no validation documents: it takes at least two"):
+        documents(tmp_path / "a.jsonl", split="validation")
