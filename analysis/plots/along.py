@@ -19,6 +19,7 @@ from analysis.plots.marks import (
     draw_lines,
     key,
     legend_above,
+    note_few,
     offsets,
 )
 from analysis.plots.rows import metric_rows
@@ -157,6 +158,7 @@ def group_curve(
         turn = dict(rotation=40, ha="right", rotation_mode="anchor") if turned else {}
         ax.set_xticks(range(len(groups)), groups, **turn)
         ax.set_xlabel(GROUPS[by])
+        note_few(ax, frame)
         legend_above(ax)
     return ax
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from analysis.plots.dots import Look, dot_rows, figure_height, groups_of
-from analysis.plots.marks import GREY, key, legend_above, name_rows, offsets
+from analysis.plots.marks import GREY, key, legend_above, name_rows, note_few, offsets
 from analysis.plots.style import DELTA, canvas, under
 
 PARTS = {"reroute": Look("o"), "replay": Look("o", False), "cascade": Look("D", False)}
@@ -64,6 +64,7 @@ def split_bars(
             ax.plot([whole, whole], [i - 0.46, i + 0.46], color="black", lw=1.0, ls="--")
         ax.axvline(0, color=GREY, lw=0.6)
         name_rows(ax, [title for title, _, _ in groups])
+        note_few(ax, frame)
         ax.set_xlabel(DELTA)
         handles = [Patch(**look, label=part) for part, look in BARS.items()]
         whole = key("whole", color="black", lw=1.0, ls="--")

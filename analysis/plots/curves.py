@@ -10,7 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.marks import GREY, change_axis, draw_line, draw_lines, face, key, legend_above
+from analysis.plots.marks import (
+    GREY,
+    change_axis,
+    draw_line,
+    draw_lines,
+    face,
+    key,
+    legend_above,
+    note_few,
+)
 from analysis.plots.style import COLUMN_WIDTH, DELTA, canvas, model_styles, sheet, table_of
 from analysis.stats import CHECKPOINT, CONDITION, PLAIN, check_choice
 
@@ -83,6 +92,7 @@ def damage_curve(
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         strength = STRENGTH.get(perturbation, f"strength of {perturbation}")
         ax.set_xlabel(strength if x == "strength" else X[x][0])
+        note_few(ax, rows)
         legend_above(ax)
     return ax
 
@@ -146,6 +156,7 @@ def gap_curve(frame: pd.DataFrame | Any, x: str = "budget", ax: Axes | None = No
         if x == "budget":
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel(GAP_X[x])
+        note_few(ax, frame)
         kinds = [
             key(part, ls=line, marker="o", **face(GREY, filled))
             for part, (line, filled) in GAP_PARTS.items()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from analysis.plots.style import DELTA, widen_scale
-from analysis.stats import CHECKPOINT
+from analysis.stats import CHECKPOINT, FEW_DOCUMENTS
 
 GREY = "#404040"
 ZERO: dict[str, Any] = dict(color=GREY, lw=0.6, zorder=0.5)  # the line that changes are read from
@@ -30,16 +31,33 @@ def draw_line(
     """A line through rows of a table and their intervals, if the table has those columns.
 
     label   stands in the legend once, however often it is drawn
-    bars    intervals are a bar at each point, not a band along the line
+    bars    intervals are a bar at each point, not a band along the line; so they are where points
+            stand at one place, and a band would have no width
     """
     if label in ax.get_legend_handles_labels()[1]:
         label = f"_{label}"  # a leading underscore: not in the legend
     ax.plot(rows[x], rows[y], label=label, **look)
     low, high = bounds
-    if low in rows and bars:
+    if low in rows and (bars or not _apart(rows[x])):
         ax.vlines(rows[x], rows[low], rows[high], color=look["color"], lw=0.8)
     elif low in rows:
         ax.fill_between(rows[x], rows[low], rows[high], color=look["color"], alpha=0.2, lw=0)
+
+
+def _apart(values: pd.Series) -> bool:
+    """Whether a band along these has some width between all of them."""
+    steps = np.diff(np.sort(values.dropna()))
+    return len(steps) > 0 and bool((steps > 1e-3 * np.abs(values).max()).all())
+
+
+def note_few(ax: Axes, frame: pd.DataFrame) -> None:
+    """Say on the picture that its intervals are over too few documents, where the table tells."""
+    number = frame["num_documents"].min() if "num_documents" in frame else FEW_DOCUMENTS
+    if number < FEW_DOCUMENTS:
+        text = f"n = {number:.0f}: too few documents"
+        ax.text(
+            0.99, 0.01, text, transform=ax.transAxes, ha="right", va="bottom", size=5, color=GREY
+        )
 
 
 def draw_lines(

@@ -50,11 +50,27 @@ def paper_style() -> AbstractContextManager[None]:
     return plt.style.context(Path(__file__).with_name("paper.mplstyle"))
 
 
+class Sheet(Figure):
+    """A figure that a notebook shows once: where it is what a cell's last line gives, or else when
+    the cell ends, with all that are open then."""
+
+    def _ipython_display_(self) -> None:
+        from IPython import get_ipython  # there, if it calls
+        from IPython.display import display
+
+        formatters = get_ipython().display_formatter.formatters
+        kinds = {kind: fn for kind, fn in formatters.items() if kind.startswith("image/")}
+        shown = {kind: data for kind, fn in kinds.items() if (data := fn(self)) is not None}
+        if shown:
+            plt.close(self)  # or it would be shown again when the cell ends
+            display(shown, raw=True)
+
+
 @contextmanager
 def sheet(width: float, height: float, layout: str = "constrained") -> Iterator[Figure]:
     """A new figure in paper_style, closed if drawing it fails; "compressed" suits square panels."""
     with paper_style():
-        figure = plt.figure(figsize=(width, height), layout=layout)
+        figure = plt.figure(figsize=(width, height), layout=layout, FigureClass=Sheet)
         try:
             yield figure
         except BaseException:

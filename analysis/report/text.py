@@ -84,8 +84,11 @@ def describe(
         parts.append("Routing robustness (form of arXiv 2410.16077, Table 4)")
         parts.append(stats.format_robustness(made["robustness"]))
         damage = made["damage"]
+        parts += _every_condition(damage)
         parts += [*_identity(damage), _positive_control(damage), *_without_effect(damage)]
         parts += _taken_apart(made, whole_conditions(damage))
+    number = made["clean"].num_documents.min()
+    parts += [stats.FEW_NOTE] if number < stats.FEW_DOCUMENTS else []
     if "contrasts" in made:
         margin = (contrasts or {}).get("margin")
         parts += ["Contrasts named beforehand", stats.format_contrasts(made["contrasts"], margin)]
@@ -123,11 +126,39 @@ def _positive_control(damage: pd.DataFrame) -> str:
     if not (damage["name"] == "RandomRouting").any():
         return "Positive control: RandomRouting was not run, so nothing shows that routing matters"
     failed = stats.positive_control(damage)
+    number = damage.num_documents.min()
+    if number < stats.FEW_DOCUMENTS:
+        return (
+            f"Positive control: too few documents ({number}; at least {stats.FEW_DOCUMENTS}) to "
+            "show that random routing hurts"
+        )
     if failed.empty:
         return "Positive control: random routing hurts every model (interval above 0): passed"
     texts = stats.interval_texts(failed, "delta_nats", "low", "high", digits=4)
     names = ", ".join(_said(failed, texts))
     return f"Positive control FAILED: random routing is not shown to hurt {names}"
+
+
+def _every_condition(damage: pd.DataFrame) -> list[str]:
+    """One's own and all others that act everywhere with all their effect; any that could change no
+    token."""
+    rows = damage[stats.is_plain(damage) | (damage.num_touched == 0)]
+    if rows.empty:
+        return []
+    shown = rows[["model", "train_seed", "label", "num_documents"]].assign(
+        **{
+            "change": stats.interval_texts(rows, "delta_nats", "low", "high"),
+            "mass moved": rows.mass_moved,
+            "flips": rows.flips,
+            "tokens touched": [_share(row) for row in rows.itertuples()],
+        }
+    )
+    title = "Conditions that act everywhere (change of loss in nats per token)"
+    return [title, _text(shown.rename(columns={"num_documents": "n"}))]
+
+
+def _share(row: Any) -> str:
+    return "-" if pd.isna(row.num_touched) else f"{row.num_touched / row.num_tokens:.0%}"
 
 
 def _without_effect(damage: pd.DataFrame) -> list[str]:
@@ -179,4 +210,4 @@ def _parts(table: pd.DataFrame) -> str:
 
 
 def _text(table: pd.DataFrame) -> str:
-    return table.to_string(index=False, float_format=lambda v: f"{v:.3f}", na_rep="-")
+    return table.to_string(index=False, float_format=stats.number_text, na_rep="-")

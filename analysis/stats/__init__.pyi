@@ -6,7 +6,6 @@ from .apart import split as split
 from .bootstrap import Bootstrap as Bootstrap
 from .bootstrap import Intervals as Intervals
 from .bootstrap import check_confidence as check_confidence
-from .bootstrap import interval_texts as interval_texts
 from .contrasts import family_contrasts as family_contrasts
 from .contrasts import format_contrasts as format_contrasts
 from .damage import clean_table as clean_table
@@ -41,5 +40,9 @@ from .robustness import format_robustness as format_robustness
 from .robustness import positive_control as positive_control
 from .robustness import robustness_table as robustness_table
 from .seeds import over_seeds as over_seeds
+from .texts import FEW_DOCUMENTS as FEW_DOCUMENTS
+from .texts import FEW_NOTE as FEW_NOTE
+from .texts import interval_texts as interval_texts
+from .texts import number_text as number_text
 from .tokens import tail_curve as tail_curve
 from .tokens import tails as tails

@@ -10,13 +10,12 @@ Shapes: R resamples, C ratios, D documents, M contrasts of ratios.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from scipy.special import ndtr, ndtri
 
 CHUNK = 2**22  # numbers in one block of counts: 32 MiB, however many documents there are
@@ -31,21 +30,8 @@ class Intervals(NamedTuple):
 
     def columns(self, value: str, *bounds: str) -> dict[str, np.ndarray]:
         """As columns of a table; bounds are called VALUE_low and VALUE_high, or as given."""
-        return dict(zip(_names(value, bounds), self, strict=True))
-
-
-def interval_texts(table: pd.DataFrame, value: str, *bounds: str, digits: int = 3) -> list[str]:
-    """Those columns, named as in `Intervals.columns`, as "+0.123 [0.100, 0.150]", row by row; "-"
-    stands for NaN."""
-    return [
-        "-" if np.isnan(v)
-        else f"{v:+.{digits}f} " + ("[-]" if np.isnan(a) else f"[{a:.{digits}f}, {b:.{digits}f}]")
-        for v, a, b in table[[*_names(value, bounds)]].astype(float).to_numpy()
-    ]  # fmt: skip
-
-
-def _names(value: str, bounds: Sequence[str]) -> tuple[str, ...]:
-    return value, *(bounds or (f"{value}_low", f"{value}_high"))
+        names = value, *(bounds or (f"{value}_low", f"{value}_high"))
+        return dict(zip(names, self, strict=True))
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from analysis.stats.bootstrap import Bootstrap, interval_texts
+from analysis.stats.bootstrap import Bootstrap
 from analysis.stats.damage import DIFFERENCE, by_seed, check_documents
 from analysis.stats.pairs import Losses, Pairs, check_choice, pair
 from analysis.stats.seeds import permutation_test, ratios, runs_of, sign_flip_test, two_level
+from analysis.stats.texts import interval_texts
 
 SEEDS, CHECKPOINTS = "training seeds", "these checkpoints"
 

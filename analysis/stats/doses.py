@@ -63,7 +63,8 @@ def per_dose(
 ) -> pd.DataFrame:
     """Damage per flip and per mass moved: the slopes of the damage curves from 0.
 
-    One row per checkpoint and condition: the columns that name it, label, delta_nats, and
+    One row per checkpoint and condition: the columns that name it, label, num_documents,
+    delta_nats, and
 
     per_flip, per_flip_low, per_flip_high    nats per token over flips, the mean share of the
         chosen experts that are no longer used
@@ -76,7 +77,8 @@ def per_dose(
     """
     tables = []
     for p in pair_conditions(losses):
-        table = p.table(delta_nats=p.delta_CD.sum(axis=1) / p.tokens_D.sum())
+        nats_C = p.delta_CD.sum(axis=1) / p.tokens_D.sum()
+        table = p.table(num_documents=len(p.documents_D), delta_nats=nats_C)
         for name, dose in PER.items():
             dose_CD = dose_by_document(p, routing, dose)
             with np.errstate(divide="ignore", invalid="ignore"):

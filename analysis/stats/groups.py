@@ -109,7 +109,7 @@ def _by_domain(losses: pd.DataFrame, conditions: Collection[str] | None) -> Iter
 
 
 def _groups(sums: Sums, bootstrap: Bootstrap) -> pd.DataFrame:
-    total_C = sums.delta_CGD.sum(axis=(1, 2))
+    total_C = np.nansum(sums.delta_CGD, axis=(1, 2))
     total_C[total_C == 0] = np.nan
     tables = []
     for g in np.flatnonzero(sums.count_GD.any(axis=1)):

@@ -4,6 +4,7 @@ The tables of apart.py have one form, a row a part:
 
     model, family, train_seed, condition     a checkpoint, and the label of what is taken apart
     part                                     its name
+    num_documents                            that intervals are over
     delta_nats, low, high                    nats per token, BCa over documents
     share, share_low, share_high             of the whole's damage, the same as a ratio of sums;
                                              without bounds where that of the whole may be 0
@@ -23,7 +24,7 @@ from analysis.stats.doses import doses
 from analysis.stats.pairs import CHECKPOINT, Losses, Pairs, chosen, label
 
 COLUMNS = [
-    *CHECKPOINT, "condition", "part", "delta_nats", "low", "high",
+    *CHECKPOINT, "condition", "part", "num_documents", "delta_nats", "low", "high",
     "share", "share_low", "share_high",
 ]  # fmt: skip
 # Name of a part -> (label of a condition -> its factor): each part is a sum of damages.
@@ -81,6 +82,7 @@ def combine(
         p.checkpoint
         | {"condition": condition, "part": list(parts)}
         | {"label": [next(iter(part)) if len(part) == 1 else None for part in parts.values()]}
+        | {"num_documents": len(p.documents_D)}
         | nats.columns("delta_nats", "low", "high")
         | share.columns("share")
     )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.stats.bootstrap import interval_texts
 from analysis.stats.pairs import CHECKPOINT, KEY, check_columns, control, of_checkpoint
+from analysis.stats.texts import interval_texts, number_text
 
 TOP1 = "DropTop(1)"
 CONTROLS = ("identity", "DropChosen(1)", "DropUnchosen(1)", "RandomRouting", "NoRouted")
 # What is printed of a checkpoint, and its title.
 NUMBERS = {
-    **{"top_k": "K", "renormalize": "renorm", "routed_share": "routed share"},
+    **{"num_documents": "n", "top_k": "K", "renormalize": "renorm"},
+    "routed_share": "routed share",
     **{"clean_perplexity": "clean ppl", "perplexity": "top-1 off ppl"},
 }
 INTERVAL = ["delta_nats", "low", "high"]
@@ -25,11 +27,11 @@ def robustness_table(damage: pd.DataFrame, sites: pd.DataFrame | None = None) ->
 
     One row per checkpoint: model, family, train_seed; with `sites` also top_k (a number per
     stage, "2+2"; with top-p the mean number), renormalize ("yes", "no", "mixed"), routed_share and
-    routed_ratio; clean_perplexity;
-    perplexity (top-1 disabled everywhere, on logits); and for each condition named below a
-    column of its change in nats per token, with "<name> low" and "<name> high":
-    "DropTop(1)", "DropTop(1), scores", "DropTop(1), stage 0", ... (where that was run), then
-    "identity", "DropChosen(1)", "DropUnchosen(1)", "RandomRouting", "NoRouted".
+    routed_ratio; num_documents; clean_perplexity; perplexity (top-1 disabled everywhere, on
+    logits); and for each condition named below a column of its change in nats per token, with
+    "<name> low" and "<name> high": "DropTop(1)", "DropTop(1), scores", "DropTop(1), stage 0", ...
+    (where that was run), then "identity", "DropChosen(1)", "DropUnchosen(1)", "RandomRouting",
+    "NoRouted".
 
     What was not run is NaN. RandomRouting is that of the greatest strength; of several
     identities the one that is farthest from 0 stands, since each has to be exactly 0.
@@ -43,6 +45,8 @@ def robustness_table(damage: pd.DataFrame, sites: pd.DataFrame | None = None) ->
     for key, rows in damage.groupby(CHECKPOINT, sort=False):
         row = dict(zip(CHECKPOINT, key, strict=True))
         row |= {} if sites is None else router_columns(sites, row)
+        if "num_documents" in rows:
+            row["num_documents"] = rows.num_documents.iloc[0]
         row["clean_perplexity"] = rows.clean_perplexity.iloc[0]
         row["perplexity"] = rows.perplexity[rows.label == TOP1].max()
         for name in (*top1, *CONTROLS):
@@ -137,4 +141,6 @@ def _aligned(title: str, cells: list[str]) -> list[str]:
 def _number(value: Any) -> str:
     if isinstance(value, str):
         return value
-    return "-" if pd.isna(value) else f"{value:.2f}"
+    if pd.isna(value):
+        return "-"
+    return str(value) if isinstance(value, Integral) else number_text(value, 2)

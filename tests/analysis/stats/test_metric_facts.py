@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.overlap.metrics.catalogue import METRICS
-from analysis.stats.bootstrap import Intervals, interval_texts
+from analysis.stats.bootstrap import Intervals
 from analysis.stats.metric_facts import FACTS, facts_of
+from analysis.stats.texts import interval_texts
 
 
 def test_facts_are_of_metrics_of_overlap():

@@ -389,8 +389,9 @@ def test_permutation_test_against_all_splits_and_scipy():
 def test_robustness_table_has_what_damage_has(whole_damage):
     table = stats.robustness_table(whole_damage, sites()).set_index("model")
     damage = whole_damage.set_index(["model", "label"])
-    assert table.columns[2:8].tolist() == [
-        "top_k", "renormalize", "routed_share", "routed_ratio", "clean_perplexity", "perplexity",
+    assert table.columns[2:9].tolist() == [
+        "top_k", "renormalize", "routed_share", "routed_ratio", "num_documents",
+        "clean_perplexity", "perplexity",
     ]  # fmt: skip
     for name in ("DropTop(1)", "DropTop(1), scores", "DropTop(1), stage 1, scores"):
         row = damage.loc["cartesian", name]

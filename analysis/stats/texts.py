@@ -1,0 +1,63 @@
+"""Numbers and intervals as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+
+# Intervals over fewer documents are too short. Of simulated studies with the tails that packages of
+# the standard library have, 95 % intervals held the truth in 89 % at 50 documents, 88 % at 20, 82 %
+# at 10, 77 % at 5 and 47 % at 2 (tests/analysis/stats/test_coverage.py).
+FEW_DOCUMENTS = 20
+FEW = "?"  # behind such an interval
+FEW_NOTE = (
+    f"{FEW} from fewer than {FEW_DOCUMENTS} documents, too few for an interval: of simulated 95 % "
+    "intervals 82 % held the truth at 10 documents, 77 % at 5, 47 % at 2"
+)
+SMALLEST = 6  # decimals; what is smaller is written with an exponent
+
+
+def decimals(values: Iterable[float], digits: int = 3) -> int:
+    """So many, or more, to show two significant digits of the largest of these numbers."""
+    sizes = [abs(v) for v in values if np.isfinite(v) and v]
+    if not sizes:
+        return digits
+    shown = min(2, digits)
+    return min(SMALLEST, max(digits, shown - 1 - math.floor(math.log10(max(sizes)))))
+
+
+def number_text(value: float, digits: int = 3, sign: bool = False) -> str:
+    """With so many decimals, or an exponent where these would show nothing; never "-0.000"."""
+    plus = "+" if sign else ""
+    if value and np.isfinite(value) and abs(value) < 10.0**-digits:
+        return f"{value:{plus}.1e}"
+    text = f"{value:{plus}.{digits}f}"
+    return text.replace("-", plus, 1) if not float(text) else text
+
+
+def interval_texts(table: pd.DataFrame, value: str, *bounds: str, digits: int = 3) -> list[str]:
+    """Those columns, named as in `Intervals.columns`, as "+0.123 [0.100, 0.150]", row by row; "-"
+    stands for NaN.
+
+    digits   decimals, more where a row has none but zeros there
+    Behind what is of fewer than `FEW_DOCUMENTS`, going by a column num_documents, stands "?".
+    """
+    numbers = table[[value, *(bounds or (f"{value}_low", f"{value}_high"))]].astype(float)
+    few = table.get("num_documents", pd.Series(np.inf, table.index)) < FEW_DOCUMENTS
+    return [
+        _text(row, FEW if f else "", digits) for row, f in zip(numbers.to_numpy(), few, strict=True)
+    ]
+
+
+def _text(row: Sequence[float], mark: str, digits: int) -> str:
+    value, low, high = row
+    if np.isnan(value):
+        return "-"
+    digits = decimals(row, digits)
+    center = number_text(value, digits, sign=True)
+    if np.isnan(low):
+        return f"{center} [-]"
+    return f"{center} [{number_text(low, digits)}, {number_text(high, digits)}]{mark}"
