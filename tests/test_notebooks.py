@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
 from analysis import plots
@@ -113,3 +115,40 @@ def test_it_runs(path, study, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert_executed(code_cells(tmp_path / path.name))
+
+
+ONCE = """
+import pandas as pd, analysis as an
+rows = [
+    dict(model="smoe", family="smoe", train_seed=0, name="GaussianNoise", strength=s, where="all",
+         perturbation="GaussianNoise", point="logits", effect="full", downstream="reroute",
+         label=f"GaussianNoise({s})", delta_nats=s, low=s - .1, high=s + .1, mass_moved=s, flips=s,
+         output_change=s, num_documents=30)
+    for s in (.1, .2, .4)
+]
+damage = pd.DataFrame(rows)
+---
+an.plots.damage_curve(damage, "GaussianNoise")
+---
+an.plots.dose_panels(damage, "GaussianNoise")
+---
+figure = an.plots.dose_panels(damage, "GaussianNoise")
+---
+figure
+---
+for _ in range(2):
+    an.plots.dose_panels(damage, "GaussianNoise")
+---
+an.plots.dose_panels(damage, "GaussianNoise")
+None
+"""
+
+
+def test_pictures_are_shown_once(monkeypatch):
+    """Where they are a cell's last line, where they are not, and where they are asked for again."""
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel has its own
+    cells = [nbformat.v4.new_code_cell(source) for source in ONCE.split("---\n")]
+    book = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(book, timeout=120, kernel_name="python3").execute()
+    shown = [sum("image/png" in o.get("data", {}) for o in cell.outputs) for cell in book.cells]
+    assert shown == [0, 1, 1, 1, 1, 2, 1]

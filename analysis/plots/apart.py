@@ -64,7 +64,7 @@ def split_bars(
             ax.plot([whole, whole], [i - 0.46, i + 0.46], color="black", lw=1.0, ls="--")
         ax.axvline(0, color=GREY, lw=0.6)
         name_rows(ax, [title for title, _, _ in groups])
-        note_few(ax, frame)
+        note_few(ax, frame, above=True)
         ax.set_xlabel(DELTA)
         handles = [Patch(**look, label=part) for part, look in BARS.items()]
         whole = key("whole", color="black", lw=1.0, ls="--")

@@ -52,7 +52,7 @@ def catalogue_dots(
     legend = 0.12 * ((len(series) - 1) // 3)
     with canvas(ax, figure_height(len(rows), row) + legend) as ax:
         dot_rows(ax, rows, series, cells, columns=3)
-        note_few(ax, frame)
+        note_few(ax, frame, above=True)
         ax.tick_params(axis="y", labelsize=6)
         for i, (above, below) in enumerate(pairwise(labels["name"])):
             if above != below:
@@ -90,7 +90,7 @@ def control_dots(frame: pd.DataFrame | Any, ax: Axes | None = None) -> Axes:
     rows = {key: (name, styles[key[0]]["color"]) for key, name in names.items()}
     with canvas(ax, figure_height(len(rows))) as ax:
         dot_rows(ax, rows, CONDITIONS, found)
-        note_few(ax, frame)
+        note_few(ax, frame, above=True)
     return ax
 
 
@@ -127,6 +127,6 @@ def stage_dots(
             names[key, place] = name if place == places[0] else place, styles[key[0]]["color"]
     with canvas(ax, figure_height(len(names))) as ax:
         dot_rows(ax, names, POINTS, cells)
-        note_few(ax, rows)
+        note_few(ax, rows, above=True)
         ax.legend_.set_title("mask on")
     return ax

@@ -50,14 +50,14 @@ def _apart(values: pd.Series) -> bool:
     return len(steps) > 0 and bool((steps > 1e-3 * np.abs(values).max()).all())
 
 
-def note_few(ax: Axes, frame: pd.DataFrame) -> None:
-    """Say on the picture that its intervals are over too few documents, where the table tells."""
+def note_few(ax: Axes, frame: pd.DataFrame, above: bool = False) -> None:
+    """Say on the picture that its intervals are over too few documents, where the table tells;
+    above the axes where rows fill them."""
     number = frame["num_documents"].min() if "num_documents" in frame else FEW_DOCUMENTS
     if number < FEW_DOCUMENTS:
-        text = f"n = {number:.0f}: too few documents"
-        ax.text(
-            0.99, 0.01, text, transform=ax.transAxes, ha="right", va="bottom", size=5, color=GREY
-        )
+        (x, y), side = ((0.0, 1.0), "left") if above else ((0.99, 0.01), "right")
+        look: dict[str, Any] = dict(ha=side, va="bottom", size=5, color=GREY)
+        ax.text(x, y, f"n = {number:.0f}: too few documents", transform=ax.transAxes, **look)
 
 
 def draw_lines(

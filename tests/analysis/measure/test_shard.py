@@ -4,6 +4,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,12 +15,16 @@ from analysis.measure import losses
 from analysis.measure.calibrate import calibrate
 from analysis.measure.intervene import Intervention, perturbed
 from analysis.measure.shard import measure
+from analysis.measure.sweep import sweep
 from analysis.perturb.base import Identity, Perturbation
+from analysis.perturb.compound import Compose, ResidualNoise
 from analysis.perturb.condition import CLEAN, Condition
 from analysis.perturb.context import Tokens
-from analysis.perturb.decisions import NoRouted
-from analysis.perturb.logits import GaussianNoise, RandomRouting
-from analysis.perturb.masks import DropChosen, DropTop, DropUnchosen
+from analysis.perturb.decisions import Lag, NoRouted
+from analysis.perturb.flips import Worst
+from analysis.perturb.logits import GaussianNoise, RandomRouting, SwapRanks
+from analysis.perturb.masks import DropChosen, DropExperts, DropTop, DropUnchosen
+from analysis.stats import difference
 from cartmoe.data import IGNORE
 from cartmoe.hooks import capture_routing, router_sites
 
@@ -373,3 +378,64 @@ def test_bf16(model_of, shard):
     assert (dropped.losses.nll_sum != clean.losses.nll_sum).all()
     exact = measure(model, [], shard)[0].losses.nll_sum
     assert clean.losses.nll_sum.tolist() == pytest.approx(exact.tolist(), rel=0.05)
+
+
+# ---- which tokens a condition could change at all
+
+
+def touched(model, condition, shard, calibration=None):
+    _, cell = measure(model, [condition], shard, calibration=calibration)
+    return cell.losses.num_touched.tolist()
+
+
+def test_touched_tokens_are_counted(model_of, shard):
+    model = model_of("cartesian")
+    used_SL = shard.targets_SL != IGNORE
+    at_L = torch.arange(used_SL.shape[1])
+
+    def inside(mask_L):
+        return (used_SL & mask_L).sum(1).tolist()
+
+    everywhere = inside(at_L >= 0)
+    for p in (Identity(), DropTop(1), NoRouted(), ResidualNoise(), DropExperts(0.0), Lag(0)):
+        assert touched(model, Condition(p), shard) == everywhere, p
+    assert touched(model, Condition(DropTop(1), "positions 2:5"), shard) == inside(
+        (at_L >= 2) & (at_L < 5)
+    )
+    assert touched(model, Condition(Lag(3)), shard) == inside(at_L >= 3)
+    assert touched(model, Condition(Lag(3), "positions 2:5"), shard) == inside(
+        (at_L >= 3) & (at_L < 5)
+    )
+    both = Compose((Lag(3), SwapRanks()))
+    assert touched(model, Condition(both), shard) == everywhere
+    lags = Compose((Lag(3), Lag(5)))
+    assert touched(model, Condition(lags), shard) == inside(at_L >= 3)
+    assert touched(model, Condition(ResidualNoise(Lag(3))), shard) == inside(at_L >= 3)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        Condition(DropTop(1), "positions 900:901"),
+        Condition(Lag(100)),
+        Condition(Lag(9, over="sites")),
+        Condition(DropExperts(0.01)),
+        Condition(Worst(1), "positions 900:"),
+        Condition(DropTop(1), "positions 900:", effect="selection", downstream="replay"),
+    ],
+    ids=lambda c: f"{c.perturbation.label} {c.where}",
+)
+def test_what_touches_no_token_is_not_robustness(model_of, shard, condition):
+    model = model_of("cartesian")
+    assert touched(model, condition, shard) == [0] * len(shard)
+    results = sweep(model, shard, [condition, DropTop(1)], controls=False, progress=False)
+    with pytest.warns(UserWarning, match="no token could be changed by"):
+        damage = results.damage().set_index("label")
+    nothing, other = damage.iloc[0], damage.iloc[1]
+    assert nothing.num_touched == 0
+    assert nothing[["delta_nats", "low", "high", "kl", "agreement", "perplexity"]].isna().all()
+    alone = sweep(model, shard, [DropTop(1)], controls=False, progress=False).damage().iloc[0]
+    assert other[["delta_nats", "low", "high"]].equals(alone[["delta_nats", "low", "high"]])
+    assert np.isnan(difference(results.losses, "DropTop(1)", damage.index[0]).delta_nats.item())
+    with pytest.raises(ValueError, match="which could change no token"):
+        results.damage_by("domain", [damage.index[0]])

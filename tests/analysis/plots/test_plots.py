@@ -212,3 +212,37 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         plots.save(figure, tmp_path / "a")
     assert list(tmp_path.iterdir()) == [old]
     assert old.read_bytes() == b"old"
+
+
+# ---- intervals that one can see, and trust
+
+
+def test_points_at_equal_doses_have_whiskers(frame):
+    """A band along them would have no width."""
+    same = frame.assign(mass_moved=0.3)
+    ax = plots.damage_curve(same, x="mass_moved")
+    bars = [c for c in ax.collections if not isinstance(c, PolyCollection)]
+    assert len(bars) == len(ROUTED)
+    assert not any(isinstance(c, PolyCollection) for c in ax.collections)
+    drawn = sorted(tuple(seg[:, 1]) for c in bars for seg in c.get_segments())
+    rows = frame[frame.perturbation == "GaussianNoise"]
+    rows = rows[stats.is_plain(rows)]
+    np.testing.assert_allclose(drawn, sorted(zip(rows.low, rows.high, strict=True)))
+
+
+def test_one_point_has_a_whisker(frame):
+    strength = frame.strength[frame.perturbation == "GaussianNoise"].max()
+    rows = frame[(frame.perturbation != "GaussianNoise") | (frame.strength == strength)]
+    ax = plots.damage_curve(rows)
+    assert not any(isinstance(c, PolyCollection) for c in ax.collections)
+    assert len(ax.collections) == len(ROUTED)
+
+
+@pytest.mark.parametrize("draw", [plots.damage_curve, plots.control_dots, plots.catalogue_dots])
+def test_few_documents_are_said(draw, frame):
+    def said(frame):
+        return [t.get_text() for t in draw(frame).texts if "too few" in t.get_text()]
+
+    assert said(frame) == ["n = 8: too few documents"]
+    assert said(frame.assign(num_documents=stats.FEW_DOCUMENTS)) == []
+    assert said(frame.drop(columns="num_documents")) == []
