@@ -59,6 +59,7 @@ from .perturb import site_arms as site_arms
 from .perturb import split_arms as split_arms
 from .report import export as export
 from .stats import Bootstrap as Bootstrap
+from .stats import latex as latex
 from .study import Study as Study
 from .study import dask as dask
 from .study import processes as processes

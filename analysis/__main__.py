@@ -3,6 +3,8 @@ schema"""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +20,8 @@ class _Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """A mistake of the user's is a line or a few on stderr and exit code 2, never a traceback;
         a warning is a line."""
+        if not {"", os.getcwd()} & set(sys.path):  # as `python -m` has it: for one's own modules
+            sys.path.insert(0, os.getcwd())
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda text, *_: typer.echo(f"warning: {text}", err=True)

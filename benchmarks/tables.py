@@ -126,7 +126,7 @@ def _study(table: dict) -> None:
         seeds = an.stats.over_seeds(results.losses, "cartesian", "smoe", "DropTop(1)")
         _keep(seeds, name, "over_seeds")
     else:
-        _keep(an.stats.curve_summary(results.damage(), "GaussianNoise"), name, "curves")
+        _keep(an.stats.curve_summary(results.damage(full=True), "GaussianNoise"), name, "curves")
 
 
 def _in_memory(models: list, docs, trace) -> None:
@@ -134,7 +134,7 @@ def _in_memory(models: list, docs, trace) -> None:
     for model in models:
         arms = [*an.split_arms(drop), *an.cascade_arms(drop), *an.site_arms(model, drop)]
         results = an.sweep(model, docs, [*arms, an.Worst(1)], tokens=True, batch_size=2, **QUIET)
-        _keep(results.damage(), "sweep", model.name)
+        _keep(results.damage(full=True), "sweep", model.name)
         for site in model.sites():
             found = an.regret(model, docs, site, n=3, batch_size=2, bootstrap=FEW, **QUIET)
             _keep(found, "regret", f"{model.name} {site.layer} {site.stage}")

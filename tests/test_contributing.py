@@ -29,7 +29,7 @@ USES = {
     "perturbation": """
 from analysis.perturb import perturbation_class
 Boost = perturbation_class("Boost")
-damage = an.sweep(model, docs, [Boost(0.5), Boost(4.0)], progress=False).damage()
+damage = an.sweep(model, docs, [Boost(0.5), Boost(4.0)], progress=False).damage(full=True)
 assert (damage.delta_nats[damage.perturbation == "Boost"] != 0).all()
 study = an.Study.read("study.toml")
 assert Boost(0.5) in {condition.perturbation for condition in study.conditions}
@@ -50,7 +50,7 @@ assert an.load("run").model.config.num_experts == 64
 results = an.sweep(model, docs, [an.DropTop(1), an.DropTop(2)], progress=False)
 ax = an.plots.damage_histogram(results)
 assert ax.get_xlabel() and an.plots.save(ax, "histogram")
-assert an.plots.damage_histogram(results.damage(), ax) is ax
+assert an.plots.damage_histogram(results.damage(full=True), ax) is ax
 """,
     "adapter": """
 from analysis.adapters import Tempered

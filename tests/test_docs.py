@@ -198,7 +198,9 @@ def test_python(printed, directory):
     exec(compile(first, "README.md", "exec"), scope)
     assert torch.equal(torch.get_rng_state(), before)  # no global seed
     assert len(scope["results"].table()) > 0
-    assert {"DropTop(1)", "DropTop(2)", "DropTop(3)"} <= set(scope["results"].damage().label)
+    assert {"DropTop(1)", "DropTop(2)", "DropTop(3)"} <= set(
+        scope["results"].damage(full=True).label
+    )
     assert (directory / "damage.pdf").is_file()
     for snippet in snippets[1:]:
         exec(compile(snippet, "README.md", "exec"), scope)

@@ -2,7 +2,7 @@
 
 base.py      the protocol: a model, and the router of a site
 running.py   running one by its segments; decisions as vectors
-cartmoe.py   the compact models
+cartmoe.py   the compact models; stand_in.py: functions in their experts' place
 owned.py     one measures it at a time, undisturbed
 load.py      from a path or an object to a model under study, and documents that fit it
 """

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.adapters.base import (
-    Experts,
     ExpertsFunction,
     OutputFunction,
     RouterFunction,
@@ -21,12 +19,12 @@ from analysis.adapters.base import (
     State,
     as_adapter,
 )
-from cartmoe.experts import RoutedExperts
+from analysis.adapters.stand_in import standing_in
 from cartmoe.ffn import RoutedStage
 from cartmoe.hooks import Hook, RouterSite, hook_routers, router_sites, select_sites
 from cartmoe.interrupt import restoring
 from cartmoe.model import LanguageModel, Step
-from cartmoe.routing import Router, Routing
+from cartmoe.routing import Router
 
 
 class CartMoEAdapter:
@@ -48,6 +46,10 @@ class CartMoEAdapter:
         self.name, self.train_seed, self.tokenizer = name or self.family, train_seed, tokenizer
         # Of a checkpoint, for as long as the model's tensors are those that were read from it.
         self._loaded = {tensors_sha256(model): identity} if identity else {}
+
+    def __repr__(self) -> str:
+        size = f"{self.model.num_parameters():,} parameters, {len(self.sites())} routers"
+        return f"CartMoEAdapter({self.name}: {self.family}, {size}, train_seed {self.train_seed})"
 
     @property
     def module(self) -> LanguageModel:
@@ -128,7 +130,7 @@ class CartMoEAdapter:
                 if output:
                     stack.callback(stage.register_forward_hook(Hook(leaves)).remove)
                 if experts is not None:
-                    stack.enter_context(_standing_in(stage.experts, experts, site))
+                    stack.enter_context(standing_in(stage.experts, experts, site))
             if router:
                 stack.enter_context(
                     hook_routers(
@@ -185,59 +187,6 @@ class CartMoEAdapter:
 @as_adapter.register
 def _(model: LanguageModel) -> CartMoEAdapter:
     return CartMoEAdapter(model)
-
-
-class _StandIn(Hook):
-    """Stands where an instance's `forward` does, for all blocks that replace it.
-
-    own      what computes where none of their functions answers
-    before   what the instance had there of its own, None for its class's
-    """
-
-    def __init__(self, experts: RoutedExperts, before: Experts | None):
-        super().__init__(experts.forward)
-        self.experts, self.own, self.before = experts, experts.forward, before
-        self.functions: dict[object, tuple[ExpertsFunction, RouterSite]] = {}  # in order of entry
-
-    def __reduce__(self):
-        return _own_forward, (self.experts, self.before)
-
-    def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        self.check()
-        compute = self.own
-        for fn, site in self.functions.values():
-            compute = partial(_answer, fn, site, compute)
-        return compute(x_TD, routing)
-
-
-def _own_forward(experts: RoutedExperts, before: Experts | None) -> Experts:
-    """What a copy of the experts has in the stand-in's place."""
-    return before or type(experts).forward.__get__(experts)
-
-
-def _answer(
-    fn: ExpertsFunction, site: RouterSite, own: Experts, x_TD: Tensor, routing: Routing
-) -> Tensor:
-    output_TD = fn(x_TD, routing, site, own)
-    return own(x_TD, routing) if output_TD is None else output_TD
-
-
-@contextmanager
-def _standing_in(experts: RoutedExperts, fn: ExpertsFunction, site: RouterSite) -> Iterator[None]:
-    """Blocks nest and interleave; of those that are open the one entered last is asked first."""
-    before = vars(experts).get("forward")
-    stand_in = before if isinstance(before, _StandIn) else _StandIn(experts, before)
-    experts.forward = stand_in  # type: ignore[method-assign]
-    key = object()
-    stand_in.functions[key] = fn, site
-    try:
-        yield
-    finally:
-        del stand_in.functions[key]
-        if not stand_in.functions and vars(experts).get("forward") is stand_in:
-            del experts.forward
-            if stand_in.before is not None:
-                experts.forward = stand_in.before  # type: ignore[method-assign]
 
 
 def tensors_sha256(model: torch.nn.Module) -> str:

@@ -4,7 +4,7 @@ clean.py, losses.py, doses.py     the clean pass of a batch; losses; how far dec
 calibrate.py, intervene.py        statistics of clean routing; conditions at work in a running model
 prepare.py, search.py             what a condition becomes on a batch; the worst flips
 shard.py, reuse.py                the unit of work; expert outputs that many conditions share
-results.py, sweep.py              tables; one model in memory
+results.py, saved.py, sweep.py    tables, kept and read; models in memory
 compare.py, comparison.py         checkpoints side by side
 generate.py, regret.py, margins.py   text, better routes, flips that margins predict
 rows.py                           sums of sequences, means over tokens with intervals over documents
@@ -21,5 +21,6 @@ from analysis.measure.margins import flip_prediction
 from analysis.measure.regret import regret
 from analysis.measure.results import FACTS, Results, facts_of, key_columns
 from analysis.measure.reuse import worth_reusing
+from analysis.measure.saved import is_saved
 from analysis.measure.shard import Cell, measure
 from analysis.measure.sweep import Asked, sweep

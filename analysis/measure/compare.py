@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from analysis.adapters import Adapter, check_documents, load, num_batches, owned, routed_adapter
+from analysis.adapters import Adapter, check_documents, num_batches, owned
 from analysis.measure.calibrate import calibrate
 from analysis.measure.comparison import Comparison, drifts_of
 from analysis.measure.results import join
 from analysis.measure.shard import measure
-from analysis.measure.sweep import CALIBRATION, Asked, conditions_of
+from analysis.measure.sweep import CALIBRATION, Asked, conditions_of, named
 from analysis.perturb import Condition, GateSwap, Perturbation, Replay, Trace, map_inner, parts_of
 from cartmoe.data import Sequences
 
@@ -69,10 +69,10 @@ def compare(
                 stats = calibrate(model, calibration or docs[:CALIBRATION])
                 options = dict(batch_size=batch_size, calibration=stats, keep_tokens=tokens)
                 cells = measure(model, ready, docs, **options, progress=bar.update)
-                named = [c._replace(condition=shown.get(c.condition, c.condition)) for c in cells]
-                measured.append((model, named))
-        drifts = drifts_of(under_study, docs, batch_size)
-    return Comparison(join(measured), tuple(under_study), drifts)
+                cells = [c._replace(condition=shown.get(c.condition, c.condition)) for c in cells]
+                measured.append((model, cells))
+        drifts, numbers = drifts_of(under_study, docs, batch_size)
+    return Comparison(join(measured), tuple(under_study), drifts, numbers)
 
 
 def _named(models: Mapping[str, object]) -> dict[str, Adapter]:
@@ -81,19 +81,7 @@ def _named(models: Mapping[str, object]) -> dict[str, Adapter]:
             f"models is {models!r}; give at least two by name, such as "
             '{"base": model, "tuned": other}'
         )
-    named = {}
-    for name, model in models.items():
-        if not isinstance(name, str) or not name or set(name) & set("/(),"):
-            raise ValueError(f"models has the name {name!r}; it must be a text without / ( ) ,")
-        if isinstance(model, str | Path):
-            model = load(model)
-        named[name] = copy.copy(routed_adapter(model))  # the caller's keeps its own name
-        named[name].name = name
-    known = {name: m.tokenizer for name, m in named.items() if m.tokenizer is not None}
-    if len({tokenizer.identity for tokenizer in known.values()}) > 1:
-        listed = ", ".join(f"{name}: {tokenizer.name!r}" for name, tokenizer in known.items())
-        raise ValueError(f"models read tokens of different tokenizers ({listed})")
-    return named
+    return {model.name: model for model in named(models)}
 
 
 def _sources(p: Perturbation, models: Mapping[str, Adapter]) -> list[tuple[type, str]]:

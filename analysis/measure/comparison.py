@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from analysis import stats
-from analysis.adapters import Adapter, DenseRouting, batches, clean_routing
+from analysis.adapters import Adapter, DenseRouting
 from analysis.measure.doses import change_of
+from analysis.measure.numbering import (
+    Numbers,
+    matched_by_usage,
+    renumbered,
+    same_numbers,
+    side_by_side,
+)
 from analysis.measure.results import Results
 from analysis.measure.rows import SequenceRows, means
 from analysis.stats import Bootstrap, pair
@@ -25,17 +33,23 @@ class Comparison:
 
     results   of all models, as `sweep` gives them for one
     models    their names, in order
+    numbers   of models whose experts are others than the reference's, by site, whose place each
+              takes: they were trained apart, so that a number says nothing, and usage matches them
     """
 
     results: Results
     models: tuple[str, ...]
     drifts: Mapping[str, SequenceRows]
+    numbers: Mapping[str, Numbers] = field(default_factory=dict)
 
     def drift(self, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:
         """How far the clean decisions of each other model lie from the reference's on the same
         tokens: a row for all sites that both have with as many experts, and for each of them.
 
-        model, reference, where, num_documents, num_tokens, and per token, each with _low and _high:
+        model, reference, where, experts ("as numbered", or "matched by usage" where the models were
+        trained apart: one to one so that they agree on most tokens, which these documents chose, so
+        that what is left is a little too small), num_documents, num_tokens, and per token, each
+        with _low and _high:
         flips        share of the reference's experts that this model does not use
         changed      share of tokens with another set of experts
         mass_moved   total variation between the weights
@@ -50,11 +64,17 @@ class Comparison:
                 "stage with as many experts, so their decisions cannot be compared"
             )
         tables = [
-            means(rows.frame(), ["where"], bootstrap).assign(model=name, reference=self.models[0])
+            means(rows.frame(), ["where"], bootstrap).assign(
+                model=name, reference=self.models[0], experts=self._experts(name)
+            )
             for name, rows in self.drifts.items()
         ]
         table = pd.concat(tables, ignore_index=True)
-        return table[["model", "reference", *table.columns[:-2]]]
+        first = ["model", "reference", "where", "experts"]
+        return table[[*first, *table.columns.drop(first)]]
+
+    def _experts(self, name: str) -> str:
+        return "matched by usage" if name in self.numbers else "as numbered"
 
     def damage_difference(self, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:
         """Of every condition the damage in each other model minus that in the reference, by
@@ -75,24 +95,27 @@ class Comparison:
         """What another of the models' decisions (`Replay`) or gates (`GateSwap`) cost a model, in
         place of its own; below 0 they serve it better.
 
-        model, imposed ("decisions" or "gates"), of, label, delta_nats, low, high,
+        model, imposed ("decisions" or "gates"), of, experts ("as numbered", or "trained apart":
+        then a number means another expert in each), label, delta_nats, low, high,
         delta_bits_per_byte, bpb_low, bpb_high, mass_moved, flips. Raises `ValueError` if neither
         was among the perturbations.
         """
         kinds = {"Replay": "decisions", "GateSwap": "gates"}
         named = {f"{kind}({name})": (kinds[kind], name) for kind in kinds for name in self.models}
-        damage = self.results.damage()
+        damage = self.results.damage(full=True)
         rows = damage[damage.perturbation.isin(list(named))].copy()
         rows["imposed"] = [named[p][0] for p in rows.perturbation]
         rows["of"] = [named[p][1] for p in rows.perturbation]
         rows = rows[rows["of"] != rows.model]
+        apart = rows.model.isin([*self.numbers]) | rows["of"].isin([*self.numbers])
+        rows["experts"] = apart.map({True: "trained apart", False: "as numbered"})
         if rows.empty:
             name = self.models[0]
             raise ValueError(
                 f"no model was run with another's decisions; add an.Replay({name!r}) or "
                 f"an.GateSwap({name!r}) to the perturbations"
             )
-        columns = ["model", "imposed", "of", "label", "delta_nats", "low", "high"]
+        columns = ["model", "imposed", "of", "experts", "label", "delta_nats", "low", "high"]
         columns += ["delta_bits_per_byte", "bpb_low", "bpb_high", "mass_moved", "flips"]
         return rows[columns].reset_index(drop=True)
 
@@ -102,7 +125,7 @@ class Comparison:
         names = ["delta_nats", "low", "high"]
         parts = [
             (model, rows.set_index("label")[names])
-            for model, rows in self.results.damage().groupby("model", sort=False)
+            for model, rows in self.results.damage(full=True).groupby("model", sort=False)
         ]
         differences = self.damage_difference().groupby("model", sort=False)
         parts += [
@@ -122,32 +145,30 @@ class Comparison:
             overall = self.drift()[lambda t: t["where"] == "all"]
             lines += [
                 f"{row.model} decides otherwise than {row.reference}: {row.flips:.1%} of experts, "
-                f"{row.changed:.1%} of tokens"
+                f"{row.changed:.1%} of tokens (experts {row.experts})"
                 for row in overall.itertuples()
             ]
-        return "\n".join([*lines, self.table().round(4).to_string()])
+        return "\n".join(
+            [*lines, self.table().to_string(float_format=partial(stats.number_text, digits=4))]
+        )
 
 
 def drifts_of(
     models: Mapping[str, Adapter], docs: Sequences, batch_size: int
-) -> dict[str, SequenceRows]:
-    """Of every model but the first, how its clean decisions differ from the first one's."""
+) -> tuple[dict[str, SequenceRows], dict[str, Numbers]]:
+    """Of every model but the first, how its clean decisions differ from the first one's; and of
+    those whose experts are numbered otherwise, whom each of them is taken for."""
     (_, reference), *others = models.items()
+    apart = {name: model for name, model in others if not same_numbers(reference, model)}
+    numbers = matched_by_usage(reference, apart, docs, batch_size) if apart else {}
     rows: dict[str, SequenceRows] = {}
-    for batch in batches(reference, docs, batch_size):
-        decisions = clean_routing(reference, batch.tokens_SL).items()
-        own = {site.place: (site, routing) for site, routing in decisions}
-        for name, model in others:
-            theirs = clean_routing(model, batch.tokens_SL.to(model.device))
-            for site, routing in theirs.items():
-                if site.place not in own or own[site.place][0].num_experts != site.num_experts:
-                    continue
-                _, base = own[site.place]
-                here = Routing(*(t.to(reference.device) for t in routing))
-                differences = _differences(base, here)
-                for where in ("all", str(site)):
-                    rows.setdefault(name, SequenceRows()).add(batch, differences, where=where)
-    return rows
+    for name, batch, site, base, other in side_by_side(reference, dict(others), docs, batch_size):
+        if name in numbers:
+            other = renumbered(other, numbers[name][site.place])
+        differences = _differences(base, other)
+        for where in ("all", str(site)):
+            rows.setdefault(name, SequenceRows()).add(batch, differences, where=where)
+    return rows, numbers
 
 
 def _differences(base: Routing, other: Routing) -> dict[str, Tensor]:

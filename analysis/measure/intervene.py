@@ -39,6 +39,7 @@ class Intervention:
     recorded   the clean run's decisions by site, for downstream "replay"
     where      the sites to perturb, if not those of `condition.where`
     tables     by site, what stands in its experts' place
+    check      whether a perturbation of yours is asked twice, at the first site (`check_pure`)
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class Intervention:
         where: Callable[[RouterSite], bool] | None = None,
         observe: Observer = lambda site, base, changed: None,
         tables: Mapping[RouterSite, Table] | None = None,
+        check: bool = False,
     ):
         self.condition, self.calibration, self.observe = condition, calibration, observe
         self.recorded, self.where = recorded or {}, where or condition.where
-        self.tables = tables or {}
+        self.tables, self.unchecked = tables or {}, check
         self.tokens: Any = None  # Tokens, once they are announced
 
     def begin(
@@ -112,13 +114,17 @@ class Intervention:
             ctx = RouterContext(
                 site, base, seen_TD, tokens, self._noise(site), stats, self.earlier, self.own
             )
-            if isinstance(condition.perturbation, ResidualNoise):
-                of = replace(condition, perturbation=condition.perturbation.of)
-                intended = of.apply(base, router, ctx)
-                if intended is not base:
-                    self.intended[site] = intended
-            else:
-                changed = condition.apply(base, router, ctx)
+            acting, p = condition, condition.perturbation
+            if noisy := isinstance(p, ResidualNoise):  # what `of` would do; the decision stays
+                acting = replace(condition, perturbation=p.of)
+            if self.unchecked:
+                acting.check_pure(base, router, ctx)
+                self.unchecked = False
+            moved = acting.apply(base, router, ctx)
+            if not noisy:
+                changed = moved
+            elif moved is not base:
+                self.intended[site] = moved
             self.touched[site] = condition.touched(ctx)
             self.observe(site, base, changed)
         self.earlier[site], self.own[site] = changed, base

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analysis import stats
 from analysis.adapters import Adapter
+from analysis.measure.saved import BYTES, KEY, TABLES, read_tables, write_tables
 from analysis.measure.shard import Cell
 from analysis.perturb import Condition
 from analysis.stats import Pairs, pair
 
+TOKENS = ["document_id", "sequence_id", *BYTES]
 FACTS = ["model", "train_seed", "layer", "stage", "metric", "value"]
+# Columns of damage that a reader needs first.
+SHORT = [
+    *("model", "train_seed", "label", "num_documents", "num_touched"),
+    *("delta_nats", "low", "high", "mass_moved", "flips", "agreement"),
+]
 
 
 def key_columns(model: str, family: str, train_seed: int, condition: Condition) -> dict:
@@ -45,6 +53,35 @@ class Results:
     failed: pd.DataFrame = field(default_factory=pd.DataFrame)
     tokens: Callable[[str, int, str], pd.DataFrame] | None = None
 
+    def __repr__(self) -> str:
+        """What was measured, of which models; the tables are methods."""
+        clean, models = self.losses[self.losses.condition == "clean"], self.losses.model.unique()
+        size = f"{clean.document_id.nunique()} documents, {self.losses.condition.nunique() - 1}"
+        cells = f"{self.finished} of {self.planned} cells"
+        return f"Results of {', '.join(models)}: {size} conditions, {cells}; damage(), table(), ..."
+
+    def save(self, path: str | Path) -> None:
+        """Keep it in a new folder, from which `analysis.read` gives it back to the last bit. Raises
+        `FileExistsError` if there is something at the path."""
+        frames = {name: getattr(self, name) for name in TABLES}
+        if self.tokens is not None:
+            asked = self.losses[KEY].drop_duplicates().itertuples(index=False, name=None)
+            parts = [self.tokens(*key).assign(**dict(zip(KEY, key, strict=True))) for key in asked]
+            frames["tokens"] = pd.concat(parts, ignore_index=True).reindex(columns=[*KEY, *TOKENS])
+        write_tables(Path(path), frames, {"finished": self.finished, "planned": self.planned})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """What `save` wrote. Raises `ValueError` naming the file that is not what was written."""
+        frames, counts = read_tables(Path(path))
+        frame = frames.pop("tokens", None)
+        made = cls(**frames, finished=counts["finished"], planned=counts["planned"])
+        if frame is None:
+            return made
+        of = {key: rows.drop(columns=KEY) for key, rows in frame.groupby(KEY, sort=False)}
+        empty = {k: r.drop(columns="targets") for k, r in of.items() if r.targets.isna().all()}
+        return replace(made, tokens=lambda *key: (of | empty)[key].reset_index(drop=True))
+
     @functools.cached_property
     def _pairs(self) -> list[Pairs]:
         return pair(self.losses)
@@ -58,9 +95,10 @@ class Results:
         """Whether anything but clean runs was measured."""
         return bool((self.losses.condition != "clean").any())
 
-    def damage(self) -> pd.DataFrame:
-        """Change of every condition with intervals, doses beside it; see `stats.damage`."""
-        return self._damage
+    def damage(self, full: bool = False) -> pd.DataFrame:
+        """Change of every condition with intervals, doses beside it: what a reader needs first, or
+        every column of `stats.damage`, which pictures and other tables are made of."""
+        return self._damage if full else self._damage[SHORT]
 
     def clean(self) -> pd.DataFrame:
         """The clean runs, dense models too; see `stats.clean_table`."""
@@ -79,7 +117,7 @@ class Results:
 
     def table(self) -> pd.DataFrame:
         """The paper's Table 4 with intervals, both mask points, each stage, and the controls."""
-        return stats.robustness_table(self.damage(), self.sites())
+        return stats.robustness_table(self._damage, self.sites())
 
     # Damage taken apart. `condition` is a label as in `damage()`; without one, all conditions for
     # which what is needed was measured, which may be none.

@@ -140,8 +140,9 @@ def _run_condition(
         tables.setdefault(site, Table(model, site, clean.routings[site]))
         tables = {site: tables[site]}
     intervention = Intervention(
-        condition, calibration, clean.routings, observe=observe, tables=tables
-    )
+        condition, calibration, clean.routings, observe=observe, tables=tables,
+        check=collector.seconds == 0,
+    )  # fmt: skip
     with intervention.rerunning(model, clean) as (segments, start):
         for number, (segment, before, state) in enumerate(steps(segments, start), first):
             if any(map(condition.where, segment.sites)):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from analysis.adapters import check_documents, num_batches, owning, routed_adapter
+from analysis.adapters import Adapter, check_documents, load, num_batches, owned, routed_adapter
 from analysis.measure.calibrate import calibrate
 from analysis.measure.results import Results, join
 from analysis.measure.shard import measure
@@ -35,7 +37,6 @@ CALIBRATION = 32  # sequences that a sweep calibrates on unless it is told other
 Asked = Perturbation | Condition | Sequence[Perturbation | Condition]
 
 
-@owning
 def sweep(
     model: object,
     docs: Sequences,
@@ -50,8 +51,9 @@ def sweep(
     tokens: bool = False,
     progress: bool = True,
 ) -> Results:
-    """Measure perturbations of one model in memory; `run` is its long form.
+    """Measure perturbations of models in memory on the same documents; `run` is its long form.
 
+    model         a model under study, a `cartmoe.LanguageModel`, or several by name, paths too
     docs          from `analysis.documents`
     where, point, seed   for perturbations that are no `Condition` of their own
     controls      also measure identity, DropChosen, DropUnchosen, RandomRouting, NoRouted, and
@@ -59,15 +61,38 @@ def sweep(
     calibration   documents that RandomRouting draws from; by default the first 32 of `docs`
     tokens        keep every token's loss, for quantiles and groups of tokens
     """
-    model = routed_adapter(model)
-    check_documents(docs, model)
+    models = named(model) if isinstance(model, Mapping) else [routed_adapter(model)]
+    check_documents(docs, *models)
     conditions = conditions_of(perturbations, where, point, seed, controls)
-    total = num_batches(docs, batch_size) * len(conditions)
-    stats = calibrate(model, calibration or docs[:CALIBRATION])
-    options: dict[str, Any] = dict(batch_size=batch_size, calibration=stats, keep_tokens=tokens)
-    with tqdm(total=total, unit="batch", disable=not progress) as bar:
-        cells = measure(model, conditions, docs, **options, progress=bar.update)
-    return join([(model, cells)])
+    total = num_batches(docs, batch_size) * len(conditions) * len(models)
+    measured = []
+    with owned(*models), tqdm(total=total, unit="batch", disable=not progress) as bar:
+        for one in models:
+            stats = calibrate(one, calibration or docs[:CALIBRATION])
+            options: dict[str, Any] = dict(batch_size=batch_size, calibration=stats)
+            options |= dict(keep_tokens=tokens, progress=bar.update)
+            measured.append((one, measure(one, conditions, docs, **options)))
+    return join(measured)
+
+
+def named(models: Mapping[str, object]) -> list[Adapter]:
+    """Models of these names, the caller's keeping their own; what is a path is loaded. Raises
+    `ValueError` for names that conditions cannot have, none, dense models, and tokens of different
+    tokenizers."""
+    found = []
+    if not models:
+        raise ValueError("models is empty; give at least one by name")
+    for name, model in models.items():
+        if not isinstance(name, str) or not name or set(name) & set("/(),"):
+            raise ValueError(f"models has the name {name!r}; it must be a text without / ( ) ,")
+        model = load(model) if isinstance(model, str | Path) else model
+        found.append(copy.copy(routed_adapter(model)))
+        found[-1].name = name
+    known = {model.name: model.tokenizer for model in found if model.tokenizer is not None}
+    if len({tokenizer.identity for tokenizer in known.values()}) > 1:
+        listed = ", ".join(f"{name}: {tokenizer.name!r}" for name, tokenizer in known.items())
+        raise ValueError(f"models read tokens of different tokenizers ({listed})")
+    return found
 
 
 def conditions_of(

@@ -44,6 +44,11 @@ class Relation:
     overlap: Overlap
     metrics: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        """What was measured, of which models; the tables are attributes."""
+        size = f"{len(self.experts)} experts of {', '.join(self.experts.model.unique())}"
+        return f"Relation of {size}; metrics {', '.join(self.metrics)}; table(), experts, ..."
+
     def table(
         self,
         damage: str = "per_mass",

@@ -131,6 +131,11 @@ class Training:
     damage: pd.DataFrame
     overlap: Overlap
 
+    def __repr__(self) -> str:
+        """What was measured, of which model and steps; the tables are attributes."""
+        models = ", ".join(self.damage.model.unique())
+        return f"Training of {models}, steps {', '.join(map(str, self.steps))}; {self.overlap!r}"
+
     @property
     def steps(self) -> list[int]:
         """Of the checkpoints."""
@@ -168,7 +173,7 @@ def over_training(
     for folder in tqdm(_checkpoints(run_folder), unit="checkpoint", disable=not progress):
         model, step = load(folder), step_of(folder)
         results = sweep(model, docs, perturbations, **conditions, **options)
-        damages.append(_at(results.damage(), step))
+        damages.append(_at(results.damage(full=True), step))
         overlap = measure_overlap(model, docs, metrics, sites, probe, **options)
         overlaps.append(overlap.map(partial(_at, step=step)))
     return Training(pd.concat(damages, ignore_index=True), Overlap.join(overlaps))

@@ -11,7 +11,7 @@ from pydantic import SkipValidation
 from torch import Tensor
 
 from analysis.adapters import Router, route
-from analysis.perturb.base import POINTS, Identity, Perturbation, canonical
+from analysis.perturb.base import POINTS, Identity, Perturbation, canonical, parts_of
 from analysis.perturb.catalogue import PERTURBATIONS, perturbation_from_dict
 from analysis.perturb.compound import Compose
 from analysis.perturb.context import RouterContext, after_score
@@ -112,6 +112,24 @@ class Condition:
         inside_T = self.where.inside(ctx.tokens)
         return changed if inside_T is None else where_tokens(inside_T, changed, base)
 
+    def check_pure(self, base: Routing, router: Router, ctx: RouterContext) -> None:
+        """Raise `ValueError` unless a perturbation of yours does the same when it is asked twice,
+        and leaves what it is given as it is: else results could not be repeated."""
+        if all(type(part).__module__.startswith("analysis.") for part in _parts(self.perturbation)):
+            return
+        before = [t.clone() for t in base]
+        first, second = (self.apply(base, router, ctx) for _ in range(2))
+        label = getattr(self.perturbation, "label", repr(self.perturbation))
+        if not all(map(torch.equal, base, before)):
+            raise ValueError(
+                f"{label} changes in place what it is given; it must return another tensor"
+            )
+        if not all(map(torch.equal, first, second)):
+            raise ValueError(
+                f"{label} gave two answers to one question; its random numbers must be those of "
+                "ctx.noise (normal, uniform, gumbel), which are the same for the same token"
+            )
+
     def touched(self, ctx: RouterContext) -> Tensor:
         """(T,) bool: the tokens whose decision it could change at this router, by where it acts and
         by what its perturbation can reach."""
@@ -135,6 +153,12 @@ class Condition:
             ctx = replace(ctx, stats=after_score(ctx.stats, router))
         scores_TE = perturb_scores(p, base.scores_TE, ctx)
         return base if scores_TE is base.scores_TE else router.decide(base.logits_TE, scores_TE)
+
+
+def _parts(p: object) -> Iterable[object]:
+    """It and what it is made of; of a `Custom` the function too."""
+    parts = parts_of(p) if isinstance(p, Perturbation) else [p]
+    return [own for part in parts for own in (part, getattr(part, "function", part))]
 
 
 LogitsFunction = Callable[[Tensor, RouterContext], Tensor]

@@ -43,6 +43,10 @@ class Calibration:
 
     sites: Mapping[RouterSite, SiteStats]
 
+    def __repr__(self) -> str:
+        rows = {len(stats.reservoir_RE) for stats in self.sites.values()}
+        return f"Calibration({len(self.sites)} sites, {max(rows, default=0)} tokens of each)"
+
     @property
     def sha256(self) -> str:
         """Of sites, reservoirs and loads."""

@@ -4,6 +4,7 @@ marker; how far the two go together, beside chance and the noise of the damage i
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,16 +25,18 @@ NAMES = {"per_mass": "damage per weight dropped"}  # others as they are called
 COLUMNS = ["r", "low", "high", "null_low", "null_high", "ceiling"]
 
 
-def relation_dots(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def relation_dots(table: pd.DataFrame | Any, ax: Axes | None = None) -> Axes:
     """Rank correlations of damage and overlap, a row a metric and in it a line a model.
 
-    table  of `stats.relation`, or several of them concatenated. Dots are r with its interval,
-           "all" first and largest; grey bands the null by permutation; ticks at both sides the
-           noise ceiling, beyond which no predictor comes
+    table  of `stats.relation`, several of them concatenated, or what `relate` gives. Dots are r
+           with its interval, "all" first and largest; grey bands the null by permutation; ticks at
+           both sides the noise ceiling, beyond which no predictor comes
 
     Where r is NaN nothing is drawn but the band and the ceiling. Raises `ValueError` for missing
     columns and a table without rows.
     """
+    if callable(getattr(table, "table", None)):
+        table = table.table()
     check_rows("relation", table, ["metric", "damage", "model", "family", *COLUMNS])
     models = sorted(table.model.unique(), key=lambda model: model != ALL)  # stable
     styles = {ALL: ALL_STYLE} | model_styles(table[table.model != ALL])
@@ -82,17 +85,18 @@ LARGEST = 60.0  # area of the marker of the most used expert, in square points
 
 
 def damage_against_overlap(
-    experts: pd.DataFrame, metric: str, damage: str = "per_mass", ax: Axes | None = None
+    experts: pd.DataFrame | Any, metric: str, damage: str = "per_mass", ax: Axes | None = None
 ) -> Axes:
     """A marker an expert, its look that of the model and its area the load.
 
-    experts  the table `experts` of `analysis.relate`; metric: a column of it, damage: "per_mass"
-             (nats per unit of routed weight) or "damage" (nats per token)
+    experts  what `analysis.relate` gives, or its table `experts`; metric: a column of it
+    damage   "per_mass" (nats per unit of routed weight) or "damage" (nats per token)
 
     Distances and divergences are turned round in that table, so that more to the right is always
     more in common. Experts for which either number is NaN are left out. Raises `ValueError` for
     missing columns, a table without rows, and with the choices for an unknown metric or damage.
     """
+    experts = getattr(experts, "experts", experts)
     check_choice("damage", damage, DAMAGE)
     check_rows("experts", experts, [*SITE, "expert", "load", damage])
     keys = {*SITE, "expert", "mass", *DAMAGE}

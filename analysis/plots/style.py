@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -100,7 +101,9 @@ def table_of(source: Any, name: str, columns: Iterable[str], *args: Any) -> pd.D
                 f"frame is a {type(source).__name__}; give the table of stats.{name} or an object "
                 f"with a {name}() method"
             )
-        frame = getattr(source, name)(*args)
+        method = getattr(source, name)
+        everything = {"full": True} if "full" in inspect.signature(method).parameters else {}
+        frame = method(*args, **everything)
     check_rows(name, frame, [*CHECKPOINT, *columns])
     return frame
 

@@ -38,7 +38,7 @@ def fitting(pattern: str) -> Callable[[Results], pd.DataFrame]:
     """The table of damage if a label (see `stats.label`) fits the pattern, else none of it."""
 
     def table(results: Results) -> pd.DataFrame:
-        damage = results.damage()
+        damage = results.damage(full=True)
         return damage if damage.label.str.fullmatch(pattern).any() else damage[:0]
 
     return table
@@ -67,7 +67,7 @@ FIGURES: dict[str, Picture] = {
     "noise_doses": (fitting(NOISE), lambda t: plots.dose_panels(t, "GaussianNoise")),
     "controls": (fitting(re.escape(SUBJECT)), plots.control_dots),
     "stages": (fitting(r"DropTop\(1\)(, stage \d+)?(, scores)?"), plots.stage_dots),
-    "catalogue": (lambda r: r.damage(), plots.catalogue_dots),
+    "catalogue": (lambda r: r.damage(full=True), plots.catalogue_dots),
     "split": (lambda r: r.split(), plots.split_bars),
     "cascade": (lambda r: r.cascade(), plots.cascade_dots),
     "layers": (lambda r: r.additivity(), plots.layer_profile),
@@ -132,7 +132,7 @@ def export(
     results = read(directory)
     tables = {"losses": results.losses, "routing": results.routing, "cells": results.cells}
     if results.has_conditions:
-        tables["damage"] = results.damage()
+        tables["damage"] = results.damage(full=True)
     folder = Path(directory) / "export" if out is None else Path(out)
     check_directory(folder)
     with locked(folder, wait=True):

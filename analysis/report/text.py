@@ -30,7 +30,7 @@ def tables(results: Results, contrasts: Mapping[str, Any] | None = None) -> dict
     """
     made = {"clean": results.clean(), "sites": results.sites(), "failed": results.failed}
     if results.has_conditions:
-        damage = results.damage()
+        damage = results.damage(full=True)
         whole = whole_conditions(damage)
         made |= {
             "damage": damage,
@@ -55,7 +55,7 @@ def whole_conditions(damage: pd.DataFrame) -> list[str]:
 def measured(results: Results, contrasts: Mapping[str, Any]) -> dict[str, Any] | None:
     """The contrasts less the conditions that a study, half finished, does not have in two models;
     None where nothing is left."""
-    labels = results.damage().groupby("model").label.agg(set)
+    labels = results.damage(full=True).groupby("model").label.agg(set)
     mine = labels.get(contrasts["reference"], set())
     others = set().union(*labels.drop(contrasts["reference"], errors="ignore"))
     left = [condition for condition in contrasts["conditions"] if condition in mine & others]

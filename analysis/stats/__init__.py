@@ -15,7 +15,7 @@ groups.py      damage by position, frequency and domain
 relation.py    damage of dropping an expert against what it shares with those that take over
 metric_facts.py     what a metric of overlap is called, and how it is read
 overlap_tables.py   tables of overlap: what their rows are of
-texts.py       numbers and intervals as people read them
+texts.py       numbers and intervals as people read them; latex.py: tables for a paper
 """
 
 import lazy_loader

@@ -16,6 +16,7 @@ from .doses import curve_summary as curve_summary
 from .doses import doses as doses
 from .doses import per_dose as per_dose
 from .groups import damage_by as damage_by
+from .latex import latex as latex
 from .metric_facts import facts_of as facts_of
 from .overlap_tables import INDEX as INDEX
 from .overlap_tables import SHARED as SHARED

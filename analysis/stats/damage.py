@@ -59,6 +59,8 @@ def damage(
         )
         tables.append(table)
     table = pd.concat(tables, ignore_index=True)
+    if table.num_touched.notna().all():
+        table["num_touched"] = table.num_touched.round().astype(int)
     nothing = table[table.num_touched == 0]
     if len(nothing):
         warnings.warn(

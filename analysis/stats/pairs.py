@@ -39,7 +39,8 @@ def check_columns(name: str, frame: pd.DataFrame, columns: Iterable[str]) -> Non
         raise ValueError(f"{name} is a {type(frame).__name__}; give the table of that name")
     missing = [column for column in columns if column not in frame.columns]
     if missing:
-        raise ValueError(f"table {name} lacks the columns {', '.join(missing)}")
+        hint = "; damage(full=True) has all" if name == "damage" else ""
+        raise ValueError(f"table {name} lacks the columns {', '.join(missing)}{hint}")
 
 
 def of_checkpoint(frame: pd.DataFrame, checkpoint: Mapping[str, object]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.measure import FACTS, Results
+from analysis.measure import FACTS, Results, is_saved
 from analysis.stats import CHECKPOINT
 from analysis.study.store import Store
 from cartmoe.sealed import read_sealed
@@ -31,12 +31,15 @@ def read_plan(out: Path) -> dict[str, Any]:
 
 
 def read(out: str | Path) -> Results:
-    """The results in a study's directory, finished or not; of an unfinished one those that can be
-    paired.
+    """The results in a study's directory, finished or not (of an unfinished one those that can be
+    paired), or what `Results.save` wrote.
 
-    Raises `FileNotFoundError` if there is no study, `ValueError` if nothing is measured yet.
+    Raises `FileNotFoundError` if there is neither, `ValueError` if nothing is measured yet and
+    naming a damaged file.
     """
     out = Path(out)
+    if is_saved(out):
+        return Results.load(out)
     plan = read_plan(out)
     planned = pd.DataFrame(plan["cells"])
     with Store(out / STORE, readonly=True) as store:

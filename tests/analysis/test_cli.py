@@ -313,3 +313,27 @@ def test_ctrl_c(write_study, tmp_path):
     assert stderr.strip().startswith("stopped after step")
     assert len(stderr.strip().splitlines()) == 1
     assert list((out / "models" / "cartesian-s0" / "checkpoints").glob("step-*"))
+
+
+OWN = """
+from dataclasses import dataclass
+import analysis as an
+
+@dataclass(frozen=True)
+class Halve(an.Perturbation):
+    expects = "weights"
+    def __call__(self, logits_TE, ctx):
+        return logits_TE / 2
+"""
+
+
+def test_the_installed_command_knows_modules_of_the_working_folder(tmp_path, write_study):
+    """As `python -m analysis` does; also in other processes."""
+    (tmp_path / "mine.py").write_text(OWN)
+    path = write_study(tmp_path / "s.toml", conditions=[{"perturbation": "mine:Halve"}])
+    command = [Path(sys.executable).with_name("cartmoe-study"), "run", path, "--out", "o"]
+    done = subprocess.run(
+        [*command, "--workers", "2"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Halve" in done.stdout

@@ -44,7 +44,7 @@ def test_a_sweep_with_controls(docs):
     before = clean_routing(model, docs.tokens_SL)
     asked = [an.DropTop(1), an.GaussianNoise(1.0), an.TopK(3), an.Worst(1)]
     results = an.sweep(model, docs, asked, batch_size=4, tokens=True, **QUIET)
-    damage = results.damage().set_index("label")
+    damage = results.damage(full=True).set_index("label")
     assert np.isfinite(damage.delta_nats).all()
     assert damage.delta_nats["Identity"] == damage.kl["Identity"] == 0
     # Groups, bias and scale included: the best expert of the chosen group is never used again.
@@ -56,7 +56,9 @@ def test_a_sweep_with_controls(docs):
     assert all(map(torch.equal, before[model.sites()[1]], after[model.sites()[1]]))
     assert not any(model._hooks())
     residual = [an.DropTop(1), an.ResidualNoise(an.DropTop(1))]
-    first = an.sweep(model, docs, residual, where="layer 0", controls=False, **QUIET).damage()
+    first = an.sweep(model, docs, residual, where="layer 0", controls=False, **QUIET).damage(
+        full=True
+    )
     assert first.output_change[0] == pytest.approx(first.output_change[1], rel=1e-4)
 
 
@@ -71,7 +73,9 @@ def test_every_perturbation_acts(docs, p):
         for point in points
         for downstream in ("reroute", "replay")
     ]
-    damage = an.sweep(model, docs, conditions, controls=False, batch_size=4, **QUIET).damage()
+    damage = an.sweep(model, docs, conditions, controls=False, batch_size=4, **QUIET).damage(
+        full=True
+    )
     assert np.isfinite(damage.delta_nats).all()
     dose = {"selection": "changed", "weights": "mass_moved", "output": "output_change"}
     if p.expects in dose:
@@ -120,9 +124,11 @@ def test_overlap_and_its_relation(docs):
 def test_other_measurements(docs, tmp_path):
     model = build()
     trace = an.Trace.record(model, docs, tmp_path / "trace", batch_size=4, **QUIET)
-    replayed = an.sweep(build(1), docs, [an.Replay(trace)], controls=False, **QUIET).damage()
+    replayed = an.sweep(build(1), docs, [an.Replay(trace)], controls=False, **QUIET).damage(
+        full=True
+    )
     assert replayed.flips.iloc[0] > 0
-    same = an.sweep(model, docs, [an.Replay(trace)], controls=False, **QUIET).damage()
+    same = an.sweep(model, docs, [an.Replay(trace)], controls=False, **QUIET).damage(full=True)
     assert same.delta_nats.iloc[0] == pytest.approx(0, abs=1e-6)
     regret = an.regret(model, docs, model.sites()[0], n=4, batch_size=4, **QUIET)
     assert (regret.regret.diff().dropna() >= 0).all()

@@ -62,7 +62,9 @@ def stage(model):
 
 
 def damage(model, p, batch_size=16):
-    found = an.sweep(model, DOCS, p, controls=False, batch_size=batch_size, **QUIET).damage()
+    found = an.sweep(model, DOCS, p, controls=False, batch_size=batch_size, **QUIET).damage(
+        full=True
+    )
     return found.delta_nats.item()
 
 

@@ -62,11 +62,11 @@ def test_measures_what_sweeps_measure(two, comparison, shard):
         np.testing.assert_allclose(mine.nll_sum, alone.nll_sum, rtol=1e-6)
         assert mine.condition.tolist() == alone.condition.tolist()
     assert losses.model.drop_duplicates().tolist() == ["base", "tuned"]
-    assert comparison.results.damage().num_documents.unique() == [4]
+    assert comparison.results.damage(full=True).num_documents.unique() == [4]
 
 
 def test_own_decisions_and_gates_change_nothing(comparison):
-    damage = comparison.results.damage().set_index(["model", "label"])
+    damage = comparison.results.damage(full=True).set_index(["model", "label"])
     for label in ("Replay(base)", "GateSwap(base)"):
         assert (damage.loc[("base", label), ["delta_nats", "low", "high", "kl"]] == 0).all()
         assert damage.delta_nats["tuned", label] != 0
@@ -144,7 +144,7 @@ def test_difference_of_differences(comparison):
     expected = damage("tuned") - damage("base")
     assert difference.delta_nats["DropTop(1)"] == pytest.approx(expected)
     assert difference.low["DropTop(1)"] < expected < difference.high["DropTop(1)"]
-    assert set(difference.index) == set(comparison.results.damage().label)
+    assert set(difference.index) == set(comparison.results.damage(full=True).label)
 
 
 def test_drift_cost(comparison):
@@ -152,7 +152,7 @@ def test_drift_cost(comparison):
     assert cost.model.tolist() == ["tuned", "tuned"]
     assert cost.imposed.tolist() == ["decisions", "gates"]
     assert cost["of"].tolist() == ["base", "base"]
-    damage = comparison.results.damage().set_index(["model", "label"])
+    damage = comparison.results.damage(full=True).set_index(["model", "label"])
     assert cost.delta_nats[0] == damage.delta_nats["tuned", "Replay(base)"]
     assert cost.flips[0] > 0.05
 
@@ -179,7 +179,7 @@ def test_checkpoints_and_other_seeds(two, shard, tmp_path):
     assert len(got.damage_difference()) == 3
     cost = got.drift_cost().set_index("imposed")
     assert cost.delta_nats["decisions"] != 0
-    assert got.results.damage().label.tolist()[2] == "ResidualNoise(of=Replay base)"
+    assert got.results.damage(full=True).label.tolist()[2] == "ResidualNoise(of=Replay base)"
 
 
 def test_three_models(two, tiny_model, shard):

@@ -17,7 +17,7 @@ from analysis.measure.intervene import Intervention, perturbed
 from analysis.measure.shard import measure
 from analysis.measure.sweep import sweep
 from analysis.perturb.base import Identity, Perturbation
-from analysis.perturb.compound import Compose, ResidualNoise
+from analysis.perturb.compound import Compose, Custom, ResidualNoise
 from analysis.perturb.condition import CLEAN, Condition
 from analysis.perturb.context import Tokens
 from analysis.perturb.decisions import Lag, NoRouted
@@ -406,7 +406,7 @@ def test_touched_tokens_are_counted(model_of, shard):
     assert touched(model, Condition(Lag(3), "positions 2:5"), shard) == inside(
         (at_L >= 3) & (at_L < 5)
     )
-    both = Compose((Lag(3), SwapRanks()))
+    both = Compose((SwapRanks(), Lag(3)))
     assert touched(model, Condition(both), shard) == everywhere
     lags = Compose((Lag(3), Lag(5)))
     assert touched(model, Condition(lags), shard) == inside(at_L >= 3)
@@ -430,12 +430,62 @@ def test_what_touches_no_token_is_not_robustness(model_of, shard, condition):
     assert touched(model, condition, shard) == [0] * len(shard)
     results = sweep(model, shard, [condition, DropTop(1)], controls=False, progress=False)
     with pytest.warns(UserWarning, match="no token could be changed by"):
-        damage = results.damage().set_index("label")
+        damage = results.damage(full=True).set_index("label")
     nothing, other = damage.iloc[0], damage.iloc[1]
     assert nothing.num_touched == 0
     assert nothing[["delta_nats", "low", "high", "kl", "agreement", "perplexity"]].isna().all()
-    alone = sweep(model, shard, [DropTop(1)], controls=False, progress=False).damage().iloc[0]
+    alone = (
+        sweep(model, shard, [DropTop(1)], controls=False, progress=False).damage(full=True).iloc[0]
+    )
     assert other[["delta_nats", "low", "high"]].equals(alone[["delta_nats", "low", "high"]])
     assert np.isnan(difference(results.losses, "DropTop(1)", damage.index[0]).delta_nats.item())
     with pytest.raises(ValueError, match="which could change no token"):
         results.damage_by("domain", [damage.index[0]])
+
+
+# ---- perturbations of yours that cannot be repeated
+
+
+def drawing(logits_TE, ctx):
+    return logits_TE + torch.randn_like(logits_TE)
+
+
+def in_place(logits_TE, ctx):
+    return logits_TE.mul_(0.5)
+
+
+def keyed(logits_TE, ctx):
+    return logits_TE + ctx.noise.normal(logits_TE.shape[-1], "mine")
+
+
+@dataclass(frozen=True)
+class Drawing(Perturbation):
+    def decide(self, routing, router, ctx):
+        return routing._replace(weights_TK=torch.rand_like(routing.weights_TK))
+
+
+@pytest.mark.parametrize(
+    ("p", "message"),
+    [
+        (Custom(drawing, "Mine"), "Mine gave two answers to one question; .* ctx.noise"),
+        (Compose((DropTop(1), Custom(drawing, "Mine"))), "gave two answers to one question"),
+        (ResidualNoise(Custom(drawing, "Mine")), "Mine gave two answers"),
+        (Drawing(), "Drawing gave two answers"),
+        (Custom(in_place, "Mine"), "Mine changes in place what it is given"),
+    ],
+    ids=lambda v: getattr(v, "label", ""),
+)
+@pytest.mark.parametrize("point", ["logits", "scores"])
+def test_it_is_asked_twice(model_of, shard, p, message, point):
+    if point in p.points and not (point == "scores" and "in place" in message):
+        with pytest.raises(ValueError, match=message):
+            sweep(model_of("cartesian"), shard, p, point=point, controls=False, progress=False)
+
+
+@pytest.mark.parametrize("p", [Custom(keyed, "Mine"), Compose((Custom(keyed, "Mine"), DropTop(1)))])
+def test_keyed_noise_can_be_repeated(model_of, shard, p):
+    a, b = (
+        sweep(model_of("cartesian"), shard, p, controls=False, batch_size=n, progress=False)
+        for n in (2, 7)
+    )
+    np.testing.assert_allclose(a.losses.nll_sum, b.losses.nll_sum, rtol=1e-5)

@@ -131,7 +131,7 @@ def test_damage_is_that_of_a_sweep(model_of, docs):
     conditions = [
         Condition(DropExperts(ids=(row.expert,)), "layer 0 stage 1") for row in table.itertuples()
     ]
-    damage = sweep(model, docs, conditions, controls=False, progress=False).damage()
+    damage = sweep(model, docs, conditions, controls=False, progress=False).damage(full=True)
     for name, column in (("delta_nats", "damage"), ("low", "damage_low"), ("high", "damage_high")):
         np.testing.assert_allclose(table[column], damage[name], rtol=1e-12)
     # With top-k nothing but the dropped expert loses its weight for good.

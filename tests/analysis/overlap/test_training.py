@@ -160,7 +160,7 @@ def test_over_training(run, docs):
         damage = sweep(model, docs, conditions, controls=False, batch_size=8, seed=3, **QUIET)
         own = found.damage[found.damage.step == step]
         pd.testing.assert_frame_equal(
-            own.drop(columns="step").reset_index(drop=True), damage.damage()
+            own.drop(columns="step").reset_index(drop=True), damage.damage(full=True)
         )
         overlap = measure_overlap(model, docs, metrics, seed=3, **QUIET)
         for name in ("experts", "pairs"):

@@ -652,6 +652,6 @@ def test_in_a_sweep(model_of, shard, recorded, checkpoint):
         batch_size=3,
         progress=False,
     )
-    damage = results.damage().set_index("label")
+    damage = results.damage(full=True).set_index("label")
     assert damage.delta_nats["Replay(trace)"] == 0
     assert damage.flips["GateSwap(tuned)"] > 0.1

@@ -33,7 +33,7 @@ def test_files_hold_the_tables(done, tmp_path, format):
     results = read(done)
     for path in paths:
         got = pd.read_parquet(path) if format == "parquet" else pd.read_csv(path)
-        table = results.damage() if path.stem == "damage" else getattr(results, path.stem)
+        table = results.damage(full=True) if path.stem == "damage" else getattr(results, path.stem)
         assert len(got) == len(table) > 0
         expected = table.reset_index(drop=True)
         pd.testing.assert_frame_equal(

@@ -52,7 +52,7 @@ def made(model_of, shard, calibration_of):
 
 def test_from_a_sweep_to_every_table(made):
     """One line a table, each in agreement with the damages that were measured."""
-    damage = made.damage().set_index(["model", "label"]).delta_nats
+    damage = made.damage(full=True).set_index(["model", "label"]).delta_nats
     for model in damage.index.levels[0]:
         whole = damage[model, "DropTop(1)"]
 
@@ -165,7 +165,7 @@ def test_conditions_must_change_what_they_expect(options, dose, failed):
     text = describe(results)
     assert ("FAILED, changed nothing" in text) == failed
     if failed:
-        name = results.damage().label.iloc[0]
+        name = results.damage(full=True).label.iloc[0]
         assert f"cartesian (seed 0): {name} has {dose} of 0" in text
 
 
@@ -183,6 +183,6 @@ def test_a_sweep_takes_all_arms_and_keeps_tokens(model_of, shard):
     name = "DropTop(1), layer 0"
     assert results.split().condition.unique().tolist() == [name]
     assert results.tails().condition.tolist()[0] == name
-    whole = results.damage().set_index("label").delta_nats[name]
+    whole = results.damage(full=True).set_index("label").delta_nats[name]
     parts = results.split(name).set_index("part").delta_nats
     assert parts[["set", "weights", "mass"]].sum() == pytest.approx(whole, rel=1e-9)

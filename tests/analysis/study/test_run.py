@@ -99,7 +99,7 @@ def test_what_a_study_leaves(done, tiny):
     results = read(done)
     assert (results.finished, results.planned) == (CELLS, CELLS)
     assert results.has_conditions
-    damage = results.damage()
+    damage = results.damage(full=True)
     assert set(damage.model) == {"smoe_share", "cartesian"}
     assert results.clean().model.tolist() == ["dense", "smoe_share", "cartesian"]
     labels = damage.groupby("model").label.agg(set)
@@ -136,9 +136,9 @@ def test_results_are_those_of_measure(done, tiny):
         model, docs, conditions, controls=False, calibration=calibration, batch_size=2,
         progress=False,
     )  # fmt: skip
-    theirs = read(done).damage()
+    theirs = read(done).damage(full=True)
     theirs = theirs[theirs.model == "cartesian"].set_index("label")
-    for label, row in mine.damage().set_index("label").iterrows():
+    for label, row in mine.damage(full=True).set_index("label").iterrows():
         for column in ("nats", "clean_nats", "kl", "mass_moved", "flips"):
             assert row[column] == pytest.approx(theirs.loc[label, column], abs=1e-6)
 
@@ -241,7 +241,7 @@ def test_models_by_path(study_dict_of, checkpoint_of, tmp_path):
         ["b", "smoe", 3],
         ["c", "dense", 0],
     ]
-    a, b = (results.damage()[results.damage().model == name] for name in "ab")
+    a, b = (results.damage(full=True)[results.damage(full=True).model == name] for name in "ab")
     assert a.delta_nats.tolist() == b.delta_nats.tolist()
     assert finished_cells(tmp_path) == SHARDS * (1 + 9 + 1)
     assert results.finished == results.planned
@@ -290,7 +290,7 @@ def test_bf16(study_dict_of, done, tmp_path):
         models=[{"path": str(done / "models" / "cartesian-s0"), "name": "cartesian"}],
         measure={"precision": "bf16"},
     )
-    damage = finish(Study.from_dict(study), tmp_path, plot=False).damage()
+    damage = finish(Study.from_dict(study), tmp_path, plot=False).damage(full=True)
     assert (damage[damage.perturbation == "Identity"].delta_nats == 0).all()
     exact = read(done).clean().set_index("model").nats["cartesian"]
     assert damage.clean_nats.iloc[0] == pytest.approx(exact, rel=0.01)
@@ -456,7 +456,7 @@ def test_fifty_kills_while_measuring(write_study, checkpoint_of, tmp_path, capsy
             lambda r: r.losses,
             lambda r: r.routing,
             lambda r: r.cells.drop(columns="seconds"),
-            lambda r: r.damage(),
+            lambda r: r.damage(full=True),
         )
     ]
     with capsys.disabled():
@@ -492,7 +492,7 @@ def test_two_at_once(tiny, write_study, done, tmp_path):
 def test_sweep(model_of, shard):
     model = model_of("cartesian")
     results = sweep(model, shard, [DropTop(1), DropTop(1), GaussianNoise(1.0)], progress=False)
-    damage = results.damage()
+    damage = results.damage(full=True)
     controls = ["Identity", "DropChosen(1)", "DropUnchosen(1)", "RandomRouting(1)", "NoRouted"]
     controls.append("ResidualNoise(1, of=DropTop)")
     assert damage.label.tolist() == ["DropTop(1)", "GaussianNoise(1)", *controls]
@@ -509,7 +509,7 @@ def test_sweep_takes_a_plain_model_and_conditions(tiny_model, shard):
         controls=False,
         progress=False,
     )
-    assert results.damage().label.tolist() == ["DropTop(1), layer 2, scores", "Identity"]
+    assert results.damage(full=True).label.tolist() == ["DropTop(1), layer 2, scores", "Identity"]
 
 
 def test_sweep_of_a_dense_model(model_of, shard):
@@ -525,7 +525,7 @@ def test_sweep_of_a_dense_model(model_of, shard):
 def test_sweep_takes_one_perturbation_and_refuses_a_nameless_function(model_of, shard):
     model = model_of("smoe_share")
     results = sweep(model, shard, DropTop(1), controls=False, progress=False)
-    assert results.damage().label.tolist() == ["DropTop(1)"]
+    assert results.damage(full=True).label.tolist() == ["DropTop(1)"]
     with pytest.raises(ValueError, match="which tables cannot name"):
         sweep(model, shard, [lambda logits_TE, ctx: logits_TE], progress=False)
     for asked in (DropTop, "DropTop", lambda logits_TE, ctx: logits_TE, None):
@@ -542,7 +542,7 @@ def test_sweep_refuses_two_functions_of_one_name(model_of, shard):
     with pytest.raises(ValueError, match="has 2 that tables call 'mine'"):
         sweep(model, shard, [flip, Custom(flip.function, "mine", version=1)], progress=False)
     twice = sweep(model, shard, [flip, flip], controls=False, progress=False)
-    assert twice.damage().label.tolist() == ["mine"]
+    assert twice.damage(full=True).label.tolist() == ["mine"]
 
 
 # ---- verdicts
@@ -559,7 +559,7 @@ def test_sweep_refuses_two_functions_of_one_name(model_of, shard):
 )
 def test_verdicts(model_of, shard, label, column, verdict):
     results = sweep(model_of("cartesian"), shard, [DropTop(1)], progress=False)
-    damage = results.damage()
+    damage = results.damage(full=True)
     if label:
         damage.loc[damage.label == label, column] = 0.0 if column == "changed" else 1e-9
     assert verdict in describe(results)
@@ -612,5 +612,5 @@ def test_a_part_of_a_compose_is_let_through(model_of, shard):
     p = Compose((GaussianNoise(1e-4), UniformWeights(1.0)))
     conditions = [Condition(p, effect=e) for e in ("full", "weights", "part weights")]
     result = sweep(model_of("cartesian"), shard, conditions, controls=False, progress=False)
-    moved = result.damage().mass_moved
+    moved = result.damage(full=True).mass_moved
     assert moved.min() > 0.9 * moved.max() > 0

@@ -1,0 +1,100 @@
+"""Tables for a paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+
+import pandas as pd
+
+from analysis.stats.pairs import check_choice
+from analysis.stats.texts import interval_texts, number_text
+
+# Columns of bounds, by the column that they are of, beside NAME_low and NAME_high, NAME low and
+# NAME high.
+BOUNDS = {
+    **dict.fromkeys(("delta_nats", "nats", "value", "r"), ("low", "high")),
+    "delta_bits_per_byte": ("bpb_low", "bpb_high"),
+    "bits_per_byte": ("bpb_low", "bpb_high"),
+    "perplexity_ratio": ("ratio_low", "ratio_high"),
+}
+UNSIGNED = ("nats", "bits_per_byte", "perplexity", "perplexity_ratio")  # no changes
+
+
+def latex(
+    table: pd.DataFrame,
+    columns: Sequence[str] | Mapping[str, str] | None = None,
+    *,
+    digits: int = 3,
+    caption: str | None = None,
+    label: str | None = None,
+) -> str:
+    """A table of this package as LaTeX with booktabs, a column and its bounds in one cell.
+
+    columns   which, in this order, or name -> title; default: all, a bound beside its value
+    digits    decimals, more where a number would show none
+    caption, label   make it a table that floats
+
+    Intervals of few documents have the mark that the printed tables have. Raises `ValueError` for
+    what is no table, has no rows, or for an unknown column.
+    """
+    if not isinstance(table, pd.DataFrame) or table.empty:
+        raise ValueError(f"table is a {type(table).__name__}; give a table that has rows")
+    bounds = {name: found for name in table if (found := _bounds_of(table, name))}
+    beside = {bound for found in bounds.values() for bound in found}
+    chosen = columns or [name for name in table if name not in beside]
+    for name in chosen:
+        check_choice("columns", name, table)
+    if not isinstance(chosen, Mapping):
+        chosen = {name: name.replace("_", " ") for name in chosen}
+    shown = {
+        _escaped(title): _intervals(table, name, bounds[name], digits)
+        if name in bounds
+        else [_text(value, digits) for value in table[name]]
+        for name, title in chosen.items()
+    }
+    numbers = [n in bounds or pd.api.types.is_numeric_dtype(table[n]) for n in chosen]
+    return pd.DataFrame(shown).to_latex(
+        index=False,
+        column_format="".join("r" if number else "l" for number in numbers),
+        caption=caption,
+        label=label,
+        position="t" if caption or label else None,
+    )
+
+
+def _bounds_of(table: pd.DataFrame, name: str) -> tuple[str, str] | None:
+    candidates = [(f"{name}_low", f"{name}_high"), (f"{name} low", f"{name} high")]
+    candidates += [BOUNDS[name]] if name in BOUNDS else []
+    return next((pair for pair in candidates if set(pair) <= set(table.columns)), None)
+
+
+def _intervals(table: pd.DataFrame, name: str, bounds: tuple[str, str], digits: int) -> list[str]:
+    texts = interval_texts(table, name, *bounds, digits=digits)
+    return [_number(text.removeprefix("+") if name in UNSIGNED else text) for text in texts]
+
+
+def _text(value: object, digits: int) -> str:
+    if not isinstance(value, Real):
+        return "-" if value is None else _escaped(str(value))
+    if pd.isna(value):
+        return "-"
+    return _number(str(value) if isinstance(value, Integral) else number_text(float(value), digits))
+
+
+def _number(text: str) -> str:
+    """With true minus signs and powers of ten."""
+    text = re.sub(r"e([+-])0*(\d+)", lambda m: rf"$\cdot10^{{{m[1].strip('+')}{m[2]}}}$", text)
+    return re.sub(r"(?<![{\d])-(?=\d)", "$-$", text)
+
+
+SPECIAL = {
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}"},
+}
+
+
+def _escaped(text: str) -> str:
+    return "".join(SPECIAL.get(char, char) for char in text)
