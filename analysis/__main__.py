@@ -74,8 +74,7 @@ def run(
     executor = studies.processes(workers) if workers else None
     executor = studies.dask(dask) if dask else executor
     if dry_run:
-        threads = studies.threads_of(read, executor, threads)
-        typer.echo(studies.dry_run(read, out, workers or 1, threads))
+        typer.echo(studies.dry_run(read, out, workers or 1, threads, executor))
         return
     studies.run(read, out, progress, executor, threads)
     _print(report.summarize(out), report.plot(out, progress))

@@ -72,6 +72,14 @@ def check_options(corpus: str) -> None:
         open_source(corpus)
 
 
+def check_source(corpus: str | Path) -> None:
+    """Raise as `open_source` where there is nothing to read. Opens no file."""
+    if is_built_in(corpus):
+        check_options(str(corpus))
+    else:
+        _files_at(Path(corpus).expanduser())
+
+
 def read_corpus(corpus: str | Path) -> Iterator[Document]:
     """Documents of a built-in corpus or of the user's files, in a fixed order, none empty.
 
@@ -207,6 +215,12 @@ def _factorial_documents(corpus: Factorial) -> Iterator[Document]:
 
 
 def _user_files(root: Path) -> Source:
+    files = _files_at(root)
+    return Source(root.resolve().name, _fingerprint(files), _user_documents(files))
+
+
+def _files_at(root: Path) -> dict[str, Path]:
+    """By name, those that can be read."""
     if root.is_dir():
         files = files_below(root)
     elif root.is_file():
@@ -218,7 +232,7 @@ def _user_files(root: Path) -> Source:
         )
     if not files:
         raise ValueError(f"corpus {str(root)!r} has no {', '.join(READERS)} file")
-    return Source(root.resolve().name, _fingerprint(files), _user_documents(files))
+    return files
 
 
 def _user_documents(files: dict[str, Path]) -> Iterator[Document]:

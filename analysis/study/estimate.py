@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable, Collection
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,11 @@ from analysis.study.folder import STORE
 from analysis.study.models import Checkpoint, run_folder
 from analysis.study.plan import Plan
 from analysis.study.provenance import default_device
-from analysis.study.run import threads_of
+from analysis.study.run import check_executor, threads_of
 from analysis.study.specs import ModelSpec
 from analysis.study.store import Store
 from analysis.study.study import Study
+from analysis.study.unlike import why_others
 from analysis.study.worker import autocast, numerics
 from cartmoe.checkpoint import read_meta, run_checkpoints
 from cartmoe.distributed import Ranks
@@ -39,25 +42,39 @@ from cartmoe.precision import probe_precision
 PROBE = 4  # sequences
 
 
-def dry_run(study: Study, out: str | Path, workers: int = 1, threads: int | None = None) -> str:
+def dry_run(
+    study: Study,
+    out: str | Path,
+    workers: int = 1,
+    threads: int | None = None,
+    executor: Callable[[], Executor] | None = None,
+) -> str:
     """What `run` would do with so many workers, as text. Raises as `run` does for mistakes."""
     out = Path(out)
     check_directory(out)
-    plan = Plan.of(study, threads_of(study, None, threads))
-    finished: set[str] = set()
+    check_executor(executor)
+    plan = Plan.of(study, threads_of(study, executor, threads))
+    kept: dict[str, dict[str, Any]] = {}
     if (out / STORE).is_file():
         with Store(out / STORE, readonly=True) as store:
             finished = store.keys()
+            kept = {key: of for key, of in store.identities().items() if key in finished}
     with torch.random.fork_rng(), numerics(plan.platform), autocast(study.measure.precision):
+        found = plan.find(out)
         rows = [
-            _estimate(plan, spec, checkpoint, out, finished)
-            for spec, checkpoint in zip(study.models, plan.find(out), strict=True)
+            _estimate(plan, spec, checkpoint, out, kept.keys())
+            for spec, checkpoint in zip(study.models, found, strict=True)
         ]
-    return _describe(plan, pd.DataFrame(rows), workers)
+        planned = [cell for there in found if there for cell in plan.work(there).cells]
+    return "\n".join([_describe(plan, pd.DataFrame(rows), workers), *why_others(planned, kept)])
 
 
 def _estimate(
-    plan: Plan, spec: ModelSpec, checkpoint: Checkpoint | None, out: Path, finished: set[str]
+    plan: Plan,
+    spec: ModelSpec,
+    checkpoint: Checkpoint | None,
+    out: Path,
+    finished: Collection[str],
 ) -> dict[str, Any]:
     """Of one model: cells, and seconds in one process; steps that are left to train, and seconds of
     all of them."""

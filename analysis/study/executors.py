@@ -37,10 +37,14 @@ def deaths(error: BaseException | None) -> int:
 
 @dataclass(frozen=True)
 class Factory:
-    """Makes executors whose workers compute with so many threads, unless a study says otherwise."""
+    """Makes executors whose workers compute with so many threads, unless a study says otherwise.
+
+    check   raises where there will be none; called before models are trained for hours
+    """
 
     make: Callable[[], Executor]
     threads: int
+    check: Callable[[], None] = lambda: None
 
     def __call__(self) -> Executor:
         """A new executor."""
@@ -69,7 +73,8 @@ def dask(address: str, threads: int = 1) -> Factory:
     check_whole("threads", threads, 1)
     if find_spec("distributed") is None:
         raise ImportError("Dask is missing; install it: pip install 'cartmoe[dask]'")
-    return Factory(partial(_Dask, address), threads)
+    make = partial(_Dask, address)
+    return Factory(make, threads, check=lambda: make().shutdown(wait=False, cancel_futures=True))
 
 
 class _Processes(ProcessPoolExecutor):

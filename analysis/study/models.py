@@ -6,19 +6,15 @@ weights are read, and every byte of them checked, by who measures or trains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from analysis.study.reading import Mistakes
 from analysis.study.specs import ModelSpec
 from analysis.study.study import Study
 from cartmoe import checkpoint as checkpoints
-from cartmoe.corpora import CORPORA, is_built_in
 from cartmoe.data import Corpus
+from cartmoe.recipe import MAY_CHANGE
 from cartmoe.run import check_same, read_run
-from cartmoe.tokenizers import tokenizer_key
 from cartmoe.train import train
 
 
@@ -36,29 +32,16 @@ class Checkpoint:
         return cls(spec, path, checkpoints.checkpoint_sha256(path))
 
 
-def check_sources(study: Study) -> None:
-    """Raise `ValueError`, a line a mistake, for a corpus or a tokenizer that is not there."""
-    noted, corpus = Mistakes(), study.data.corpus
-    if not is_built_in(corpus) and not Path(corpus).expanduser().exists():
-        noted.mistakes.append(
-            f"data.corpus: corpus is {corpus!r}, which is no file, folder or built-in corpus "
-            f"({', '.join(CORPORA)})"
-        )
-    noted.attempt("data.tokenizer", tokenizer_key, study.data.tokenizer)
-    noted.finish(study.origin)
-
-
 def find(study: Study, spec: ModelSpec, corpus: Corpus, out: Path) -> Checkpoint | None:
     """The model's checkpoint if it is there, finished; None for one that is to be trained.
 
-    Raises `ValueError` or `FileNotFoundError` for a given one that is damaged, or cannot read the
-    study's tokens.
+    Raises `ValueError` or `OSError` for a given one that is damaged, or cannot read the study's
+    tokens, and where a run of another configuration stands in the way of training.
     """
     if spec.path:
-        with _named(study, spec):
-            path = _last(Path(spec.path))
-            _check_tokens(study, spec, path, corpus)
-            return Checkpoint.of(spec, path)
+        path = _last(Path(spec.path))
+        _check_tokens(study, spec, path, corpus)
+        return Checkpoint.of(spec, path)
     trained = _trained(spec, run_folder(out, spec), corpus)
     return Checkpoint.of(spec, trained) if trained else None
 
@@ -68,9 +51,11 @@ def check_bytes(study: Study, checkpoint: Checkpoint) -> Checkpoint:
 
     Raises as `find` does.
     """
-    with _named(study, checkpoint.spec):
-        place = checkpoint.spec.path or checkpoint.path.parent.parent
-        return Checkpoint.of(checkpoint.spec, checkpoints.newest(place))
+    spec = checkpoint.spec
+    try:
+        return Checkpoint.of(spec, checkpoints.newest(spec.path or checkpoint.path.parent.parent))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{study.origin}: {place_of(study, spec)}: {error}") from error
 
 
 def make(spec: ModelSpec, out: Path, progress: bool) -> Checkpoint:
@@ -84,14 +69,11 @@ def run_folder(out: Path, spec: ModelSpec) -> Path:
     return out / "models" / f"{spec.name}-s{spec.train_seed}"
 
 
-@contextmanager
-def _named(study: Study, spec: ModelSpec) -> Iterator[None]:
-    """Errors within the block say which model of which study they are about."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        number = study.models.index(spec) - sum(m.path is None for m in study.models)
-        raise ValueError(f"{study.origin}: models[{number}]: {error}") from error
+def place_of(study: Study, spec: ModelSpec) -> str:
+    """Where the study speaks of the model, for what is wrong with it."""
+    if not spec.path:
+        return f"model {spec.name!r}"
+    return f"models[{study.models.index(spec) - sum(m.path is None for m in study.models)}]"
 
 
 def _last(directory: Path) -> Path:
@@ -108,9 +90,14 @@ def _trained(spec: ModelSpec, folder: Path, corpus: Corpus) -> Path | None:
     }
     path = _last(folder)
     try:
-        check_same(folder, read_run(folder)["asked"], asked, may_change=())
+        there = read_run(folder)["asked"]
+    except (ValueError, KeyError, OSError):  # `train` begins, or says what is wrong
+        return None
+    check_same(folder, there, asked, MAY_CHANGE)  # as `train` will
+    try:
+        check_same(folder, there, asked, may_change=())
         return path if checkpoints.read_meta(path)["step"] >= spec.train.steps else None
-    except (ValueError, KeyError, OSError):  # `train` begins, says what is wrong, or makes it good
+    except (ValueError, KeyError, OSError):  # `train` goes on, or makes it good
         return None
 
 

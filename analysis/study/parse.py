@@ -12,10 +12,12 @@ from typing import Any
 
 from analysis.perturb import Condition, of_one_name, perturbation_class
 from analysis.stats import ALL, CONDITION, label_of
-from analysis.study.reading import TableReader
+from analysis.study.reading import Mistakes, TableReader
 from analysis.study.specs import Contrasts, Data, Measure, ModelSpec, Only
 from cartmoe.config import FAMILIES, PRESETS, ModelConfig
+from cartmoe.corpora import check_source
 from cartmoe.foreign import named
+from cartmoe.tokenizers import tokenizer_key
 from cartmoe.train import TrainConfig
 
 NAME = r"[\w+-]{1,100}"  # of a variant and its directory
@@ -55,6 +57,8 @@ def study_fields(table: Mapping[str, Any], origin: str, default_name: str) -> di
     contrasts = reader.contrasts(table, models, only)
     if not models and not reader.mistakes:
         reader.mistakes.append("no models: give [train] with families, or [[models]] with path")
+    if reader.mistakes:  # then these too; else who measures needs them, not who reads
+        note_sources(reader, data)
     reader.finish(origin)
     return dict(
         name=name,
@@ -66,6 +70,12 @@ def study_fields(table: Mapping[str, Any], origin: str, default_name: str) -> di
         only={condition: for_whom for condition, for_whom in only.items() if for_whom != Only()},
         origin=origin,
     )
+
+
+def note_sources(noted: Mistakes, data: Data) -> None:
+    """Note a corpus or a tokenizer that is not there."""
+    noted.attempt("data.corpus", check_source, data.corpus)
+    noted.attempt("data.tokenizer", tokenizer_key, data.tokenizer)
 
 
 class _Reader(TableReader):
@@ -128,9 +138,10 @@ class _Reader(TableReader):
         for where, table in self.tables("conditions", study):
             only = self._only(where, table, models)
             for condition in self._grid(where, table):
-                if found.setdefault(condition, only) != only:
+                if (before := found.setdefault(condition, only)) != only:
                     self.mistakes.append(
-                        f"conditions: {condition.perturbation.label} stands twice, for other models"
+                        f"{where}: {condition.perturbation.label} stands twice, {before} and here "
+                        f"{only}; write it once, with the models of both"
                     )
         return found
 

@@ -13,7 +13,8 @@ from typing import Any
 from analysis.adapters import Adapter, skeleton
 from analysis.measure import worth_reusing
 from analysis.perturb import CLEAN, Condition, Where
-from analysis.study.models import Checkpoint, check_sources, find
+from analysis.study.models import Checkpoint, find, place_of
+from analysis.study.parse import note_sources
 from analysis.study.provenance import default_device, platform_identity
 from analysis.study.reading import Mistakes
 from analysis.study.specs import ModelSpec
@@ -56,7 +57,9 @@ class Plan:
     @classmethod
     def of(cls, study: Study, threads: int) -> Plan:
         """Raises `ValueError` or `OSError` for documents that cannot be read."""
-        check_sources(study)
+        noted = Mistakes()
+        note_sources(noted, study.data)
+        noted.finish(study.origin)
         corpus, docs = documents_of(study)
         size = study.data.shard
         shards = [docs[i : i + size] for i in range(0, len(docs), size)]
@@ -70,8 +73,12 @@ class Plan:
         Raises `ValueError` as `models.find` does, and, a line a mistake, for conditions that do not
         fit a model, and for layers that none has. (Stages may be missing: most families have one.)
         """
-        found = [find(self.study, spec, self.corpus, out) for spec in self.study.models]
         noted = Mistakes()
+        found = [
+            noted.attempt(place_of(self.study, spec), find, self.study, spec, self.corpus, out)
+            for spec in self.study.models
+        ]
+        noted.finish(self.study.origin)
         layers: set[int] = set()
         for spec, checkpoint in zip(self.study.models, found, strict=True):
             noted.attempt(f"model {spec.name!r}", self._check_vocabulary, spec)

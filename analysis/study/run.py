@@ -56,6 +56,7 @@ def run(
     out, study = Path(out), study if isinstance(study, Study) else Study.read(study)
     # What can fail at once comes before training, which may take hours.
     check_directory(out)
+    check_executor(executor)
     plan = Plan.of(study, threads_of(study, executor, threads))
     with locked(out), Store(out / STORE) as store:
         finished = _undamaged(store)
@@ -83,6 +84,11 @@ def _undamaged(store: Store) -> set[str]:
 def _forget(store: Store, damaged: DamagedCells) -> None:
     warnings.warn(str(damaged).replace("run the study again to measure", "measuring"), stacklevel=3)
     store.remove(damaged.keys)
+
+
+def check_executor(executor: Callable[[], Executor] | None) -> None:
+    """Raise `ConnectionError` for a cluster that is not there."""
+    getattr(executor, "check", lambda: None)()
 
 
 def threads_of(

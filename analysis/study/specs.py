@@ -86,6 +86,12 @@ class Only:
     models: Annotated[tuple[str, ...] | None, listed(str)] = None
     train_seeds: Annotated[tuple[int, ...] | None, listed(int)] = None
 
+    def __str__(self) -> str:
+        """ "for cartesian, smoe, train_seeds 0, 1"."""
+        names = ", ".join(self.models) if self.models is not None else "all models"
+        seeds = "" if self.train_seeds is None else f", train_seeds {self.train_seeds}"
+        return f"for {names}{seeds}"
+
     def __call__(self, spec: ModelSpec) -> bool:
         """Whether the model is one of them."""
         by_name = self.models is None or spec.name in self.models

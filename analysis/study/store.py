@@ -28,23 +28,12 @@ import numpy as np
 import pandas as pd
 
 from analysis.measure import Cell
-from analysis.study.tables import CELL, SCHEMA, SCHEMA_SQL, TABLES, checksums, typed
+from analysis.study.tables import CELL, SCHEMA, SCHEMA_SQL, TABLES, DamagedCells, checksums, typed
 from cartmoe.interrupt import Later
 
 ROWS = 100_000  # read at once
 # How SQLite calls what is no damage.
 OF_THE_PLACE = ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_PERM")
-
-
-class DamagedCells(ValueError):
-    """Cells that are not as they were written; `keys` names them."""
-
-    def __init__(self, path: Path, keys: Iterable[str]):
-        self.keys = sorted(keys)
-        super().__init__(
-            f"{path} is damaged: {len(self.keys) or 'some'} cells are not as they were written; "
-            "run the study again to measure them anew"
-        )
 
 
 def cell_key(identity: dict[str, Any]) -> str:
@@ -116,6 +105,12 @@ class Store:
     def seconds(self) -> dict[str, float]:
         """By key of every finished cell, how long it took to measure."""
         return {key: seconds for key, seconds, *_ in self._cells()}
+
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """By key of every finished cell, what it is the hash of."""
+        with self._named():
+            rows = self._db.execute("SELECT key, identity FROM cells").fetchall()
+        return {key: json.loads(text) for key, text in rows if cell_key(json.loads(text)) == key}
 
     def _cells(self) -> list[tuple[Any, ...]]:
         """`CELL` and the id of each, in the order in which they were added."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -51,3 +53,14 @@ def checksums(rows: pd.DataFrame, cell: Any) -> pd.Series:
     odd = 2 * hashes.groupby(cell).cumcount().astype("uint64") + 1
     sums = (hashes * odd).groupby(cell).sum().astype("uint64")
     return pd.Series(sums.to_numpy().view("int64"), sums.index)
+
+
+class DamagedCells(ValueError):
+    """Cells that are not as they were written; `keys` names them."""
+
+    def __init__(self, path: Path, keys: Iterable[str]):
+        self.keys = sorted(keys)
+        super().__init__(
+            f"{path} is damaged: {len(self.keys) or 'some'} cells are not as they were written; "
+            "run the study again to measure them anew"
+        )

@@ -338,3 +338,88 @@ def test_the_installed_command_knows_modules_of_the_working_folder(tmp_path, wri
     )
     assert done.returncode == 0, done.stderr
     assert "Halve" in done.stdout
+
+
+# ---- mistakes are found before anything is trained, by a dry run too
+
+
+DRY = pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+
+
+@DRY
+def test_mistakes_and_those_of_the_corpus_at_once(tmp_path, dry):
+    path = tmp_path / "s.toml"
+    path.write_text(
+        "[data]\ncorpus = '/none'\ntokenizer = 'bp'\n[train]\nfamilies = ['moe']\n"
+        "[measure]\nx = 1\n"
+    )
+    result = call("run", path, "--out", tmp_path / "out", *dry)
+    assert result.exit_code == 2
+    for part in ("measure.x: no such key", "families: family is 'moe'", "corpus is '/none'"):
+        assert part in result.stderr
+    assert "data.tokenizer: tokenizer is 'bp'" in result.stderr
+    assert len(result.stderr.splitlines()) == 4
+    assert not (tmp_path / "out").exists()
+
+
+@DRY
+def test_a_corpus_without_a_file_that_can_be_read(tmp_path, write_study, dry):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "picture.png").write_bytes(b"x")
+    data = {"corpus": str(tmp_path / "empty")}
+    path = write_study(tmp_path / "s.toml", data=data)
+    said = error_of("run", path, "--out", tmp_path / "out", *dry)
+    assert "data.corpus: corpus '" in said
+    assert "has no .txt" in said
+
+
+@DRY
+def test_a_run_of_another_configuration_stands_in_the_way(small, write_study, tmp_path, dry):
+    _, out, _ = small
+    before = snapshot(out)
+    path = write_study(tmp_path / "s.toml", train={"families": ["cartesian"], "learning_rate": 0.5})
+    said = error_of("run", path, "--out", out, *dry)
+    assert "model 'cartesian': " in said
+    assert "holds a run of another configuration (learning_rate is " in said
+    assert snapshot(out) == before
+
+
+@DRY
+def test_every_model_that_does_not_fit_is_named(write_study, checkpoint_of, tmp_path, dry):
+    models = [
+        {"path": str(checkpoint_of("smoe", vocab_size=n)), "name": f"m{n}"} for n in (64, 128)
+    ]
+    path = write_study(tmp_path / "s.toml", train=None, models=models, contrasts=None)
+    result = call("run", path, "--out", tmp_path / "out", *dry)
+    assert result.exit_code == 2
+    assert "models[0]: model 'm64' has a vocabulary of 64" in result.stderr
+    assert "models[1]: model 'm128' has a vocabulary of 128" in result.stderr
+    assert len(result.stderr.splitlines()) == 2
+
+
+@DRY
+def test_a_cluster_that_is_not_there(write_study, tmp_path, monkeypatch, dry):
+    monkeypatch.setattr("analysis.study.executors.WAIT", 0.2)
+    path = write_study(tmp_path / "s.toml")
+    said = error_of("run", path, "--out", tmp_path / "out", "--dask", "tcp://127.0.0.1:9", *dry)
+    assert said.startswith("no Dask workers at 'tcp://127.0.0.1:9'")
+    assert not (tmp_path / "out" / "models").exists()
+
+
+def test_a_dry_run_says_why_nothing_is_finished(small, tmp_path):
+    path, out, _ = small
+    result = call("run", path, "--out", out, "--dry-run", "--threads", 2)
+    assert " 0 finished" in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert "cells are kept there, and none of them is of this plan: threads 1 then, 2 now" in last
+
+
+def test_a_condition_that_stands_twice(tmp_path, write_study):
+    drop = {"perturbation": "DropTop", "m": 1}
+    conditions = [drop, drop | {"models": ["cartesian"]}]
+    path = write_study(tmp_path / "s.toml", conditions=conditions, contrasts=None)
+    said = error_of("run", path, "--out", tmp_path / "out")
+    assert said.endswith(
+        "conditions[1]: DropTop stands twice, for all models and here for cartesian; write it once, "
+        "with the models of both"
+    )
