@@ -420,6 +420,6 @@ def test_a_condition_that_stands_twice(tmp_path, write_study):
     path = write_study(tmp_path / "s.toml", conditions=conditions, contrasts=None)
     said = error_of("run", path, "--out", tmp_path / "out")
     assert said.endswith(
-        "conditions[1]: DropTop stands twice, for all models and here for cartesian; write it once, "
-        "with the models of both"
+        "conditions[1]: DropTop stands twice, for all models and here for cartesian; "
+        "write it once, with the models of both"
     )
