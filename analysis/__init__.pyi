@@ -46,6 +46,7 @@ from .perturb import Perturbation as Perturbation
 from .perturb import Quantize as Quantize
 from .perturb import RandomRouting as RandomRouting
 from .perturb import Replay as Replay
+from .perturb import RouterContext as RouterContext
 from .perturb import ResidualNoise as ResidualNoise
 from .perturb import SwapRanks as SwapRanks
 from .perturb import Temperature as Temperature
