@@ -81,8 +81,9 @@ def substitution(
     weights of later routers, but not through their choice) with jackknife bounds linear_low and
     linear_high, and measured with BCa bounds over documents, low and high; num_tokens routed to
     expert_i; chosen ("lowest", "random" or "", which has no measured); probability with which the
-    pair was to be measured (weigh by its inverse); downstream. A pair whose expert_i has no token
-    is NaN and is never chosen. Bounds are NaN where a resample of documents may have no token.
+    pair was to be measured (weigh by its inverse); downstream, num_documents. A pair whose expert_i
+    has no token is NaN and is never chosen. Bounds are NaN where a resample of documents may have
+    no token.
 
     Raises `ValueError` for a dense model, sites that do not exist or have one expert alone, and
     numbers out of range.
@@ -122,7 +123,7 @@ def substitution(
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample without tokens of an expert
         found = bootstrap.intervals(nats_CD, routed_CD)
     table.loc[rows, ["measured", "low", "high"]] = np.transpose(found)
-    return table
+    return table.assign(num_documents=routed_CD.shape[1])
 
 
 def calibration(frame: pd.DataFrame) -> pd.DataFrame:

@@ -70,7 +70,15 @@ def relation_dots(table: pd.DataFrame | Any, ax: Axes | None = None) -> Axes:
         handles = [key(model, **look) for model, look in looks.items()]
         ceiling = key("noise ceiling", color=GREY, marker="|", ls="")
         legend_above(ax, [*handles, Patch(fc=BAND, label="null"), ceiling], right=True)
+        if "num_sites" in table:
+            said = f"intervals over {_range(table.num_sites)} sites"
+            ax.text(0, 1, said, transform=ax.transAxes, va="bottom", size=5, color=GREY)
     return ax
+
+
+def _range(numbers: pd.Series) -> str:
+    low, high = numbers.min(), numbers.max()
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _label(table: pd.DataFrame) -> str:
