@@ -46,8 +46,8 @@ from .perturb import Perturbation as Perturbation
 from .perturb import Quantize as Quantize
 from .perturb import RandomRouting as RandomRouting
 from .perturb import Replay as Replay
-from .perturb import RouterContext as RouterContext
 from .perturb import ResidualNoise as ResidualNoise
+from .perturb import RouterContext as RouterContext
 from .perturb import SwapRanks as SwapRanks
 from .perturb import Temperature as Temperature
 from .perturb import TopK as TopK
