@@ -163,7 +163,9 @@ def load_tokenizer(
             f"tokenizer is {str(spec)!r}; give 'bytes', 'bpe:<vocabulary size>', or the path of a "
             f"JSON file of the tokenizers library"
         )
-    return JsonTokenizer(read_text(path), path.stem)
+    text = read_text(path)
+    with named(path):
+        return JsonTokenizer(text, path.stem)
 
 
 def tokenizer_key(spec: str | Path) -> str:
