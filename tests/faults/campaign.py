@@ -42,7 +42,8 @@ class Tally(Counter):
 
     def __init__(self, kind: str):
         super().__init__()
-        self.kind, self.bad = kind, []
+        self.kind = kind
+        self.bad: list[str] = []
         self.draw = random.Random(f"{SEED} {kind}")
 
     def trial(self, name: str, act: Callable[[], Any], wanted: Any, subject: Path | None) -> None:

@@ -79,8 +79,9 @@ def test_a_full_disk(finished, command_of, tmp_path, name, size):
     done = run(command, preexec_fn=limit)
     ended(done, done.stderr)
     assert {path: path.read_bytes() for path in before} == before
-    done = run(command)
-    assert done.returncode == 0, done.stderr
+    if (name, done.returncode) != ("record", 0):  # which had room, and overwrites nothing
+        done = run(command)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
