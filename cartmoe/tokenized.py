@@ -19,7 +19,7 @@ from cartmoe.duplicates import drop_near_duplicates
 from cartmoe.folders import cached_folder, read_manifest
 from cartmoe.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, tokenizer_key
 
-FORMAT = 1  # raise it when a cached corpus' files change, or what a reader makes of a corpus
+FORMAT = 2  # raise it when a cached corpus' files change, or what a reader makes of a corpus
 SPLITS = ("train", "validation")
 VALIDATION_SHARE = 0.1
 

@@ -87,6 +87,7 @@ class JsonTokenizer:
             )
         self.bos_id = vocabulary[bos]
         self._bytes_V = self._token_bytes(vocabulary)
+        self._prefixed_V = self._prefixed_tokens(vocabulary)
         self._fallback_V = self._byte_tokens(vocabulary)
         self._letter = [id for token, id in vocabulary.items() if token == "<0x41>"]
 
@@ -100,6 +101,14 @@ class JsonTokenizer:
         for id, token in self._tokenizer.get_added_tokens_decoder().items():
             bytes_V[id] = 0 if token.special else len(token.content.encode())
         return bytes_V
+
+    def _prefixed_tokens(self, vocabulary: dict[str, int]) -> np.ndarray:
+        """(V,) which ids begin with a space that, at the beginning of a text, is not the text's but
+        was put before it. (Where it was the text's own, nothing was put: one byte too few.)"""
+        prefixed_V = np.zeros(self.vocab_size, bool)
+        if '"add_prefix_space": true' in json.dumps(json.loads(self.json).get("pre_tokenizer")):
+            prefixed_V[[id for token, id in vocabulary.items() if token.startswith("Ġ")]] = True
+        return prefixed_V
 
     def _byte_tokens(self, vocabulary: dict[str, int]) -> np.ndarray:
         """(V,) which ids stand for a byte of a character that has no token: <0xE2>, where the
@@ -122,7 +131,8 @@ class JsonTokenizer:
     def num_bytes(self, ids: Iterable[int]) -> int:
         ids = np.asarray(ids, dtype=np.int64)
         if self._bytes_V is not None:
-            return int(self._bytes_V[ids].sum())
+            is_start = len(ids) > 1 and ids[0] == self.bos_id
+            return int(self._bytes_V[ids].sum() - (is_start and self._prefixed_V[ids[1]]))
         # In parts, since half a character decodes to something else; but for the first behind a
         # byte, since a decoder may drop a space at the beginning of a text.
         is_byte = self._fallback_V[ids]

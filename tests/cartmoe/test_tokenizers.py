@@ -1,3 +1,4 @@
+import json
 from string import ascii_lowercase
 
 import numpy as np
@@ -160,3 +161,15 @@ def test_bytes_of_byte_fallback_tokens(byte_fallback, text, length):
     docs = sequences_from([Document("a", "a", "d", text)], byte_fallback, length)
     assert docs.num_bytes_S.sum() == len(text.encode())
     assert (docs.num_bytes_S >= 0).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 64])
+def test_a_space_put_before_a_text_is_not_counted(bpe, length):
+    """As of RoBERTa, and of GPT-2 by some settings."""
+    definition = json.loads(bpe.json)
+    definition["pre_tokenizer"]["add_prefix_space"] = True
+    prefixed = JsonTokenizer(json.dumps(definition), "prefixed")
+    text = "router naïve 🙂 router"
+    assert prefixed.decode(prefixed.encode(text)) == " " + text
+    docs = sequences_from([Document("a", "a", "d", text)], prefixed, length)
+    assert docs.num_bytes_S.sum() == len(text.encode())
