@@ -38,8 +38,11 @@ def owning(fn: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(fn)
     def owner(*args: P.args, **kwargs: P.kwargs) -> T:
-        model = as_adapter(signature.bind(*args, **kwargs).arguments["model"])
-        with owned(model):
+        try:
+            model = signature.bind(*args, **kwargs).arguments["model"]
+        except TypeError:
+            return fn(*args, **kwargs)  # raises the same with the function's name in it
+        with owned(as_adapter(model)):
             return fn(*args, **kwargs)
 
     return owner

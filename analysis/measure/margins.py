@@ -15,8 +15,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.special import log_ndtr, ndtr
+from tqdm.auto import tqdm
 
-from analysis.adapters import DenseRouting, Router, batches, check_documents, owning, routed_adapter
+from analysis.adapters import (
+    DenseRouting,
+    Router,
+    batches,
+    check_documents,
+    num_batches,
+    owning,
+    routed_adapter,
+)
 from analysis.measure.calibrate import calibrate
 from analysis.measure.clean import CleanPass
 from analysis.measure.rows import SequenceRows, means
@@ -43,6 +52,7 @@ def flip_prediction(
     calibration: Sequences | None = None,
     batch_size: int = 16,
     bootstrap: Bootstrap = Bootstrap(),
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Flips that `GaussianNoise` should make, going by clean logits, and those that it makes.
 
@@ -79,7 +89,13 @@ def flip_prediction(
     check_documents(docs, model)
     stats = calibrate(model, calibration or docs[:CALIBRATION]).sites
     rows = SequenceRows()
-    for batch in batches(model, docs, batch_size):
+    todo = tqdm(
+        batches(model, docs, batch_size),
+        total=num_batches(docs, batch_size),
+        unit="batch",
+        disable=not progress,
+    )
+    for batch in todo:
         clean = CleanPass.of(model, batch)
         for site in sites:
             routing, router, tokens = clean.routings[site], model.router(site), clean.tokens

@@ -22,7 +22,7 @@ FACTS = ["model", "train_seed", "layer", "stage", "metric", "value"]
 # Columns of damage that a reader needs first.
 SHORT = [
     *("model", "train_seed", "label", "num_documents", "num_touched"),
-    *("delta_nats", "low", "high", "mass_moved", "flips", "agreement"),
+    *("delta_nats", "low", "high", "mass_moved", "flips", "agreement", "note"),
 ]
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from analysis.stats.bootstrap import Bootstrap, Intervals
 from analysis.stats.doses import doses
 from analysis.stats.pairs import KEY, Losses, Pairs, check_choice, pair, pair_conditions
+from analysis.stats.texts import FEW_DOCUMENTS
 
 DIFFERENCE = np.array([[1.0], [-1.0]])  # contrast of two ratios
 
@@ -31,6 +32,8 @@ def damage(
     clean_perplexity, perplexity, perplexity_ratio, ratio_low, ratio_high    exp of the above
     kl, agreement                 KL(clean || perturbed) in nats, share of equal top-1 tokens
     delta_max                     the largest rise of one token's loss, in nats
+    note                          "few documents" for an interval (fewer than `FEW_DOCUMENTS`), "no
+        token was changed", or ""
     num_touched                   tokens whose decision the condition could change, at any site; of
         none, every change is NaN, with a warning: it says nothing about robustness
     mass_moved, flips, flips_total, changed, mass_lost, active, output_change    with `routing`
@@ -62,6 +65,8 @@ def damage(
     if table.num_touched.notna().all():
         table["num_touched"] = table.num_touched.round().astype(int)
     nothing = table[table.num_touched == 0]
+    table["note"] = np.where(table.num_documents < FEW_DOCUMENTS, "few documents", "")
+    table.loc[nothing.index, "note"] = "no token was changed"
     if len(nothing):
         warnings.warn(
             f"no token could be changed by {', '.join(nothing.label.unique())}: what that costs is "

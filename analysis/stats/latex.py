@@ -9,7 +9,7 @@ from numbers import Integral, Real
 import pandas as pd
 
 from analysis.stats.pairs import check_choice
-from analysis.stats.texts import interval_texts, number_text
+from analysis.stats.texts import FEW, FEW_NOTE, interval_texts, number_text
 
 # Columns of bounds, by the column that they are of, beside NAME_low and NAME_high, NAME low and
 # NAME high.
@@ -36,8 +36,9 @@ def latex(
     digits    decimals, more where a number would show none
     caption, label   make it a table that floats
 
-    Intervals of few documents have the mark that the printed tables have. Raises `ValueError` for
-    what is no table, has no rows, or for an unknown column.
+    Intervals of few documents have the mark that printed tables have; what it means stands in the
+    caption, or without one in a comment. Raises `ValueError` for what is no table, has no rows, or
+    for an unknown column.
     """
     if not isinstance(table, pd.DataFrame) or table.empty:
         raise ValueError(f"table is a {type(table).__name__}; give a table that has rows")
@@ -48,20 +49,25 @@ def latex(
         check_choice("columns", name, table)
     if not isinstance(chosen, Mapping):
         chosen = {name: name.replace("_", " ") for name in chosen}
-    shown = {
-        _escaped(title): _intervals(table, name, bounds[name], digits)
+    cells = {
+        name: _intervals(table, name, bounds[name], digits)
         if name in bounds
         else [_text(value, digits) for value in table[name]]
-        for name, title in chosen.items()
+        for name in chosen
     }
+    few = any(text.endswith(FEW) for name in cells if name in bounds for text in cells[name])
+    if few and caption:
+        caption = f"{caption} ({_escaped(FEW_NOTE)}.)"
     numbers = [n in bounds or pd.api.types.is_numeric_dtype(table[n]) for n in chosen]
-    return pd.DataFrame(shown).to_latex(
+    text = pd.DataFrame(cells).to_latex(
         index=False,
+        header=[_escaped(title) for title in chosen.values()],
         column_format="".join("r" if number else "l" for number in numbers),
         caption=caption,
         label=label,
         position="t" if caption or label else None,
     )
+    return f"% {FEW_NOTE}\n{text}" if few and not caption else text
 
 
 def _bounds_of(table: pd.DataFrame, name: str) -> tuple[str, str] | None:

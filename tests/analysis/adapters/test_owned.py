@@ -42,7 +42,7 @@ ENTRANCES = {
         model, DOCS, an.DropTop(1), prompt=3, new=2, **QUIET
     ),
     "regret": lambda model, path: an.regret(model, DOCS, "layer 0 stage 0", n=2, **QUIET),
-    "flips": lambda model, path: an.flip_prediction(model, DOCS, 0.5),
+    "flips": lambda model, path: an.flip_prediction(model, DOCS, 0.5, **QUIET),
     "substitution": lambda model, path: an.substitution(model, DOCS, "layer 0 stage 0", **QUIET),
     "removal": lambda model, path: an.expert_damage(model, DOCS, **QUIET),
     "takeover": lambda model, path: an.takeover(model, DOCS),
@@ -329,6 +329,13 @@ def test_nothing_is_left_of_a_failed_call(model):
         damage(model, an.DropTop(99))
     with ThreadPoolExecutor(1) as other:
         other.submit(damage, model, an.DropTop(1)).result()
+
+
+def test_a_wrong_argument_is_told_with_the_functions_name(model):
+    with pytest.raises(TypeError, match=r"regret\(\) got an unexpected keyword argument 'sites'"):
+        an.regret(model, DOCS, sites="layer 0 stage 0")
+    with pytest.raises(TypeError, match=r"takeover\(\) missing 2 required positional arguments"):
+        an.takeover()
 
 
 def test_a_clean_pass_watches_for_its_own_thread(model):

@@ -433,6 +433,7 @@ def test_what_touches_no_token_is_not_robustness(model_of, shard, condition):
         damage = results.damage(full=True).set_index("label")
     nothing, other = damage.iloc[0], damage.iloc[1]
     assert nothing.num_touched == 0
+    assert (nothing.note, other.note) == ("no token was changed", "few documents")
     assert nothing[["delta_nats", "low", "high", "kl", "agreement", "perplexity"]].isna().all()
     alone = (
         sweep(model, shard, [DropTop(1)], controls=False, progress=False).damage(full=True).iloc[0]

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 import analysis as an
+from analysis.stats.texts import FEW_NOTE
 
 TABLE = pd.DataFrame(
     {
@@ -27,6 +28,7 @@ def test_every_column_and_its_bounds():
     name += r"\textasciitilde{} \$f\#"
     change = r"$-$0.00012 [$-$0.00020, 4.0$\cdot10^{-8}$]?"
     assert an.latex(TABLE).splitlines() == [
+        f"% {FEW_NOTE}",
         r"\begin{tabular}{lrrrr}",
         r"\toprule",
         r"model & num documents & delta nats & share & flips \\",
@@ -72,3 +74,16 @@ def test_chosen_columns_and_a_float():
 def test_wrong_tables(table, columns, message):
     with pytest.raises(ValueError, match=message):
         an.latex(table, columns)
+
+
+def test_what_the_mark_of_few_documents_means_stands_in_the_caption():
+    lines = an.latex(TABLE, ["delta_nats"], caption="C").splitlines()
+    assert lines[0] == r"\begin{table}[t]"
+    assert lines[1].startswith(r"\caption{C (? from fewer than 20 documents, too few for")
+    assert r"82 \% held" in lines[1]
+    assert an.latex(TABLE[:1], caption="C").splitlines()[1] == r"\caption{C}"
+
+
+def test_two_columns_of_one_title():
+    text = an.latex(TABLE[:1], {"model": "x", "num_documents": "x"})
+    assert text.splitlines()[2:5:2] == [r"x & x \\", r"a\_b \& 50 \% & 30 \\"]
