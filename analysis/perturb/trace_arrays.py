@@ -92,6 +92,13 @@ def _batch(
             f"routed_experts has for sequence {number} {ids_NPK.dtype} of shape {ids_NPK.shape}; "
             f"it must be whole numbers of shape (tokens, {shape[0]}, {shape[1]})"
         )
+    broken_NPK = np.isfinite(ids_NPK) & (ids_NPK != np.trunc(ids_NPK))
+    if broken_NPK.any():
+        raise ValueError(
+            f"routed_experts has for sequence {number} ids that are not whole numbers, "
+            f"{ids_NPK[broken_NPK][0]} first; weights stand in an array of their own, and a tuple "
+            "holds parts of a sequence"
+        )
     if weights is not None:
         own_NPK = _joined("weights", number, next(weights, None))
         if own_NPK.shape != ids_NPK.shape:
@@ -158,8 +165,6 @@ def _experts(number: int, ids_NLK: np.ndarray, lost_NL: np.ndarray, num_experts:
     """The ids, -1 where there is no decision; `ValueError` where others are no experts."""
     wide = np.float64 if ids_NLK.dtype.kind == "f" else np.int64  # an unsigned type has no -1
     ids_NLK = np.where(lost_NL[..., None], -1, ids_NLK.astype(wide))
-    if (ids_NLK != np.trunc(ids_NLK)).any():
-        raise ValueError(f"routed_experts has for sequence {number} ids that are not whole numbers")
     known_X = ids_NLK[~lost_NL]
     if known_X.size and not 0 <= known_X.min() <= known_X.max() < num_experts:
         raise ValueError(

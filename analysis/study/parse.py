@@ -46,7 +46,11 @@ def study_fields(table: Mapping[str, Any], origin: str, default_name: str) -> di
     name = table.get("name", default_name)
     if not isinstance(name, str) or not name:
         reader.mistakes.append(f"name is {name!r}; it must be a text")
-    data = reader.build("data", Data, table) or Data()
+    data = reader.build("data", Data, table)
+    if data is None:  # the files that it names are looked for all the same
+        given = reader.table("data", table.get("data", {}))
+        files = {key: given[key] for key in ("corpus", "tokenizer") if key in given}
+        data = reader.build("data", Data, {"data": files}) or Data()
     measure = reader.build("measure", Measure, table) or Measure()
     models = [*reader.trained(table, data), *reader.given(table)]
     names = [(m.name, m.train_seed) for m in models]

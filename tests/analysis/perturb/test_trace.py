@@ -224,6 +224,10 @@ def test_from_arrays(shard, arrays, tmp_path):
         (dict(routed_experts=[]), "routed_experts has NoneType of shape () first"),
         (dict(routed_experts=[np.zeros((2, 3))]), "of shape (2, 3) first; give an array"),
         (dict(routed_experts=[RIGHT + 0.5]), "sequence 0 ids that are not whole numbers"),
+        (
+            dict(routed_experts=[(RIGHT, np.full(RIGHT.shape, 0.5))], uncaptured="leave out"),
+            "not whole numbers, 0.5 first; weights stand in an array of their own",
+        ),
         (dict(routed_experts=[RIGHT == 1]), "sequence 0 bool; give an array"),
         (dict(routed_experts=[[[[0, 1]], [[1]]]]), "has for sequence 0 no array"),
         (

@@ -385,7 +385,7 @@ def test_one_mistake(table, expected):
 def test_all_mistakes_at_once():
     table = {
         "extra": 1,
-        "data": {"length": 0, "split": "test"},
+        "data": {"length": 0, "split": "test", "corpus": "nowhere", "tokenizer": "gone.json"},
         "measure": {"batch_size": "x"},
         "train": {
             "families": ["moe", "dense"],
@@ -412,6 +412,8 @@ def test_all_mistakes_at_once():
         "conditions[0].perturbation",
         "conditions[1]: m is -1",
         "conditions[1]: m is -2",
+        "data.corpus: corpus is 'nowhere'",
+        "data.tokenizer: tokenizer is 'gone.json'",
     ]
     lines = mistakes(table)
     assert len(lines) == len(starts)
