@@ -55,8 +55,8 @@ def _(p: Replay, model: Adapter, clean: CleanPass, condition: Condition) -> Repl
     missing = int((wanted_T & ~known_T).sum())
     if missing:
         raise ValueError(
-            f"trace {p.trace} has no decision for {missing} of {int(wanted_T.sum())} tokens: it "
-            "was recorded on shorter, or other, texts, or they were not captured. Record it on these "
+            f"trace {p.trace} has no decision for {missing} of {int(wanted_T.sum())} tokens: they "
+            "were not captured, or it was recorded on shorter, or other, texts. Record it on these "
             'documents, or let them keep what the router decides: uncaptured="own"'
         )
     return p
