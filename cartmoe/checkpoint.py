@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cartmoe.config import ModelConfig, check_whole
+from cartmoe.files import path_of
 from cartmoe.folders import damage, read_manifest, write_folder
 from cartmoe.foreign import named, read_object, read_text
 from cartmoe.model import LanguageModel
@@ -79,7 +80,7 @@ def save(
         if tokenizer_json is not None:
             (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
 
-    write_folder(Path(directory), fill)
+    write_folder(path_of("directory", directory), fill)
 
 
 def _tensors(model: LanguageModel) -> dict[str, Tensor]:
@@ -126,7 +127,7 @@ def newest(directory: str | Path) -> Path:
     Every byte is checked. A damaged checkpoint of a run is passed over with a warning. Raises
     `FileNotFoundError` where there is none, `CheckpointError` where all there are are damaged.
     """
-    directory = Path(directory)
+    directory = path_of("directory", directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is no directory: there is no checkpoint")
     if not (directory / CHECKPOINTS).is_dir():
@@ -197,7 +198,7 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
 
 def _checked(directory: str | Path, *names: str) -> Path:
     """As `newest`, but of a checkpoint check these files alone: weights take long to hash."""
-    directory = Path(directory)
+    directory = path_of("directory", directory)
     if (directory / CHECKPOINTS).is_dir() or not directory.is_dir():
         return newest(directory)
     _raise_damage(directory, damage(directory, names))
@@ -238,7 +239,7 @@ def import_reference(directory: str | Path, out: str | Path) -> LanguageModel:
     `FileNotFoundError` for missing files, `CheckpointError` naming a file that cannot be read,
     and as `from_reference` does.
     """
-    directory = Path(directory)
+    directory = path_of("directory", directory)
     read = _parse(directory / "config.json")
     with named(directory / "config.json", CheckpointError):
         config = config_from_reference(read)

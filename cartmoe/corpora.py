@@ -21,6 +21,7 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from cartmoe.factorial import Factorial
+from cartmoe.files import path_of
 from cartmoe.text_files import READERS, files_below, suffix_of
 
 
@@ -56,7 +57,7 @@ def open_source(corpus: str | Path) -> Source:
         name, *options = str(corpus).split(":", 1)
         source = CORPORA[name](*options)
     else:
-        source = _user_files(Path(corpus).expanduser())
+        source = _user_files(path_of("corpus", corpus))
     return source._replace(documents=_with_text(source))
 
 
@@ -77,7 +78,7 @@ def check_source(corpus: str | Path) -> None:
     if is_built_in(corpus):
         check_options(str(corpus))
     else:
-        _files_at(Path(corpus).expanduser())
+        _files_at(path_of("corpus", corpus))
 
 
 def read_corpus(corpus: str | Path) -> Iterator[Document]:

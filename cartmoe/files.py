@@ -16,6 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def path_of(name: str, value: object) -> Path:
+    """The path that somebody gave as the argument of that name, ~ standing for a home. Raises
+    `ValueError` for what is none."""
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name} is a {type(value).__name__}; give a path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name} is {str(value)!r}, in which ~ is no home: {error}") from None
+
+
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Write the file in one step: a crash or a full disk leaves the old one as it was."""
     with temporary(path) as new:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cartmoe.checkpoint import CHECKPOINTS, newest, run_checkpoints, step_of
-from cartmoe.files import remove_leftovers
+from cartmoe.files import path_of, remove_leftovers
 from cartmoe.folders import remove_folder
 from cartmoe.lock import locked
 from cartmoe.sealed import read_sealed, write_sealed
@@ -35,7 +35,7 @@ def training_in(out: Path) -> Iterator[None]:
 def read_run(out: str | Path) -> dict[str, Any]:
     """What `start_run` wrote. Raises `FileNotFoundError` where there is no run, `ValueError` for a
     file that is not as it was written."""
-    path = Path(out) / RUN
+    path = path_of("out", out) / RUN
     if not path.exists():
         raise FileNotFoundError(f"{out} is no run: it has no {RUN}")
     return read_sealed(path)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from cartmoe.config import check_choice
 from cartmoe.corpora import Document, Source, open_source
 from cartmoe.duplicates import drop_near_duplicates
+from cartmoe.files import path_of
 from cartmoe.folders import cached_folder, read_manifest
 from cartmoe.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, tokenizer_key
 
@@ -75,7 +76,7 @@ def prepare(
         "corpus": source.fingerprint,
         "tokenizer": tokenizer_key(tokenizer),
     }
-    cache = Path(cache_dir or _default_cache()).expanduser()
+    cache = path_of("cache_dir", cache_dir or _default_cache())
     folder = cached_folder(cache, source.name, key, lambda new: _write(new, source, tokenizer))
     return _open(folder, source, Path(tokenizer).stem)
 

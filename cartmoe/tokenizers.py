@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
+from cartmoe.files import path_of
 from cartmoe.foreign import named, read_text
 
 BOS_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>", "[BOS]", "[CLS]")
@@ -167,7 +168,7 @@ def load_tokenizer(
                 f"take prepare(corpus, {spec!r}).tokenizer"
             )
         return JsonTokenizer(_train_bpe(training_texts, size), str(spec))
-    path = Path(spec).expanduser()
+    path = path_of("tokenizer", spec)
     if not path.is_file():
         raise FileNotFoundError(
             f"tokenizer is {str(spec)!r}; give 'bytes', 'bpe:<vocabulary size>', or the path of a "

@@ -19,6 +19,7 @@ from cartmoe.checkpoint import load, read_meta, read_optimizer, save, step_folde
 from cartmoe.config import ModelConfig
 from cartmoe.data import Corpus, TrainBatches, prepare
 from cartmoe.distributed import Ranks, ranks
+from cartmoe.files import path_of
 from cartmoe.hooks import router_sites
 from cartmoe.interrupt import Interrupt
 from cartmoe.metrics import Metrics, summary, violations, worst
@@ -66,7 +67,7 @@ def train(
     for a vocabulary that does not fit; `FloatingPointError` naming the step for a loss, gradient
     or router that is not finite; `CheckpointError` if every checkpoint is damaged.
     """
-    out = Path(out)
+    out = path_of("out", out)
     with ExitStack() as stack:
         group = stack.enter_context(ranks(device))
         start = None

@@ -14,6 +14,7 @@ from cartmoe.checkpoint import load as load_checkpoint
 from cartmoe.config import ModelConfig, check_choice
 from cartmoe.corpora import is_built_in, open_source, read_corpus
 from cartmoe.data import Sequences, prepare, sequences, sequences_from
+from cartmoe.files import path_of
 from cartmoe.model import LanguageModel
 from cartmoe.skeleton import skeleton as model_skeleton
 from cartmoe.tokenized import SPLITS, documents_of
@@ -36,7 +37,7 @@ def load(
     Raises `FileNotFoundError` where there is none, `cartmoe.checkpoint.CheckpointError` naming the
     file of a damaged one.
     """
-    folder = newest(path).resolve()
+    folder = newest(path_of("path", path)).resolve()
     meta = read_meta(folder)
     trained = meta.get("train_seed", 0)
     run, ending = folder.parent.parent, f"-s{trained}"
@@ -124,7 +125,7 @@ def _same_corpus(corpus: str | Path, meta: Mapping[str, Any]) -> bool:
         return False
     if is_built_in(corpus) or is_built_in(trained):
         return str(corpus) == trained
-    if Path(corpus).expanduser().resolve() == Path(trained).expanduser().resolve():
+    if path_of("corpus", corpus).resolve() == path_of("corpus", trained).resolve():
         return True
     fingerprint = meta.get("corpus_fingerprint")
     return fingerprint is not None and open_source(corpus).fingerprint == fingerprint

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -30,6 +31,8 @@ class _Use(NamedTuple):
 
 _USES: WeakKeyDictionary[nn.Module, list[_Use]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
+# What a module, and torch for all of them, keeps hooks in. Gradients decide in `Worst`.
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def owning(fn: Callable[P, T]) -> Callable[P, T]:
@@ -54,11 +57,13 @@ def owned(*models: Adapter) -> Iterator[None]:
 
     Raises `ValueError` naming the model and what is in the way: another thread or asyncio task that
     measures or perturbs it, an open `perturbed` block, hooks of others on routed stages or on what
-    holds them, training mode; `RuntimeError` at the end if its weights were changed meanwhile.
+    holds them, training mode, weights made in inference mode; `RuntimeError` at the end if its
+    weights were changed meanwhile.
     """
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(_used(model, measures=True))
+        stack.enter_context(torch.inference_mode(False))  # in which nothing has a gradient
         versions = [_versions(model) for model in models]
         yield
         for model, before in zip(models, versions, strict=True):
@@ -107,10 +112,15 @@ def _check_undisturbed(model: Adapter) -> None:
             f"model {model.name} is in training mode{where}, in which it may draw random numbers; "
             "call its eval() first"
         )
-    everywhere = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
-    found = [f"{_named(fn)} on every module" for hooks in everywhere for fn in hooks.values()]
+    if any(tensor.is_inference() for tensor in _tensors(model)):
+        raise ValueError(
+            f"model {model.name} was made in torch.inference_mode, so that its weights have no "
+            "gradient and changes of them are not noticed; make it outside"
+        )
+    everywhere = [fn for kind in HOOKS for fn in getattr(torch_module, f"_global{kind}").values()]
+    found = [f"{_named(fn)} on every module" for fn in everywhere]
     for name, part in _routed_parts(model).items():
-        hooks: list[Any] = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+        hooks: list[Any] = [fn for kind in HOOKS for fn in getattr(part, kind).values()]
         replaced = vars(part).get("forward")
         if getattr(replaced, "__func__", None) is not type(part).forward:
             hooks.append(replaced)
@@ -149,7 +159,10 @@ def _named(hook: Any) -> str:
     return f"a hook of others ({getattr(hook, '__module__', '?')}.{name})"
 
 
+def _tensors(model: Adapter) -> list[torch.Tensor]:
+    return [*model.module.parameters(), *model.module.buffers()]
+
+
 def _versions(model: Adapter) -> list[int]:
     """How often each tensor of the model was changed in place."""
-    tensors = [*model.module.parameters(), *model.module.buffers()]
-    return [0 if t.is_inference() else t._version for t in tensors]
+    return [tensor._version for tensor in _tensors(model)]

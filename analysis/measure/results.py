@@ -16,6 +16,7 @@ from analysis.measure.saved import BYTES, KEY, TABLES, read_tables, write_tables
 from analysis.measure.shard import Cell
 from analysis.perturb import Condition
 from analysis.stats import Pairs, pair
+from cartmoe.files import path_of
 
 TOKENS = ["document_id", "sequence_id", *BYTES]
 FACTS = ["model", "train_seed", "layer", "stage", "metric", "value"]
@@ -68,12 +69,14 @@ class Results:
             asked = self.losses[KEY].drop_duplicates().itertuples(index=False, name=None)
             parts = [self.tokens(*key).assign(**dict(zip(KEY, key, strict=True))) for key in asked]
             frames["tokens"] = pd.concat(parts, ignore_index=True).reindex(columns=[*KEY, *TOKENS])
-        write_tables(Path(path), frames, {"finished": self.finished, "planned": self.planned})
+        write_tables(
+            path_of("path", path), frames, {"finished": self.finished, "planned": self.planned}
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
         """What `save` wrote. Raises `ValueError` naming the file that is not what was written."""
-        frames, counts = read_tables(Path(path))
+        frames, counts = read_tables(path_of("path", path))
         frame = frames.pop("tokens", None)
         made = cls(**frames, finished=counts["finished"], planned=counts["planned"])
         if frame is None:

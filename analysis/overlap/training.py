@@ -29,6 +29,7 @@ from analysis.stats import CHECKPOINT, check_confidence
 from cartmoe.checkpoint import run_checkpoints, step_of
 from cartmoe.config import check_choice
 from cartmoe.data import Sequences
+from cartmoe.files import path_of
 from cartmoe.routing import Routing
 from cartmoe.run import read_run
 
@@ -105,11 +106,9 @@ def _add(sums: UnitSums, unit_T: Tensor, now: Routing, final: Routing) -> None:
 
 def _checkpoints(run_folder: str | Path) -> list[Path]:
     """Of a run, oldest first."""
-    if not isinstance(run_folder, str | Path):
-        found = type(run_folder).__name__
-        raise ValueError(f"run_folder is a {found}; give the folder of a training run")
-    made = read_run(run_folder)["asked"]["train"]
-    folders = run_checkpoints(Path(run_folder))
+    run = path_of("run_folder", run_folder)
+    made = read_run(run)["asked"]["train"]
+    folders = run_checkpoints(run)
     if len(folders) < 2:
         raise ValueError(
             f"run {run_folder} has {len(folders)} checkpoint; over training needs two or more. It "

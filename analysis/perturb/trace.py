@@ -31,6 +31,7 @@ from analysis.perturb.trace_files import (
     write_trace,
 )
 from cartmoe.data import Sequences
+from cartmoe.files import path_of
 from cartmoe.hooks import RouterSite
 
 
@@ -60,7 +61,7 @@ class Trace:
     def __init__(self, path: str | Path, sha256: str | None = None):
         """Without reading all of it: `load` does. Raises `ValueError` where there is none, or
         another one than that of the SHA-256."""
-        self.path = Path(path)
+        self.path = path_of("path", path)
         self.name, found = self.path.resolve().name, trace_sha256(self.path)
         if found is None or sha256 not in (None, found):
             what = "no trace" if found is None else f"another one, of SHA-256 {found}"
@@ -180,7 +181,7 @@ class Trace:
     def load(cls, path: str | Path) -> Trace:
         """Every byte is checked. Raises `FileNotFoundError` where there is no folder, `ValueError`
         naming the file that is not what was written."""
-        check_trace(Path(path))
+        check_trace(path_of("path", path))
         return cls(path)
 
     @classmethod
@@ -206,7 +207,7 @@ class Trace:
         model = routed_adapter(model)
         origin = {"model": model.identity, "documents": docs.sha256}
         found = batches_of_model(model, docs, batch_size, logits, progress)
-        write_trace(Path(path), model.sites(), found, origin)
+        write_trace(path_of("path", path), model.sites(), found, origin)
         return cls(path)
 
     @classmethod
@@ -244,5 +245,5 @@ class Trace:
         sites, found = read_arrays(
             routed_experts, sequence_ids, places, num_experts, weights, uncaptured
         )
-        write_trace(Path(path), sites, found, {})
+        write_trace(path_of("path", path), sites, found, {})
         return cls(path)

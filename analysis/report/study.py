@@ -23,7 +23,7 @@ from analysis.report.made import Note, draw, write_note, write_tables
 from analysis.report.text import describe, tables
 from analysis.study import STORE, Store, read, read_plan, source_sha256
 from cartmoe.config import check_choice
-from cartmoe.files import write_atomically
+from cartmoe.files import path_of, write_atomically
 from cartmoe.folders import check_directory
 from cartmoe.lock import locked
 
@@ -133,7 +133,7 @@ def export(
     tables = {"losses": results.losses, "routing": results.routing, "cells": results.cells}
     if results.has_conditions:
         tables["damage"] = results.damage(full=True)
-    folder = Path(directory) / "export" if out is None else Path(out)
+    folder = Path(directory, "export") if out is None else path_of("out", out)
     check_directory(folder)
     with locked(folder, wait=True):
         return write_tables(tables, folder, format)

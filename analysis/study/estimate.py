@@ -34,6 +34,7 @@ from analysis.study.unlike import why_others
 from analysis.study.worker import autocast, numerics
 from cartmoe.checkpoint import read_meta, run_checkpoints
 from cartmoe.distributed import Ranks
+from cartmoe.files import path_of
 from cartmoe.folders import check_directory
 from cartmoe.model import LanguageModel
 from cartmoe.objective import Gradient
@@ -50,7 +51,7 @@ def dry_run(
     executor: Callable[[], Executor] | None = None,
 ) -> str:
     """What `run` would do with so many workers, as text. Raises as `run` does for mistakes."""
-    out = Path(out)
+    out = path_of("out", out)
     check_directory(out)
     check_executor(executor)
     plan = Plan.of(study, threads_of(study, executor, threads))

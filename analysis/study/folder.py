@@ -11,6 +11,7 @@ import pandas as pd
 from analysis.measure import FACTS, Results, is_saved
 from analysis.stats import CHECKPOINT
 from analysis.study.store import Store
+from cartmoe.files import path_of
 from cartmoe.sealed import read_sealed
 
 STORE, PLAN = "results.sqlite", "plan.json"
@@ -37,7 +38,7 @@ def read(out: str | Path) -> Results:
     Raises `FileNotFoundError` if there is neither, `ValueError` if nothing is measured yet and
     naming a damaged file.
     """
-    out = Path(out)
+    out = path_of("out", out)
     if is_saved(out):
         return Results.load(out)
     plan = read_plan(out)

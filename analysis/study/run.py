@@ -21,6 +21,7 @@ from analysis.study.pool import Failure, InProcess, Pool
 from analysis.study.provenance import manifest
 from analysis.study.store import DamagedCells, Store
 from analysis.study.study import Study, study_dict
+from cartmoe.files import path_of
 from cartmoe.folders import check_directory
 from cartmoe.lock import locked
 from cartmoe.sealed import write_sealed
@@ -53,7 +54,7 @@ def run(
         raise ValueError(
             f"executor is {executor!r}; give what makes one, such as analysis.processes(4)"
         )
-    out, study = Path(out), study if isinstance(study, Study) else Study.read(study)
+    out, study = path_of("out", out), study if isinstance(study, Study) else Study.read(study)
     # What can fail at once comes before training, which may take hours.
     check_directory(out)
     check_executor(executor)

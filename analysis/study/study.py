@@ -44,6 +44,7 @@ from typing import Any
 from analysis.perturb import Condition
 from analysis.study.parse import read_study, study_fields
 from analysis.study.specs import Contrasts, Data, Measure, ModelSpec, Only
+from cartmoe.files import path_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Study:
     @classmethod
     def read(cls, path: str | Path) -> Study:
         """Raises `FileNotFoundError`, or `ValueError` listing every mistake: file, key, value."""
-        return cls(**read_study(Path(path)))
+        return cls(**read_study(path_of("path", path)))
 
     @classmethod
     def from_dict(

@@ -331,6 +331,39 @@ def test_nothing_is_left_of_a_failed_call(model):
         other.submit(damage, model, an.DropTop(1)).result()
 
 
+@pytest.mark.parametrize("entrance", sorted({*ENTRANCES} - {"compare"}))
+def test_inference_mode_around_it_changes_nothing(entrance, model, tmp_path):
+    """Where a search by gradients is among the perturbations, too. (`compare` would copy in it.)"""
+    with torch.inference_mode():
+        ENTRANCES[entrance](model, tmp_path)
+        results = an.sweep(model, DOCS, an.Worst(1), **QUIET)
+    same = an.sweep(model, DOCS, an.Worst(1), **QUIET)
+    assert results.damage(full=True).equals(same.damage(full=True))
+
+
+@ENTRANCE
+def test_weights_of_inference_mode(entrance, model, tmp_path):
+    with torch.inference_mode():
+        made = an.adapt(copy.deepcopy(model.model))
+    with pytest.raises(ValueError, match=r"(cartesian|a) was made in torch\.inference_mode"):
+        ENTRANCES[entrance](made, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["full_backward_pre_hook", "full_backward_hook"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_hooks_on_gradients(model, stage, kind, everywhere):
+    """The worst flips are those that gradients name."""
+    register = getattr(stage.router, f"register_{kind}")
+    if everywhere:
+        register = getattr(torch.nn.modules.module, f"register_module_{kind}")
+    handle = register(lambda *args: None)
+    try:
+        with pytest.raises(ValueError, match="cartesian has a hook of others"):
+            an.sweep(model, DOCS, an.Worst(1), **QUIET)
+    finally:
+        handle.remove()
+
+
 def test_a_wrong_argument_is_told_with_the_functions_name(model):
     with pytest.raises(TypeError, match=r"regret\(\) got an unexpected keyword argument 'sites'"):
         an.regret(model, DOCS, sites="layer 0 stage 0")

@@ -187,7 +187,7 @@ def test_a_trained_run_settles(run, docs):
 def test_bad_arguments(tiny_model, run_of, run, docs, tmp_path):
     with pytest.raises(FileNotFoundError, match="is no run: it has no run"):
         saturation(tmp_path / "nowhere", docs)
-    with pytest.raises(ValueError, match="run_folder is a LanguageModel; give the folder of a"):
+    with pytest.raises(ValueError, match="run_folder is a LanguageModel; give a path"):
         saturation(tiny_model("smoe"), docs)
     with pytest.raises(ValueError, match="docs has no sequence"):
         saturation(run, docs[:0])
