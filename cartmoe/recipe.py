@@ -16,7 +16,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # What may differ when a run is resumed, since it changes no weight. Corpus and tokenizer may move:
 # a run knows the SHA-256 of both.
-MAY_CHANGE = ("checkpoint_every", "keep", "corpus", "tokenizer")
+MAY_CHANGE = ("checkpoint_every", "keep", "milestones", "corpus", "tokenizer")
 
 
 @declared
@@ -34,6 +34,7 @@ class TrainConfig:
     balance, z_loss   coefficients of the losses summed over all routers
     precision     "fp32", "bf16" (autocast; weights stay fp32), or "auto": the faster one here
     checkpoint_every, keep   steps from one checkpoint to the next, and how many to keep
+    milestones    steps whose checkpoints are kept for good, whatever `keep` says
     compile       whether torch.compile is used
     """
 
@@ -55,6 +56,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: Positive = 100
     keep: Positive = 2
+    milestones: tuple[Positive, ...] = ()
     compile: Flag = False
 
     def __post_init__(self) -> None:

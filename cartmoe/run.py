@@ -2,14 +2,14 @@
 
 run.json       what was asked for, and what was found out at the start (precision, threads)
 metrics.csv    a row for every step; metrics.json its SHA-256
-checkpoints/   step-00000100, ...: the newest few
+checkpoints/   step-00000100, ...: the newest few, and those of milestones
 lock           held by the process that trains
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ def resume_point(out: Path) -> Path | None:
     return good
 
 
-def keep_newest(out: Path, number: int) -> None:
-    """Remove all checkpoints but the newest ones."""
-    for folder in run_checkpoints(out)[:-number]:
+def keep_newest(out: Path, number: int, milestones: Collection[int] = ()) -> None:
+    """Remove all checkpoints but those of milestones, and of the others the newest ones."""
+    others = [folder for folder in run_checkpoints(out) if step_of(folder) not in milestones]
+    for folder in others[:-number]:
         remove_folder(folder)

@@ -182,7 +182,7 @@ class _Trainer:
                     metrics.add(row)
                     bar.set_postfix_str(summary(row), refresh=False)
                     bar.update()
-                    last = stop or self.step == config.steps
+                    last = stop or self.step == config.steps or self.step in config.milestones
                     if last or self.step % config.checkpoint_every == 0:
                         metrics.sync()
                         self.save(out)
@@ -242,6 +242,7 @@ class _Trainer:
             "corpus": config.corpus,
             "corpus_sha256": self.corpus.sha256,
             "corpus_fingerprint": self.corpus.fingerprint,
+            "groups": sorted(self.corpus.split("train").group.unique()),
             "tokenizer": config.tokenizer,
             "length": config.length,
             "precision": config.precision,
@@ -253,4 +254,4 @@ class _Trainer:
             tokenizer_json=getattr(self.corpus.tokenizer, "json", None),
             optimizer=optimizer_tensors(self.optimizer, self.model),
         )
-        run.keep_newest(out, config.keep)
+        run.keep_newest(out, config.keep, config.milestones)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,14 @@ import pytest
 import torch
 
 from cartmoe import FAMILIES, LanguageModel, ModelConfig, load
-from cartmoe.checkpoint import newest, read_meta, read_tokenizer, run_checkpoints
+from cartmoe.checkpoint import (
+    checkpoint_sha256,
+    newest,
+    read_meta,
+    read_tokenizer,
+    run_checkpoints,
+    step_of,
+)
 from cartmoe.corpora import open_source
 from cartmoe.data import TrainBatches, prepare
 from cartmoe.distributed import Ranks
@@ -170,6 +178,7 @@ def test_what_a_run_leaves(tiny_run, texts, tmp_path):
         "corpus": str(texts),
         "corpus_sha256": prepare(texts).sha256,
         "corpus_fingerprint": open_source(texts).fingerprint,
+        "groups": sorted(prepare(texts).split("train").group),
         "tokenizer": "bytes",
         "length": 32,
         "precision": "fp32",
@@ -177,6 +186,16 @@ def test_what_a_run_leaves(tiny_run, texts, tmp_path):
     assert read_tokenizer(out).name == "bytes"
     found = json.loads((out / "run.json").read_text())["found"]
     assert (found["threads"], found["processes"], found["device"]) == (1, 1, "cpu")
+
+
+def test_checkpoints_of_milestones_stay(tiny_run, tmp_path):
+    model_config, config = tiny_run(steps=9, checkpoint_every=4, keep=1, milestones=[1, 2, 6])
+    out = train(model_config, config, tmp_path / "run", progress=False)
+    assert [step_of(path) for path in run_checkpoints(out)] == [1, 2, 6, 9]
+    plain = train(model_config, replace(config, milestones=()), tmp_path / "plain", progress=False)
+    assert checkpoint_sha256(newest(out)) == checkpoint_sha256(newest(plain))
+    # Asked for later, they change no weight either.
+    train(model_config, replace(config, milestones=(3,)), out, progress=False)
 
 
 def test_training_is_the_plain_loop(tiny_run, texts, tmp_path):
