@@ -18,7 +18,7 @@ LABELS = [
 ]
 
 results = an.read(HERE / "runs" / "catalogue")
-damage = results.damage()
+damage = results.damage(full=True)
 one_seed = damage[(damage.train_seed == 1) & damage.label.isin(LABELS)]
 split, cascade = (table[table.train_seed == 0] for table in (results.split(), results.cascade()))
 gap = results.gap()

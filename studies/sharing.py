@@ -133,7 +133,7 @@ def measure(run: Run, model) -> dict[str, pd.DataFrame]:
     results = an.sweep(model, docs, conditions, controls=False, progress=False)
     overlap = measure_overlap(model, docs, METRICS, progress=False)
     tables = {
-        "damage": results.damage(),
+        "damage": results.damage(full=True),
         "pairs": overlap.pairs,
         "experts": overlap.experts,
         "truth": truth_scores(overlap, run.corpus),
