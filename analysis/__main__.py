@@ -51,9 +51,11 @@ TO = typer.Option(None, help="Directory for what is written; default: that of th
 def run(
     study: Path = typer.Argument(help="A study, see studies/quick.toml."),
     out: Path = typer.Option(help="Directory for models, results, tables and figures."),
-    workers: int = typer.Option(None, help="Measure in so many processes.", min=1),
+    workers: int = typer.Option(
+        None, help="Processes that train and measure; default: one a core, if memory allows.", min=1
+    ),
     threads: int = typer.Option(
-        None, help="Of each process that measures; another number, other last bits.", min=1
+        None, help="Of each process, 1 by default; another number, other last bits.", min=1
     ),
     dask: str = typer.Option(
         None, metavar="ADDRESS", help="Measure on the Dask cluster of this scheduler."
@@ -71,10 +73,11 @@ def run(
     if workers and dask:
         raise ValueError("--workers and --dask: give one of them")
     read = studies.Study.read(study)
-    executor = studies.processes(workers) if workers else None
-    executor = studies.dask(dask) if dask else executor
+    executor = studies.dask(dask) if dask else None
+    if workers or (not dask and (free := studies.free_workers(read.models)) > 1):
+        executor = studies.processes(workers or free)
     if dry_run:
-        typer.echo(studies.dry_run(read, out, workers or 1, threads, executor))
+        typer.echo(studies.dry_run(read, out, threads, executor))
         return
     studies.run(read, out, progress, executor, threads)
     _print(report.summarize(out), report.plot(out, progress))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -51,7 +52,9 @@ def train(
     out: str | Path,
     *,
     device: str | None = None,
+    threads: int | None = None,
     progress: bool = True,
+    watch: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Path:
     """Train a model in the directory `out`, or go on where an earlier process ended; returns it.
 
@@ -62,6 +65,8 @@ def train(
     processes share `out`.
 
     device   default: a GPU if there is one, else "cpu"
+    threads  of a run that begins; default: as many as this process has
+    watch    is called with every step's row of metrics
 
     Raises `ValueError` if `out` holds a run of another configuration or is being trained in, and
     for a vocabulary that does not fit; `FloatingPointError` naming the step for a loss, gradient
@@ -74,7 +79,7 @@ def train(
         if group.first:
             stack.enter_context(run.training_in(out))
             corpus = prepare(train_config.corpus, train_config.tokenizer)
-            found = _start(model_config, train_config, corpus, group, out)
+            found = _start(model_config, train_config, corpus, group, out, threads)
             start = found, run.resume_point(out)
         # The others read what the first has written, the corpus in the cache too.
         found, checkpoint = group.from_first(start)
@@ -86,14 +91,19 @@ def train(
         stack.enter_context(torch.random.fork_rng(gpus))
         config = replace(train_config, precision=found["precision"]["precision"])
         if checkpoint is None or read_meta(checkpoint)["step"] < config.steps:
-            _Trainer(model_config, config, corpus, group, checkpoint).run(out, progress)
+            _Trainer(model_config, config, corpus, group, checkpoint).run(out, progress, watch)
         elif progress and group.first:
             tqdm.write(f"{out} is finished: it has all of its {config.steps} steps")
     return out
 
 
 def _start(
-    model_config: ModelConfig, config: TrainConfig, corpus: Corpus, group: Ranks, out: Path
+    model_config: ModelConfig,
+    config: TrainConfig,
+    corpus: Corpus,
+    group: Ranks,
+    out: Path,
+    threads: int | None,
 ) -> dict[str, Any]:
     """Write run.json, or check the one that is there; returns what was found at the run's start."""
     # What cannot be trained is refused before it leaves a trace.
@@ -118,7 +128,7 @@ def _start(
         precision = probe_precision(model_config, tokens, group.device)
     found = {
         "precision": precision,
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "processes": group.size,
         "device": group.device,
         "torch": torch.__version__,
@@ -160,7 +170,9 @@ class _Trainer:
         self.gradient = Gradient(self.model, config, group)
         self.sites = router_sites(self.model)
 
-    def run(self, out: Path, progress: bool) -> None:
+    def run(
+        self, out: Path, progress: bool, watch: Callable[[Mapping[str, Any]], None] | None
+    ) -> None:
         """All steps that are left, with metrics and checkpoints."""
         config, first = self.config, self.group.first
         with ExitStack() as stack:
@@ -182,6 +194,8 @@ class _Trainer:
                     metrics.add(row)
                     bar.set_postfix_str(summary(row), refresh=False)
                     bar.update()
+                    if watch:
+                        watch(row)
                     last = stop or self.step == config.steps or self.step in config.milestones
                     if last or self.step % config.checkpoint_every == 0:
                         metrics.sync()

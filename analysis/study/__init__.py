@@ -2,9 +2,10 @@
 
 specs.py, study.py          what a study is made of; the grid
 parse.py, reading.py        written as TOML; schema.py: its JSON schema
-models.py                   its models, found or trained
+models.py, training.py      its models, found or trained side by side
 plan.py                     its cells, each with its whole identity (provenance.py)
 worker.py, pool.py, executors.py   cells computed here, in processes, on a cluster
+machine.py                  how many processes there may be
 store.py, folder.py         cells kept; a study's directory read back
 run.py, estimate.py         running it, and what that would take
 """
@@ -12,6 +13,7 @@ run.py, estimate.py         running it, and what that would take
 from analysis.study.estimate import dry_run
 from analysis.study.executors import dask, processes
 from analysis.study.folder import STORE, progress_of, read, read_plan
+from analysis.study.machine import free_workers
 from analysis.study.plan import documents_of
 from analysis.study.provenance import manifest, source_sha256
 from analysis.study.run import run, threads_of

@@ -8,9 +8,10 @@ weights, since the time does not depend on them. Nothing is written.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from analysis.study.folder import STORE
 from analysis.study.models import Checkpoint, run_folder
 from analysis.study.plan import Plan
 from analysis.study.provenance import default_device
-from analysis.study.run import check_executor, threads_of
+from analysis.study.run import check_executor, threads_of, trainers_of
 from analysis.study.specs import ModelSpec
 from analysis.study.store import Store
 from analysis.study.study import Study
@@ -46,11 +47,10 @@ PROBE = 4  # sequences
 def dry_run(
     study: Study,
     out: str | Path,
-    workers: int = 1,
     threads: int | None = None,
     executor: Callable[[], Executor] | None = None,
 ) -> str:
-    """What `run` would do with so many workers, as text. Raises as `run` does for mistakes."""
+    """What `run` would do, as text. Raises as `run` does for mistakes."""
     out = path_of("out", out)
     check_directory(out)
     check_executor(executor)
@@ -67,7 +67,7 @@ def dry_run(
             for spec, checkpoint in zip(study.models, found, strict=True)
         ]
         planned = [cell for there in found if there for cell in plan.work(there).cells]
-    return "\n".join([_describe(plan, pd.DataFrame(rows), workers), *why_others(planned, kept)])
+    return "\n".join([_describe(plan, pd.DataFrame(rows), executor), *why_others(planned, kept)])
 
 
 def _estimate(
@@ -151,8 +151,9 @@ def _training(spec: ModelSpec, folder: Path) -> tuple[int, float]:
     return left, seconds * left * config.batch_size / rows
 
 
-def _describe(plan: Plan, rows: pd.DataFrame, workers: int) -> str:
-    shards = len(plan.shards)
+def _describe(plan: Plan, rows: pd.DataFrame, executor: Callable[[], Executor] | None) -> str:
+    shards, trainers = len(plan.shards), trainers_of(executor)
+    workers = getattr(executor, "workers", None) or 1
     table = rows.assign(
         cells=[f"{shards} shards x {cells // shards} = {cells}" for cells in rows.cells],
         measuring=rows.measuring.map(spoken),
@@ -162,12 +163,21 @@ def _describe(plan: Plan, rows: pd.DataFrame, workers: int) -> str:
 Study {plan.study.name!r}: {len(rows)} models, {rows.cells.sum()} cells, \
 {rows.finished.sum()} finished, {rows.missing.sum()} missing
 {table.to_string(index=False)}
-Training, one model after the other: about {spoken(rows.training.sum())}
+Training, {"side by side" if trainers > 1 else "one model after the other"}: about \
+{spoken(side_by_side(rows.training, trainers))}
 Measuring with {workers} process{"es" * (workers > 1)} of {plan.threads} \
 thread{"s" * (plan.threads > 1)}: about {spoken(rows.measuring.sum() / workers)}
 Estimated from one batch of {min(PROBE, plan.study.measure.batch_size)} sequences a model and \
 kind of condition, and one training step of as many (models not trained yet: with random \
 weights); nothing was written."""
+
+
+def side_by_side(seconds: Iterable[float], workers: int) -> float:
+    """Until the last is done, if who is free takes the next."""
+    ends = [0.0] * workers
+    for each in seconds:
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
 
 
 def spoken(seconds: float) -> str:

@@ -39,11 +39,13 @@ def deaths(error: BaseException | None) -> int:
 class Factory:
     """Makes executors whose workers compute with so many threads, unless a study says otherwise.
 
-    check   raises where there will be none; called before models are trained for hours
+    workers   how many there are on this machine; None: others compute
+    check     raises where there will be none; called before models are trained for hours
     """
 
     make: Callable[[], Executor]
     threads: int
+    workers: int | None = None
     check: Callable[[], None] = lambda: None
 
     def __call__(self) -> Executor:
@@ -59,7 +61,7 @@ def processes(workers: int, threads: int = 1) -> Factory:
     """
     check_whole("workers", workers, 1)
     check_whole("threads", threads, 1)
-    return Factory(partial(_Processes, workers), threads)
+    return Factory(partial(_Processes, workers), threads, workers)
 
 
 def dask(address: str, threads: int = 1) -> Factory:
@@ -87,7 +89,7 @@ class _Processes(ProcessPoolExecutor):
     def __init__(self, workers: int):
         context = get_context("spawn")
         reader, self._lifeline = context.Pipe(duplex=False)
-        super().__init__(workers, context, initializer=_live_with, initargs=(reader,))
+        super().__init__(workers, context, initializer=live_with, initargs=(reader,))
 
     def kill_workers(self) -> None:
         """End them in the middle of their work, and wait until they are gone."""
@@ -95,7 +97,7 @@ class _Processes(ProcessPoolExecutor):
         self.shutdown(wait=True, cancel_futures=True)
 
 
-def _live_with(lifeline: Connection) -> None:
+def live_with(lifeline: Connection) -> None:
     """End this process when the other end of the pipe is closed. Ctrl-C is the parent's matter."""
 
     def wait() -> None:

@@ -15,7 +15,6 @@ from cartmoe import checkpoint as checkpoints
 from cartmoe.data import Corpus
 from cartmoe.recipe import MAY_CHANGE
 from cartmoe.run import check_same, read_run
-from cartmoe.train import train
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ def find(study: Study, spec: ModelSpec, corpus: Corpus, out: Path) -> Checkpoint
     tokens, and where a run of another configuration stands in the way of training.
     """
     if spec.path:
-        path = _last(Path(spec.path))
-        _check_tokens(study, spec, path, corpus)
-        return Checkpoint.of(spec, path)
-    trained = _trained(spec, run_folder(out, spec), corpus)
-    return Checkpoint.of(spec, trained) if trained else None
+        given = _last(Path(spec.path))
+        _check_tokens(study, spec, given, corpus)
+        return Checkpoint.of(spec, given)
+    path = _trained(spec, run_folder(out, spec), corpus)
+    return Checkpoint.of(spec, path) if path else None
 
 
 def check_bytes(study: Study, checkpoint: Checkpoint) -> Checkpoint:
@@ -58,10 +57,9 @@ def check_bytes(study: Study, checkpoint: Checkpoint) -> Checkpoint:
         raise ValueError(f"{study.origin}: {place_of(study, spec)}: {error}") from error
 
 
-def make(spec: ModelSpec, out: Path, progress: bool) -> Checkpoint:
-    """Train the model, going on where an earlier process ended."""
-    run = train(spec.config, spec.train, run_folder(out, spec), progress=progress)
-    return Checkpoint.of(spec, checkpoints.newest(run))
+def trained(spec: ModelSpec, out: Path) -> Checkpoint:
+    """The checkpoint of a model that has been trained in `out`, with every byte read."""
+    return Checkpoint.of(spec, checkpoints.newest(run_folder(out, spec)))
 
 
 def run_folder(out: Path, spec: ModelSpec) -> Path:

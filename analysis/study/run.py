@@ -10,17 +10,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from analysis.measure import Results, facts_of, key_columns
 from analysis.study.folder import PLAN, STORE, read
-from analysis.study.models import Checkpoint, check_bytes, make, run_folder
+from analysis.study.machine import cores
+from analysis.study.models import Checkpoint, check_bytes, trained
 from analysis.study.plan import Plan, Work
 from analysis.study.pool import Failure, InProcess, Pool
-from analysis.study.provenance import manifest
+from analysis.study.provenance import default_device, manifest
 from analysis.study.store import DamagedCells, Store
 from analysis.study.study import Study, study_dict
+from analysis.study.training import train_models
 from cartmoe.files import path_of
 from cartmoe.folders import check_directory
 from cartmoe.lock import locked
@@ -38,11 +39,11 @@ def run(
 
     study      itself, or the path of its TOML
     executor   makes any `concurrent.futures.Executor` to measure with: `analysis.processes(4)`,
-               `analysis.dask("tcp://host:8786")`, or one of yours (of processes: spawned, not
-               forked); None: in this process
-    threads    of each process that measures; by default what the study says, then what the
-               executor has, then as many as now. Results are the same bits for the same number,
-               wherever they are computed on the same kind of machine.
+               which also trains as many models at a time, `analysis.dask("tcp://host:8786")`, or
+               one of yours (of processes: spawned, not forked); None: in this process
+    threads    of each process on a CPU; by default what the study says, then what the executor has,
+               then 1. Results are the same bits for the same number, wherever and with how many
+               processes they are computed, on CPUs of one capability.
 
     A run that was stopped, however, goes on where it was: training from its last checkpoint, the
     measurement with the first cell that is not in `out`/results.sqlite. A cell that kills its
@@ -61,7 +62,7 @@ def run(
     plan = Plan.of(study, threads_of(study, executor, threads))
     with locked(out), Store(out / STORE) as store:
         finished = _undamaged(store)
-        work = _ready(plan, out, finished, progress)
+        work = _ready(plan, out, finished, trainers_of(executor), progress)
         write_sealed(out / PLAN, _described(study, work))
         _measure_missing(plan, work, finished, store, executor, progress)
         try:
@@ -96,11 +97,18 @@ def threads_of(
     study: Study, executor: Callable[[], Executor] | None, threads: int | None = None
 ) -> int:
     """Of each process that measures."""
-    asked = threads or study.measure.threads or getattr(executor, "threads", None)
-    return asked or torch.get_num_threads()
+    return threads or study.measure.threads or getattr(executor, "threads", None) or 1
 
 
-def _ready(plan: Plan, out: Path, finished: set[str], progress: bool) -> list[Work]:
+def trainers_of(executor: Callable[[], Executor] | None) -> int:
+    """How many models are trained at a time: on a GPU one, as many as processes of this machine
+    measure, or where others measure, as many as it has cores."""
+    if executor is None or default_device() != "cpu":
+        return 1
+    return getattr(executor, "workers", None) or cores()
+
+
+def _ready(plan: Plan, out: Path, finished: set[str], workers: int, progress: bool) -> list[Work]:
     """The cells of every model, in their order, those trained that are to be trained."""
     study = plan.study
 
@@ -112,13 +120,10 @@ def _ready(plan: Plan, out: Path, finished: set[str], progress: bool) -> list[Wo
         return plan.work(check_bytes(study, checkpoint))
 
     found = [checked(there) if there else None for there in plan.find(out)]
-    works = []
-    for i, (spec, work) in enumerate(zip(study.models, found, strict=True)):
-        if progress and not spec.path:
-            where = run_folder(out, spec)
-            tqdm.write(f"[{i + 1}/{len(found)}] {spec.name}, seed {spec.train_seed}: {where}")
-        works.append(work or plan.work(make(spec, out, progress)))
-    return works
+    missing = [spec for spec, work in zip(study.models, found, strict=True) if not work]
+    train_models(missing, out, workers, plan.threads, progress)
+    each = zip(study.models, found, strict=True)
+    return [work or plan.work(trained(spec, out)) for spec, work in each]
 
 
 def _measure_missing(
