@@ -43,8 +43,8 @@ class TrainBatches:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("batch_size", self.batch_size, 1)
-        check_whole("length", self.length, 1)
+        object.__setattr__(self, "batch_size", check_whole("batch_size", self.batch_size, 1))
+        object.__setattr__(self, "length", check_whole("length", self.length, 1))
         if len(self._tokens) < self.length + 1:
             raise ValueError(
                 f"length is {self.length}; a window of length + 1 tokens does not fit into the "
@@ -221,7 +221,7 @@ def _hash(text: str) -> int:
 def _sample(documents: pd.DataFrame, limit: int | None) -> pd.DataFrame:
     """The domains take turns; within one its groups do, each with its documents by their hashes."""
     if limit is not None:
-        check_whole("limit", limit, 1)
+        limit = check_whole("limit", limit, 1)
     documents = documents.iloc[np.argsort([_hash(id) for id in documents.document_id])]
     if "group" in documents:
         nth = documents.groupby(["domain", "group"]).cumcount()
@@ -236,9 +236,9 @@ def _cut(
     length: int,
     max_tokens: int | None,
 ) -> Sequences:
-    check_whole("length", length, 1)
+    length = check_whole("length", length, 1)
     if max_tokens is not None:
-        check_whole("max_tokens_per_document", max_tokens, 1)
+        max_tokens = check_whole("max_tokens_per_document", max_tokens, 1)
     columns: list[list] = [[] for _ in fields(Sequences)]
     for document_id, domain, ids in documents:
         ids = ids.astype(np.int64)

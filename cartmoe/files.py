@@ -19,6 +19,8 @@ from pathlib import Path
 def path_of(name: str, value: object) -> Path:
     """The path that somebody gave as the argument of that name, ~ standing for a home. Raises
     `ValueError` for what is none."""
+    if value == "":
+        raise ValueError(f"{name} is ''; give a path")
     if not isinstance(value, str | os.PathLike):
         raise ValueError(f"{name} is a {type(value).__name__}; give a path")
     try:

@@ -9,6 +9,7 @@ from cartmoe.fields import FILLED, AboveZero, Count, Flag, NonNegative, Positive
 
 # Where a preset's recipe differs from the defaults. That of "base" and "large" is paper.md's.
 RECIPES: dict[str, dict[str, Any]] = {
+    "micro": dict(batch_size=16, learning_rate=4e-3),
     "nano": {},
     "small": dict(length=512, learning_rate=1e-3),
     "base": dict(length=1024, batch_size=1024, accumulate=64, learning_rate=3e-4),
@@ -32,7 +33,8 @@ class TrainConfig:
     weight_decay  of matrices
     clip          the gradient's norm is scaled down to this
     balance, z_loss   coefficients of the losses summed over all routers
-    precision     "fp32", "bf16" (autocast; weights stay fp32), or "auto": the faster one here
+    precision     "fp32", "bf16" (autocast; weights stay fp32), or "auto": the faster one here,
+                  which makes another model of the same seed on another machine
     checkpoint_every, keep   steps from one checkpoint to the next, and how many to keep
     milestones    steps whose checkpoints are kept for good, whatever `keep` says
     compile       whether torch.compile is used
@@ -53,7 +55,7 @@ class TrainConfig:
     clip: AboveZero = 1.0
     balance: NonNegative = 0.01
     z_loss: NonNegative = 0.0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     checkpoint_every: Positive = 100
     keep: Positive = 2
     milestones: tuple[Positive, ...] = ()

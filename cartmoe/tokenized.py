@@ -6,6 +6,7 @@ import csv
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,12 +82,15 @@ def prepare(
     return _open(folder, source, Path(tokenizer).stem)
 
 
-def documents_of(source: Source, split: str) -> list[Document]:
-    """The documents of a split, chosen as `prepare` does, without tokens. Raises `ValueError` for
-    an unknown split or one without documents."""
+def documents_of(source: Source, split: str, trained: Collection[str] = ()) -> list[Document]:
+    """The documents of a split, chosen as `prepare` does, without tokens; `trained`: the groups to
+    train on, if that is settled. Raises `ValueError` for an unknown split or one without documents.
+    """
     check_choice("split", split, SPLITS)
     documents = drop_near_duplicates(source.documents)
     split_of = _split(documents)
+    if trained:
+        split_of = {group: SPLITS[group not in trained] for group in split_of}
     chosen = [document for document in documents if split_of[document.group] == split]
     if not chosen:
         raise ValueError(_no_documents(source.name, split))

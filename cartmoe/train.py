@@ -40,6 +40,8 @@ from cartmoe.routing import update_selection_bias
 
 __all__ = ["TrainConfig", "train"]
 
+GROUPS = 10_000  # at most so many are listed in a checkpoint
+
 ADVICE = (
     "nothing of this step is kept, earlier checkpoints are good; a lower learning_rate, a longer "
     "warmup or precision fp32 may help, in another directory"
@@ -245,6 +247,11 @@ class _Trainer:
             if router.score_function == "sigmoid":
                 update_selection_bias(router, counts_E, self.model.config.bias_rate)
 
+    def _groups(self) -> dict[str, list[str]]:
+        """Of the documents trained on, unless they are too many to be listed."""
+        groups = self.corpus.split("train").group.unique()
+        return {"groups": sorted(groups)} if len(groups) <= GROUPS else {}
+
     def save(self, out: Path) -> None:
         """A checkpoint of this step, in place of the oldest."""
         config = self.config
@@ -256,7 +263,7 @@ class _Trainer:
             "corpus": config.corpus,
             "corpus_sha256": self.corpus.sha256,
             "corpus_fingerprint": self.corpus.fingerprint,
-            "groups": sorted(self.corpus.split("train").group.unique()),
+            **self._groups(),
             "tokenizer": config.tokenizer,
             "length": config.length,
             "precision": config.precision,

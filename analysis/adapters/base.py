@@ -202,17 +202,17 @@ def routed_adapter(model: object) -> Adapter:
     return model
 
 
-def check_documents(docs: Sequences, *models: Adapter) -> None:
+def check_documents(docs: Sequences, *models: Adapter, name: str = "docs") -> None:
     """Raise `ValueError` unless these are sequences of documents, at least one, in tokens that all
     of these models know."""
     if not isinstance(docs, Sequences):
-        raise ValueError(f"docs is a {type(docs).__name__}; give what analysis.documents returns")
+        raise ValueError(f"{name} is a {type(docs).__name__}; give what analysis.documents returns")
     if not len(docs):
-        raise ValueError("docs has no sequence")
+        raise ValueError(f"{name} has no sequence")
     largest = int(docs.tokens_SL.max())
     for model in models:
         if largest >= model.vocab_size:
             raise ValueError(
-                f"docs has token {largest}, and {model.name} a vocabulary of {model.vocab_size}: "
+                f"{name} has token {largest}, and {model.name} a vocabulary of {model.vocab_size}: "
                 "take those of analysis.documents(corpus, model), which are in its own tokens"
             )

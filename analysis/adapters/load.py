@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from analysis.adapters.base import Adapter, as_adapter
 from analysis.adapters.cartmoe import CartMoEAdapter
 from cartmoe.checkpoint import CHECKPOINTS, checkpoint_sha256, newest, read_meta, read_tokenizer
 from cartmoe.checkpoint import load as load_checkpoint
 from cartmoe.config import ModelConfig, check_choice
-from cartmoe.corpora import is_built_in, open_source, read_corpus
+from cartmoe.corpora import is_built_in, open_source
 from cartmoe.data import Sequences, prepare, sequences, sequences_from
 from cartmoe.files import path_of
 from cartmoe.model import LanguageModel
@@ -82,46 +85,71 @@ def documents(
 
     corpus   a built-in one, or a path to text
     length   tokens of a sequence;  limit   documents, spread over the domains
-    split    "validation" or "train", as training divides the corpus, or "all". Default: of a
+    split    "validation" or "train", as training divided the corpus, or "all". Default: of a
              built-in corpus, and of one that the model was trained on, "validation"; else "all"
 
-    Warns where the model was trained on these documents, as far as its checkpoint tells, and where
-    documents repeat others, which are left out. Raises `ValueError` for an unknown split, one
-    without documents, no text at all, and numbers below 1.
+    What a model was trained on is told by the groups of documents that its checkpoint lists (files
+    by their content, the standard library's by their package), wherever they are found again.
+    Warns where it was trained on some of these documents, and where documents repeat others, which
+    are left out. Raises `ValueError` for an unknown split, one without documents, no text at all,
+    and numbers below 1.
     """
     under_study = None if model is None else as_adapter(model)
     tokenizer: Any = (under_study and under_study.tokenizer) or ByteTokenizer()
-    meta = getattr(under_study, "trained_on", {})
-    seen = bool(meta) and _same_corpus(corpus, meta)
-    split = split or ("validation" if is_built_in(corpus) or seen else "all")
-    check_choice("split", split, (*SPLITS, "all"))
-    if seen and split != "validation":
-        name = getattr(under_study, "name", "the model")
-        warnings.warn(
-            f"{name} was trained on documents of {str(corpus)!r}, of which split={split!r} gives "
-            'some: what is measured on them says little of other text. split="validation" has none',
-            stacklevel=2,
-        )
+    if split is not None:
+        check_choice("split", split, (*SPLITS, "all"))
     limits: dict[str, Any] = dict(length=length, limit=limit)
     limits["max_tokens_per_document"] = max_tokens_per_document
-    if split == "all":
-        return sequences_from(read_corpus(corpus), tokenizer, **limits)
-    if not is_built_in(corpus):
-        return sequences_from(documents_of(open_source(corpus), split), tokenizer, **limits)
-    prepared = prepare(corpus, tokenizer.name)
-    if prepared.tokenizer.identity != tokenizer.identity:
-        raise ValueError(
-            f"the model's tokenizer {tokenizer.name!r} is not the one of that name trained on "
-            f"{corpus!r} here; give documents as a path"
+    if is_built_in(corpus) and split != "all":
+        prepared = prepare(corpus, tokenizer.name)
+        if prepared.tokenizer.identity != tokenizer.identity:
+            raise ValueError(
+                f"the model's tokenizer {tokenizer.name!r} is not the one of that name trained on "
+                f"{corpus!r} here; give documents as a path"
+            )
+        split, table = split or "validation", prepared.documents
+        seen = _check_seen(under_study, corpus, table.group, split)
+        if seen:
+            table = table.assign(split=np.where(table.group.isin(seen), *SPLITS))
+        chosen = replace(prepared, documents=table)
+        return sequences(chosen, split=split, **limits).by_group(prepared)
+    source = open_source(corpus)
+    found = list(source.documents)
+    groups = [document.group for document in found]
+    if split is None:
+        saw = _groups_seen(under_study, groups) or _same_corpus(under_study, corpus)
+        split = "validation" if saw else "all"
+    seen = _check_seen(under_study, corpus, groups, split)
+    if split != "all":
+        found = documents_of(source._replace(documents=iter(found)), split, seen)
+    return sequences_from(found, tokenizer, **limits)
+
+
+def _check_seen(
+    model: Any, corpus: str | Path, groups: Iterable[str], split: str
+) -> Collection[str]:
+    """Those of these groups that the model was trained on; a warning if they are to be measured."""
+    seen = _groups_seen(model, groups)
+    if split != "validation" and (seen or _same_corpus(model, corpus)):
+        warnings.warn(
+            f"{model.name} was trained on documents of {str(corpus)!r}, of which split={split!r} "
+            'gives some: what is measured on them says little of other text. split="validation" '
+            "has none",
+            stacklevel=3,
         )
-    return sequences(prepared, split=split, **limits).by_group(prepared)
+    return seen
 
 
-def _same_corpus(corpus: str | Path, meta: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's "meta" says that its model was trained on this corpus: the same text,
+def _groups_seen(model: Any, groups: Iterable[str]) -> Collection[str]:
+    return {*getattr(model, "trained_on", {}).get("groups", ())}.intersection(groups)
+
+
+def _same_corpus(model: Any, corpus: str | Path) -> bool:
+    """Whether a model that lists no groups says that it was trained on this corpus: the same text,
     or what lay at the same place then."""
+    meta: Mapping[str, Any] = getattr(model, "trained_on", {})
     trained = meta.get("corpus")
-    if trained is None:
+    if trained is None or "groups" in meta:
         return False
     if is_built_in(corpus) or is_built_in(trained):
         return str(corpus) == trained

@@ -31,6 +31,7 @@ class _Use(NamedTuple):
 
 _USES: WeakKeyDictionary[nn.Module, list[_Use]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
+OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # What a module, and torch for all of them, keeps hooks in. Gradients decide in `Worst`.
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -61,13 +62,12 @@ def owned(*models: Adapter) -> Iterator[None]:
     weights were changed meanwhile.
     """
     with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(_used(model, measures=True))
+        new = [model for model in models if stack.enter_context(_used(model, measures=True))]
         stack.enter_context(torch.inference_mode(False))  # in which nothing has a gradient
-        versions = [_versions(model) for model in models]
+        states = [_state(model) for model in new]
         yield
-        for model, before in zip(models, versions, strict=True):
-            if _versions(model) != before:
+        for model, before in zip(new, states, strict=True):
+            if _state(model) != before:
                 raise RuntimeError(
                     f"the weights of {model.name} were changed while it was measured; what was "
                     "measured belongs to no one model"
@@ -83,7 +83,8 @@ def using(model: Adapter):
 
 
 @restoring
-def _used(model: Adapter, measures: bool) -> Iterator[None]:
+def _used(model: Adapter, measures: bool) -> Iterator[bool]:
+    """Yields whether nobody measured it before."""
     use = _Use(Caller.current(), measures)
     with _LOCK:
         open_uses = _USES.setdefault(model.module, [])
@@ -94,11 +95,12 @@ def _used(model: Adapter, measures: bool) -> Iterator[None]:
                     f"{'measures' if other.measures else 'perturbs'} it. Wait until that is done, "
                     "or give each its own (copy.deepcopy, or analysis.load again)"
                 )
-        if measures and not any(open.measures for open in open_uses):
+        first = not any(other.measures for other in open_uses)
+        if measures and first:
             _check_undisturbed(model)
         open_uses.append(use)
     try:
-        yield
+        yield first
     finally:
         with _LOCK:
             open_uses.remove(use)
@@ -122,7 +124,7 @@ def _check_undisturbed(model: Adapter) -> None:
     for name, part in _routed_parts(model).items():
         hooks: list[Any] = [fn for kind in HOOKS for fn in getattr(part, kind).values()]
         replaced = vars(part).get("forward")
-        if getattr(replaced, "__func__", None) is not type(part).forward:
+        if replaced != type(part).forward.__get__(part):
             hooks.append(replaced)
         found += [f"{_named(fn)} on {name or 'the model'}" for fn in hooks if _disturbs(fn)]
     if found:
@@ -163,6 +165,12 @@ def _tensors(model: Adapter) -> list[torch.Tensor]:
     return [*model.module.parameters(), *model.module.buffers()]
 
 
-def _versions(model: Adapter) -> list[int]:
-    """How often each tensor of the model was changed in place."""
-    return [tensor._version for tensor in _tensors(model)]
+def _state(model: Adapter) -> list[tuple[int, int]]:
+    """Of each tensor how often it was changed in place, and a sum of its bits: torch does not count
+    changes through `.data`."""
+    return [(tensor._version, _bits(tensor)) for tensor in _tensors(model)]
+
+
+def _bits(tensor: torch.Tensor) -> int:
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return int(numbers.detach().contiguous().view(OF_SIZE[numbers.itemsize]).sum())

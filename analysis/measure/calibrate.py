@@ -5,10 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, as_adapter, batches, clean_routing, owning
+from analysis.adapters import (
+    Adapter,
+    as_adapter,
+    batches,
+    check_documents,
+    clean_routing,
+    owning,
+)
 from analysis.perturb import Calibration, SiteStats, Tokens, mix64
+from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing, expert_counts
+
+CALIBRATION = 32  # sequences that a model is calibrated on unless others are given
 
 
 @owning
@@ -43,3 +53,11 @@ def calibrate(
         load_E = counts[site] / counts[site].sum()
         stats[site] = SiteStats(reservoir, reservoir.double().std().item(), load_E)
     return Calibration(stats)
+
+
+def calibration_documents(given: Sequences | None, docs: Sequences, *models: Adapter) -> Sequences:
+    """Those given, by default the first of the documents. Raises as `check_documents`."""
+    if given is None:
+        return docs[:CALIBRATION]
+    check_documents(given, *models, name="calibration")
+    return given

@@ -13,11 +13,11 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from analysis.adapters import Adapter, check_documents, num_batches, owned
-from analysis.measure.calibrate import calibrate
+from analysis.measure.calibrate import calibrate, calibration_documents
 from analysis.measure.comparison import Comparison, drifts_of
 from analysis.measure.results import join
 from analysis.measure.shard import measure
-from analysis.measure.sweep import CALIBRATION, Asked, conditions_of, named
+from analysis.measure.sweep import Asked, conditions_of, named
 from analysis.perturb import Condition, GateSwap, Perturbation, Replay, Trace, map_inner, parts_of
 from cartmoe.data import Sequences
 
@@ -48,6 +48,7 @@ def compare(
     """
     under_study = _named(models)
     check_documents(docs, *under_study.values())
+    calibration = calibration_documents(calibration, docs, *under_study.values())
     conditions = conditions_of(perturbations, where, point, seed, controls)
     imposed = {name for c in conditions for name in _sources(c.perturbation, under_study)}
     _check_sites(conditions, under_study)
@@ -66,7 +67,7 @@ def compare(
         with tqdm(total=total, unit="batch", disable=not progress) as bar:
             for name, model in under_study.items():
                 bar.set_description(name)
-                stats = calibrate(model, calibration or docs[:CALIBRATION])
+                stats = calibrate(model, calibration)
                 options = dict(batch_size=batch_size, calibration=stats, keep_tokens=tokens)
                 cells = measure(model, ready, docs, **options, progress=bar.update)
                 cells = [c._replace(condition=shown.get(c.condition, c.condition)) for c in cells]
@@ -115,7 +116,7 @@ def _resolved(
 ) -> Perturbation:
     """With recorded decisions and models in the place of names."""
     if isinstance(p, Replay) and p.trace in traces:
-        return Replay(traces[p.trace])
+        return Replay(traces[p.trace], uncaptured=p.uncaptured)
     if isinstance(p, GateSwap) and isinstance(p.checkpoint, str) and p.checkpoint in models:
         return GateSwap(models[p.checkpoint])
     return p

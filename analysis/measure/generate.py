@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from analysis.adapters import Adapter, batches, num_batches, owning, routed_adapter, run
-from analysis.measure.calibrate import calibrate
+from analysis.adapters import Adapter, batches, num_batches, owned, owning, routed_adapter, run
+from analysis.measure.calibrate import calibrate, calibration_documents
 from analysis.measure.intervene import Intervention
 from analysis.measure.rows import SequenceRows, means
-from analysis.measure.sweep import CALIBRATION, Asked, conditions_of
-from analysis.perturb import CLEAN, Calibration, Condition, Tokens, token_kinds
+from analysis.measure.sweep import Asked, conditions_of
+from analysis.perturb import CLEAN, Calibration, Condition, Tokens, models_of, token_kinds
 from analysis.stats import Bootstrap, label
 from cartmoe.config import check_choice, check_whole
 from cartmoe.data import IGNORE, Sequences
@@ -64,8 +64,8 @@ def generation_agreement(
     phases, numbers below 1, and where no sequence has `prompt` tokens.
     """
     model = routed_adapter(model)
-    check_whole("prompt", prompt, 1)
-    check_whole("new", new, 1)
+    prompt = check_whole("prompt", prompt, 1)
+    new = check_whole("new", new, 1)
     phases = (phases,) if isinstance(phases, str) else tuple(phases)
     for phase in phases:
         check_choice("phases", phase, PHASES)
@@ -80,12 +80,12 @@ def generation_agreement(
         raise ValueError(f"nothing is asked for: {len(conditions)} conditions, phases {phases}")
     arms = [(c, phase, _in_phase(c, phase, prompt)) for c in conditions for phase in phases]
     prompts = _prompts(docs, prompt)
-    stats = calibrate(model, calibration or docs[:CALIBRATION])
+    stats = calibrate(model, calibration_documents(calibration, docs, model))
     kinds_V = token_kinds(model, [c.where for c in conditions])
     rows = SequenceRows()
-    with tqdm(
-        total=num_batches(prompts, batch_size) * len(arms), unit="text batch", disable=not progress
-    ) as bar:
+    total = num_batches(prompts, batch_size) * len(arms)
+    bar = tqdm(total=total, unit="text batch", disable=not progress)
+    with owned(*models_of(conditions)), bar:
         for batch in batches(model, prompts, batch_size):
             decoder = Decoder(model, batch, prompt, new, stats, kinds_V)
             clean_BN = decoder.text(CLEAN, batch.targets_SL[:, prompt - 1 :])
@@ -171,7 +171,7 @@ class Decoder:
         if condition == CLEAN:
             state = run(segments, tokens_BL)
         else:
-            intervention = Intervention(condition, self.stats, check=not self.draws)
+            intervention = Intervention(condition, self.stats)
             intervention.begin(Tokens.of(tokens_BL, self.ids_B, self.kinds_V), self.draws)
             with intervention.attached(self.model):
                 state = run(segments, tokens_BL)

@@ -39,7 +39,6 @@ class Intervention:
     recorded   the clean run's decisions by site, for downstream "replay"
     where      the sites to perturb, if not those of `condition.where`
     tables     by site, what stands in its experts' place
-    check      whether a perturbation of yours is asked twice, at the first site (`check_pure`)
     """
 
     def __init__(
@@ -50,11 +49,10 @@ class Intervention:
         where: Callable[[RouterSite], bool] | None = None,
         observe: Observer = lambda site, base, changed: None,
         tables: Mapping[RouterSite, Table] | None = None,
-        check: bool = False,
     ):
         self.condition, self.calibration, self.observe = condition, calibration, observe
         self.recorded, self.where = recorded or {}, where or condition.where
-        self.tables, self.unchecked = tables or {}, check
+        self.tables = tables or {}
         self.tokens: Any = None  # Tokens, once they are announced
 
     def begin(
@@ -117,10 +115,7 @@ class Intervention:
             acting, p = condition, condition.perturbation
             if noisy := isinstance(p, ResidualNoise):  # what `of` would do; the decision stays
                 acting = replace(condition, perturbation=p.of)
-            if self.unchecked:
-                acting.check_pure(base, router, ctx)
-                self.unchecked = False
-            moved = acting.apply(base, router, ctx)
+            moved = acting.apply_purely(base, router, ctx)
             if not noisy:
                 changed = moved
             elif moved is not base:

@@ -26,10 +26,9 @@ from analysis.adapters import (
     owning,
     routed_adapter,
 )
-from analysis.measure.calibrate import calibrate
+from analysis.measure.calibrate import calibrate, calibration_documents
 from analysis.measure.clean import CleanPass
 from analysis.measure.rows import SequenceRows, means
-from analysis.measure.sweep import CALIBRATION
 from analysis.perturb import Condition, GaussianNoise, Noise, RouterContext, sites_of
 from analysis.stats import Bootstrap
 from cartmoe.data import Sequences
@@ -87,7 +86,7 @@ def flip_prediction(
         raise ValueError(f"sigmas is {sigmas!r}; give numbers above 0")
     sites = sites_of(model, where)
     check_documents(docs, model)
-    stats = calibrate(model, calibration or docs[:CALIBRATION]).sites
+    stats = calibrate(model, calibration_documents(calibration, docs, model)).sites
     rows = SequenceRows()
     todo = tqdm(
         batches(model, docs, batch_size),

@@ -9,6 +9,7 @@ from analysis.adapters import Adapter
 from analysis.measure.clean import CleanPass
 from analysis.measure.search import search
 from analysis.perturb import Condition, Identity, Perturbation, Replay, Worst, map_inner
+from analysis.perturb.trace_arrays import check_lengths
 from cartmoe.data import IGNORE
 
 
@@ -48,10 +49,11 @@ def _(p: Replay, model: Adapter, clean: CleanPass, condition: Condition) -> Repl
     tokens are to keep their own."""
     sites = [site for site in model.sites() if condition.where(site)]
     p.check(sites)
+    tokens, wanted_T = clean.tokens, clean.losses.targets_T != IGNORE
+    check_lengths(p.opened(), tokens.sequence_T[wanted_T], tokens.position_T[wanted_T])
     if p.uncaptured == "own":
         return p
-    known_T = p.known_tokens(clean.tokens, sites)
-    wanted_T = clean.losses.targets_T != IGNORE
+    known_T = p.known_tokens(tokens, sites)
     missing = int((wanted_T & ~known_T).sum())
     if missing:
         raise ValueError(

@@ -101,7 +101,7 @@ class Results:
     def damage(self, full: bool = False) -> pd.DataFrame:
         """Change of every condition with intervals, doses beside it: what a reader needs first, or
         every column of `stats.damage`, which pictures and other tables are made of."""
-        return self._damage if full else self._damage[SHORT]
+        return self._damage.copy() if full else self._damage[SHORT]
 
     def clean(self) -> pd.DataFrame:
         """The clean runs, dense models too; see `stats.clean_table`."""

@@ -17,14 +17,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, DenseRouting, batches, owning, steps
+from analysis.adapters import Adapter, DenseRouting, batches, owned, owning, steps
 from analysis.measure.clean import CleanPass
 from analysis.measure.doses import certainty_of, change_of
 from analysis.measure.intervene import Intervention
 from analysis.measure.prepare import prepared
 from analysis.measure.reuse import Table, worth_reusing
 from analysis.measure.rows import SequenceRows
-from analysis.perturb import CLEAN, Calibration, Condition, sites_of, token_kinds
+from analysis.perturb import CLEAN, Calibration, Condition, models_of, sites_of, token_kinds
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.losses import IGNORE
@@ -80,23 +80,24 @@ def measure(
         reuse = worth_reusing(model, conditions, batch_size * shard.tokens_SL.shape[1])
     kinds_V = token_kinds(model, [c.where for c in conditions])
     collectors = [_Collector(c, keep_tokens) for c in (CLEAN, *conditions)]
-    for batch in batches(model, shard, batch_size):
-        with collectors[0].timed():
-            clean = CleanPass.of(model, batch, kinds_V)
-            _collect_clean(model, clean, batch, collectors[0])
-        tables: dict[RouterSite, Table] = {}
-        seed = None
-        # Seed by seed: draws are kept for the conditions that share them, and no longer.
-        for collector in sorted(collectors[1:], key=lambda c: c.condition.eval_seed):
-            if collector.condition.eval_seed != seed:
-                seed = collector.condition.eval_seed
-                clean.draws.clear()
-            with collector.timed():
-                reuses = collector.condition in reuse
-                _run_condition(
-                    model, clean, batch, collector, calibration, tables if reuses else None
-                )
-            progress(1)
+    with owned(*models_of(conditions)):
+        for batch in batches(model, shard, batch_size):
+            with collectors[0].timed():
+                clean = CleanPass.of(model, batch, kinds_V)
+                _collect_clean(model, clean, batch, collectors[0])
+            tables: dict[RouterSite, Table] = {}
+            seed = None
+            # Seed by seed: draws are kept for the conditions that share them, and no longer.
+            for collector in sorted(collectors[1:], key=lambda c: c.condition.eval_seed):
+                if collector.condition.eval_seed != seed:
+                    seed = collector.condition.eval_seed
+                    clean.draws.clear()
+                with collector.timed():
+                    reuses = collector.condition in reuse
+                    _run_condition(
+                        model, clean, batch, collector, calibration, tables if reuses else None
+                    )
+                progress(1)
     return [c.cell() for c in collectors]
 
 
@@ -140,9 +141,8 @@ def _run_condition(
         tables.setdefault(site, Table(model, site, clean.routings[site]))
         tables = {site: tables[site]}
     intervention = Intervention(
-        condition, calibration, clean.routings, observe=observe, tables=tables,
-        check=collector.seconds == 0,
-    )  # fmt: skip
+        condition, calibration, clean.routings, observe=observe, tables=tables
+    )
     with intervention.rerunning(model, clean) as (segments, start):
         for number, (segment, before, state) in enumerate(steps(segments, start), first):
             if any(map(condition.where, segment.sites)):

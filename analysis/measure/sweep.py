@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from analysis.adapters import Adapter, check_documents, load, num_batches, owned, routed_adapter
-from analysis.measure.calibrate import calibrate
+from analysis.measure.calibrate import calibrate, calibration_documents
 from analysis.measure.results import Results, join
 from analysis.measure.shard import measure
 from analysis.perturb import (
@@ -32,7 +32,6 @@ CONTROLS = (
     *(Identity(), DropChosen(1), DropUnchosen(1), RandomRouting(), NoRouted()),
     ResidualNoise(DropTop(1)),
 )
-CALIBRATION = 32  # sequences that a sweep calibrates on unless it is told others
 
 Asked = Perturbation | Condition | Sequence[Perturbation | Condition]
 
@@ -64,11 +63,12 @@ def sweep(
     models = named(model) if isinstance(model, Mapping) else [routed_adapter(model)]
     check_documents(docs, *models)
     conditions = conditions_of(perturbations, where, point, seed, controls)
+    calibration = calibration_documents(calibration, docs, *models)
     total = num_batches(docs, batch_size) * len(conditions) * len(models)
     measured = []
     with owned(*models), tqdm(total=total, unit="batch", disable=not progress) as bar:
         for one in models:
-            stats = calibrate(one, calibration or docs[:CALIBRATION])
+            stats = calibrate(one, calibration)
             options: dict[str, Any] = dict(batch_size=batch_size, calibration=stats)
             options |= dict(keep_tokens=tokens, progress=bar.update)
             measured.append((one, measure(one, conditions, docs, **options)))

@@ -38,7 +38,7 @@ def check_run(
     """The model as a model under study, and its sites that were asked for. Raises `ValueError` for
     a dense model, sites that it does not have, no documents, and no sequence at a time."""
     model = routed_adapter(model)
-    check_whole("batch_size", batch_size, 1)
+    batch_size = check_whole("batch_size", batch_size, 1)
     check_documents(docs, model)
     return model, sites_of(model, sites, "sites")
 

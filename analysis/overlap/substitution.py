@@ -88,8 +88,8 @@ def substitution(
     Raises `ValueError` for a dense model, sites that do not exist or have one expert alone, and
     numbers out of range.
     """
-    check_whole("lowest", lowest, 0)
-    check_whole("random", random, 0)
+    lowest = check_whole("lowest", lowest, 0)
+    random = check_whole("random", random, 0)
     check_choice("downstream", downstream, DOWNSTREAM)
     if not lowest + random:
         raise ValueError(

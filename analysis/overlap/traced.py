@@ -17,6 +17,7 @@ from analysis.overlap.metrics import METRICS
 from analysis.overlap.probes import Probes, Seen
 from analysis.overlap.request import metric_names
 from analysis.perturb import Tokens, Trace, sites_of
+from analysis.perturb.trace_arrays import check_lengths
 from cartmoe.config import check_choice
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
@@ -100,6 +101,8 @@ class TraceProbes(Probes):
         trace, sites = self.model.trace, self.model.sites()
         tokens = Tokens.of(batch.tokens_SL, batch.sequence_id_S)
         at = tokens.sequence_T, tokens.position_T
+        read_T = (batch.targets_SL != IGNORE).flatten()
+        check_lengths(trace, *(of_T[read_T] for of_T in at))
         known_SL = trace.known(*at, tokens.token_ids_T, sites).view_as(counts_SL)
         self.asked += int(counts_SL.sum())
         self.left_out += int((counts_SL & ~known_SL).sum())

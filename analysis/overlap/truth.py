@@ -174,7 +174,7 @@ def factor_information(
     null. Raises `ValueError` for a dense model, no documents, and domains of another corpus.
     """
     factorial = _corpus(factorial)
-    check_whole("shuffles", shuffles, 1)
+    shuffles = check_whole("shuffles", shuffles, 1)
     model, _ = check_run(model, docs, None, batch_size)
     _, first_D = np.unique(docs.document_id, return_index=True)
     domain_D = _numbers([docs.domain[s] for s in first_D], factorial)

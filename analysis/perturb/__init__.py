@@ -18,7 +18,7 @@ from analysis.perturb.arms import cascade_arms, site_arms, split_arms
 from analysis.perturb.base import Identity, Perturbation, chosen_mask, map_inner, parts_of
 from analysis.perturb.catalogue import PERTURBATIONS, perturbation_class, perturbation_from_dict
 from analysis.perturb.compound import Compose, Custom, ResidualNoise
-from analysis.perturb.condition import CLEAN, DOWNSTREAM, Clean, Condition, of_one_name
+from analysis.perturb.condition import CLEAN, DOWNSTREAM, Clean, Condition, models_of, of_one_name
 from analysis.perturb.context import Calibration, RouterContext, SiteStats, Tokens
 from analysis.perturb.decisions import DropSlots, Lag, NoRouted, TopK, UniformWeights, where_tokens
 from analysis.perturb.flips import Flips, Worst

@@ -7,12 +7,9 @@ decision, `p.decide(routing, router, ctx)`, for what is no map of logits.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import inspect
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import product
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor
 
 from analysis.perturb.context import RouterContext
+from analysis.perturb.source import code_sha256
 from cartmoe.fields import declared
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
@@ -76,6 +74,11 @@ class Perturbation:
         """Whether it needs what enters the router, which nothing does under "replay"."""
         return any(part.needs_input for part in self.inner())
 
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """The models in memory that it asks, other than the one that it acts in."""
+        return tuple(model for part in self.inner() for model in part.models)
+
     def identity(self) -> Perturbation:
         """The same with the strength that changes nothing: it returns the very input."""
         if self.inner():
@@ -86,11 +89,11 @@ class Perturbation:
 
     def to_dict(self) -> dict[str, Any]:
         """Name and parameters, plain JSON types: part of a condition's identity. Of a class that
-        is not of this package also a hash of its source, since another source is another one."""
+        is not of this package also a hash of its code, since other code is another one."""
         cls = type(self)
         named: dict[str, Any] = {"name": cls.__name__}
         if not cls.__module__.startswith("analysis."):
-            named = {"name": f"{cls.__module__}:{cls.__qualname__}", "source": source_sha256(cls)}
+            named = {"name": f"{cls.__module__}:{cls.__qualname__}", "source": code_sha256(cls)}
         return named | {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
     def check(self, sites: Sequence[RouterSite]) -> None:
@@ -167,28 +170,6 @@ def show(value: Any) -> str:
 def flat(label: str) -> str:
     """A label as part of another one."""
     return label.replace("(", " ").replace(")", "").replace(", ", " ")
-
-
-def source_sha256(cls: type) -> str | None:
-    """Of the modules in which the class and those of yours that it derives from stand, or in a
-    notebook of these classes; None where Python knows nothing of it. What a module imports of
-    others of yours is not part of it."""
-    own = [c for c in cls.__mro__ if not c.__module__.startswith(("analysis.", "builtins"))]
-    text = "".join(dict.fromkeys(map(_source, own)))
-    return hashlib.sha256(text.encode()).hexdigest() if text else None
-
-
-def _source(cls: type) -> str:
-    module = sys.modules.get(cls.__module__)
-    try:
-        return inspect.getsource(module if module and hasattr(module, "__file__") else cls)
-    except (OSError, TypeError):  # a class of a notebook: its methods still have theirs
-        functions = (f for f in vars(cls).values() if inspect.isfunction(f))
-        written = [f for f in functions if f.__code__.co_filename != "<string>"]
-        try:
-            return "".join(map(inspect.getsource, written))
-        except (OSError, TypeError):
-            return ""
 
 
 def mask_experts(logits_TE: Tensor, ids_TM: Tensor) -> Tensor:

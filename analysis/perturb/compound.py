@@ -11,6 +11,7 @@ from torch import Tensor
 from analysis.perturb.base import Identity, Perturbation, flat, import_name, parts_of, plain
 from analysis.perturb.context import RouterContext
 from analysis.perturb.masks import DropTop
+from analysis.perturb.source import code_sha256
 from cartmoe.fields import Count, declared
 
 
@@ -78,7 +79,8 @@ class Custom(Perturbation):
 
     function   itself, or where it is, "package.module:name"
     title      what tables call it
-    version    raise it when the function changes: results are kept by title and version
+    version    part of its identity, as its code is (`perturb.source`); raise it for what that
+               cannot tell
     changes    what it must change to be a test: "none", "weights" or "selection"
     """
 
@@ -106,13 +108,16 @@ class Custom(Perturbation):
         return self.title
 
     def to_dict(self) -> dict[str, Any]:
-        """Name, title and version; the function only as the name it can be imported by (of a
-        callable object, that of its class)."""
+        """Name, title and version; the function as the name it can be imported by (of a callable
+        object, that of its class), and a hash of its code."""
         named = self.function if hasattr(self.function, "__qualname__") else type(self.function)
         function = f"{named.__module__}:{named.__qualname__}"
-        return {"name": "Custom", "function": function} | {
-            name: plain(getattr(self, name)) for name in ("title", "version", "changes")
-        }
+        code = {"source": code_sha256(self.function)}
+        return (
+            {"name": "Custom", "function": function}
+            | code
+            | {name: plain(getattr(self, name)) for name in ("title", "version", "changes")}
+        )
 
     def __call__(self, logits_TE: Tensor, ctx: RouterContext) -> Tensor:
         """What the function returns."""

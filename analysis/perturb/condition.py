@@ -112,11 +112,11 @@ class Condition:
         inside_T = self.where.inside(ctx.tokens)
         return changed if inside_T is None else where_tokens(inside_T, changed, base)
 
-    def check_pure(self, base: Routing, router: Router, ctx: RouterContext) -> None:
-        """Raise `ValueError` unless a perturbation of yours does the same when it is asked twice,
-        and leaves what it is given as it is: else results could not be repeated."""
+    def apply_purely(self, base: Routing, router: Router, ctx: RouterContext) -> Routing:
+        """The same. Raises `ValueError` unless a perturbation of yours does the same when it is
+        asked twice, and leaves what it is given as it is: else results could not be repeated."""
         if all(type(part).__module__.startswith("analysis.") for part in _parts(self.perturbation)):
-            return
+            return self.apply(base, router, ctx)
         before = [t.clone() for t in base]
         first, second = (self.apply(base, router, ctx) for _ in range(2))
         label = getattr(self.perturbation, "label", repr(self.perturbation))
@@ -129,6 +129,7 @@ class Condition:
                 f"{label} gave two answers to one question; its random numbers must be those of "
                 "ctx.noise (normal, uniform, gumbel), which are the same for the same token"
             )
+        return first
 
     def touched(self, ctx: RouterContext) -> Tensor:
         """(T,) bool: the tokens whose decision it could change at this router, by where it acts and
@@ -214,3 +215,9 @@ def of_one_name(conditions: Iterable[Condition]) -> dict[str, list[Condition]]:
         name = label_of(p.label, p.strength, **options)
         found.setdefault((name, condition.eval_seed), {})[condition] = None
     return {name: list(same) for (name, _), same in found.items() if len(same) > 1}
+
+
+def models_of(conditions: Iterable[Condition]) -> list[Any]:
+    """The models in memory that these ask, other than those that they act in, each once."""
+    found = (m for c in conditions for m in getattr(c.perturbation, "models", ()))
+    return list({id(model.module): model for model in found}.values())

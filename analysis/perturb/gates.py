@@ -46,6 +46,11 @@ class GateSwap(OfAnotherRun):
                 f"checkpoint is {given!r}; give the path of one, or a model under study"
             )
 
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """The one whose gates these are, unless it is read from a path."""
+        return () if isinstance(self.checkpoint, str) else (self.checkpoint,)
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         if not isinstance(self.checkpoint, str):
             raise ValueError(

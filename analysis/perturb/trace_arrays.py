@@ -5,6 +5,7 @@ Shapes: N tokens, P positions of the middle axis, L those of them that are kept,
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -14,10 +15,11 @@ import numpy as np
 import torch
 
 from analysis.perturb.trace_files import MAX_EXPERTS, Batch, site_of
-from cartmoe.config import check_choice
+from cartmoe.config import check_choice, check_whole
 from cartmoe.hooks import RouterSite
 
 Uncaptured = Literal["refuse", "leave out"]
+EXACT = {"bfloat16": 2**8, "float16": 2**11}  # up to which a type holds every whole number
 GIVE = "give an array (tokens, layers, K) for each sequence"
 
 
@@ -39,8 +41,11 @@ def read_arrays(
         what = f"{type(first).__name__} of shape {np.shape(first)}"
         raise ValueError(f"routed_experts has {what} first; {GIVE}")
     _, positions, slots = ids_NPK.shape
+    if num_experts is not None:
+        num_experts = check_whole("num_experts", num_experts, 1)
     if places is None:
         places = [(p, 0) if captured else None for p, captured in enumerate(_captured(ids_NPK))]
+    places = [_place(place) for place in places]
     kept = [p for p, place in enumerate(places) if place is not None]
     sites = [site_of(*place, slots, num_experts) for place in places if place is not None]
     if len(places) != positions or len({s.place for s in sites}) != len(sites) or not sites:
@@ -55,10 +60,20 @@ def read_arrays(
         for number, array in enumerate(chain([first], arrays)):
             shape = (positions, slots)
             yield _batch(number, array, shape, ids, own, kept, sites, uncaptured == "leave out")
-        if next(ids, None) is not None:
-            raise ValueError(f"sequence_ids has more than the {number + 1} of routed_experts")
+        for name, rest in {"sequence_ids": ids, "weights": own or iter(())}.items():
+            if next(rest, None) is not None:
+                raise ValueError(f"{name} has more than the {number + 1} of routed_experts")
 
     return sites, batches()
+
+
+def _place(place: Any) -> tuple[int, int] | None:
+    try:
+        layer, stage = (0, 0) if place is None else place
+    except (TypeError, ValueError):
+        raise ValueError(f"places has {place!r}; give (layer, stage), or None") from None
+    at = check_whole("layer of places", layer, 0), check_whole("stage of places", stage, 0)
+    return None if place is None else at
 
 
 def _captured(ids_NPK: np.ndarray) -> list[bool]:
@@ -116,14 +131,27 @@ def _batch(
         raise ValueError(_no_decision(number, lost_NL, sites))
     ids_NLK = _experts(number, ids_NLK, lost_NL, sites[0].num_experts or MAX_EXPERTS)
     own = None if own_NLK is None else list(_weights(number, own_NLK, lost_NL).swapaxes(0, 1))
-    return Batch([int(id)], [len(ids_NLK)], None, list(ids_NLK.swapaxes(0, 1)), own, None)
+    return Batch(
+        [_number(number, id)], [len(ids_NLK)], None, list(ids_NLK.swapaxes(0, 1)), own, None
+    )
+
+
+def _number(number: int, id: Any) -> int:
+    """A sequence's id as 64 bits."""
+    try:
+        whole = operator.index(id)
+    except TypeError:
+        whole = 2**63
+    if not -(2**63) <= whole < 2**63:
+        raise ValueError(f"sequence_ids has {id!r} for sequence {number}; give whole numbers")
+    return whole
 
 
 def _joined(name: str, number: int, given: Any) -> np.ndarray:
     """One array of numbers, from one or from a tuple of parts, whatever library it is of."""
     parts = given if isinstance(given, tuple) else (given,)
     try:
-        arrays = [_array(part) for part in parts]
+        arrays = [_array(part, exact=name == "routed_experts") for part in parts]
         joined = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} has for sequence {number} no array: {error}; {GIVE}") from None
@@ -132,12 +160,20 @@ def _joined(name: str, number: int, given: Any) -> np.ndarray:
     return joined
 
 
-def _array(part: Any) -> np.ndarray:
+def _array(part: Any, exact: bool) -> np.ndarray:
+    """Any library's array as one of numpy's, which has no bf16. Raises `ValueError` for a mask, and
+    if it must be exact for numbers so large that their type has not all of them."""
+    if np.ma.isMaskedArray(part):
+        raise ValueError("it is masked: fill what was not captured with -1")
+    largest = EXACT.get(str(getattr(part, "dtype", "")).removeprefix("torch."))
     if isinstance(part, torch.Tensor):
         part = part.detach().cpu()
-        part = part.float() if part.dtype == torch.bfloat16 else part  # which numpy lacks
+        part = part.float() if part.dtype == torch.bfloat16 else part
     array = np.asarray(part)
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    array = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    if exact and largest and (np.abs(array) > largest).any():
+        raise ValueError(f"its type holds whole numbers up to {largest}, and there are larger ones")
+    return array
 
 
 def _uncaptured(ids_NLK: np.ndarray, weights_NLK: np.ndarray | None = None) -> np.ndarray:
@@ -184,3 +220,23 @@ def _weights(number: int, weights_NLK: np.ndarray, lost_NL: np.ndarray) -> np.nd
             f"{weights_NLK[wrong_NLK][0]} first"
         )
     return weights_NLK
+
+
+def check_lengths(trace: Any, sequence_T: torch.Tensor, position_T: torch.Tensor) -> None:
+    """Raise `ValueError` where the trace has more rows for a text than it has tokens, of which
+    these are some, the last among them: its rows are then of another text, or all shifted, as by a
+    token that an engine puts before it. (A trace that knows its tokens tells by them.)"""
+    if trace.tokens_N is not None:
+        return
+    ids, number_T = np.unique(sequence_T.cpu().numpy(), return_inverse=True)
+    length_S = np.zeros(len(ids), np.int64)
+    np.maximum.at(length_S, number_T, position_T.cpu().numpy() + 1)
+    at_S = trace.sequence_id_S.searchsorted(ids).clip(max=len(trace.sequence_id_S) - 1)
+    recorded_S = np.where(trace.sequence_id_S[at_S] == ids, trace.length_S[at_S], 0)
+    if (longer_S := recorded_S > length_S).any():
+        first = int(longer_S.argmax())
+        raise ValueError(
+            f"trace {trace.name} has {recorded_S[first]} rows for a sequence of {length_S[first]} "
+            f"tokens, and so for {longer_S.sum()} of {len(ids)}: cut the arrays to the tokens of "
+            "the documents, from the first one on"
+        )

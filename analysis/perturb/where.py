@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analysis.adapters import Adapter
 from analysis.perturb.context import Tokens
-from cartmoe.config import check_choice
+from cartmoe.config import check_choice, check_whole
 from cartmoe.hooks import RouterSite
 
 # In the order of their numbers. A token's kind is that of its first character that is no space.
@@ -56,9 +56,11 @@ class Where:
     tokens: str | None = None
 
     def __post_init__(self) -> None:
-        first, stop = self.positions or (0, None)
-        if stop is not None and first >= stop:
-            raise ValueError(f"where is '{self}'; positions {first}:{stop} are none")
+        for name in ("layer", "stage"):
+            if (number := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_whole(f"where.{name}", number, 0))
+        if self.positions is not None:
+            object.__setattr__(self, "positions", _positions(self.positions))
         if self.tokens is not None:
             check_choice(f"where is '{self}'; tokens", self.tokens, KINDS)
 
@@ -109,6 +111,18 @@ class Where:
             is_kind_T = tokens.kind_T == KINDS.index(self.tokens)
             inside_T = is_kind_T if inside_T is None else inside_T & is_kind_T
         return inside_T
+
+
+def _positions(given: Any) -> tuple[int, int | None]:
+    """(first, stop), checked."""
+    try:
+        first, stop = given
+    except (TypeError, ValueError):
+        raise ValueError(f"where.positions is {given!r}; give (first, stop), stop None") from None
+    first = check_whole("first of where.positions", first, 0)
+    if stop is not None and first >= (stop := check_whole("stop of where.positions", stop, 0)):
+        raise ValueError(f"where is 'positions {first}:{stop}'; there is no such position")
+    return first, stop
 
 
 def sites_of(

@@ -10,9 +10,9 @@ Shapes: R resamples, C ratios, D documents, M contrasts of ratios.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -48,10 +48,10 @@ class Bootstrap:
 
     def __post_init__(self) -> None:
         check_confidence(self.confidence)
-        if not (isinstance(self.resamples, Integral) and self.resamples >= 1):
-            raise ValueError(
-                f"resamples is {self.resamples!r}; it must be at least 1, a whole number"
-            )
+        object.__setattr__(self, "confidence", float(self.confidence))
+        for name, least in {"resamples": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            object.__setattr__(self, name, whole(name, value, least))
 
     @property
     def tails(self) -> tuple[float, float]:
@@ -111,9 +111,31 @@ class Bootstrap:
         return Intervals(value_M, *bounds_M2.T)
 
 
+def whole(name: str, value: object, least: int) -> int:
+    """The number, of whatever library, as an int. Raises `ValueError` naming it unless it is whole
+    and at least `least`; True is none."""
+    try:
+        number = least - 1 if is_truth(value) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name} is {value!r}; it must be at least {least}, a whole number")
+    return number
+
+
+def is_truth(value: object) -> bool:
+    """Whether it is True or False, of whatever library."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is one number, of whatever library; True is none."""
+    return hasattr(value, "__float__") and not is_truth(value) and np.ndim(value) == 0  # type: ignore[arg-type]
+
+
 def check_confidence(confidence: float) -> None:
     """Raise `ValueError` with the value unless it lies strictly between 0 and 1."""
-    if not (isinstance(confidence, Real) and 0 < confidence < 1):
+    if not (is_number(confidence) and 0 < confidence < 1):
         raise ValueError(f"confidence is {confidence!r}; it must lie strictly between 0 and 1")
 
 

@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from analysis.stats.bootstrap import Bootstrap
+from analysis.stats.bootstrap import Bootstrap, is_number
 from analysis.stats.damage import DIFFERENCE, by_seed, check_documents
 from analysis.stats.pairs import Losses, Pairs, check_choice, pair
 from analysis.stats.seeds import permutation_test, ratios, runs_of, sign_flip_test, two_level
@@ -51,7 +51,7 @@ def family_contrasts(
     """
     if bootstrap.confidence <= 0.5:
         raise ValueError(f"confidence is {bootstrap.confidence!r}; of a test it must be above 0.5")
-    if margin is not None and not margin > 0:
+    if margin is not None and not (is_number(margin) and margin > 0):
         raise ValueError(f"margin is {margin!r}; it must be above 0 nats per token, or None")
     if isinstance(conditions, str):
         conditions = [conditions]

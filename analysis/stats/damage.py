@@ -73,7 +73,12 @@ def damage(
             "not known (NaN). Look at its where, and at the lengths of the documents",
             stacklevel=2,
         )
-    return table if routing is None else table.merge(doses(routing), on=KEY, how="left")
+    if routing is None:
+        return table
+    measured = doses(routing)
+    table = table.merge(measured, on=KEY, how="left")
+    table.loc[table.num_touched == 0, measured.columns.drop(KEY)] = np.nan
+    return table
 
 
 def clean_table(losses: Losses, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:

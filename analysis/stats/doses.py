@@ -102,6 +102,8 @@ def _experts_off(table: pd.DataFrame, sites: pd.DataFrame) -> pd.Series:
 
 
 CURVE = [column for column in KEY if column != "strength"]
+CENSORED = ["ln2_censored", "half_random_censored"]
+SUMMARY = ["dose_high", "area", "dose_ln2", CENSORED[0], "dose_half_random", CENSORED[1]]
 
 
 def curve_summary(
@@ -118,14 +120,16 @@ def curve_summary(
                                   at the same sites (NaN where that was not run)
 
     Points are joined by straight lines. A censored dose was not reached: it lies beyond the
-    value given, the largest dose tried. Point estimates; for intervals, read the curve's own.
+    value given, the largest dose tried. A curve of which no point is known, since no token was
+    changed, has NaN. Point estimates; for intervals, read the curve's own.
     Raises `ValueError` for missing columns or a perturbation that is not there.
     """
     check_columns("damage", damage, [*CURVE, "name", "strength", "delta_nats", x])
     check_choice("perturbation", perturbation, damage.perturbation.unique())
     rows = damage[damage.perturbation == perturbation]
     curves = [(key, _points(curve, x)) for key, curve in rows.groupby(CURVE, sort=False)]
-    top = min(dose[-1] for _, (dose, _) in curves) if upto is None else upto
+    reached = [dose[-1] for _, (dose, _) in curves if len(dose)]
+    top = min(reached, default=np.nan) if upto is None else upto
     ceiling = {}
     for place, rows in damage.groupby([*CHECKPOINT, "where"]):
         random = control(rows.assign(where=PLAIN["where"]), "RandomRouting")
@@ -133,6 +137,9 @@ def curve_summary(
     out = []
     for key, (dose, nats) in curves:
         row = dict(zip(CURVE, key, strict=True))
+        if not len(dose):
+            out.append(row)
+            continue
         inside = dose < top
         grid = np.append(dose[inside], top)
         heights = np.append(nats[inside], np.interp(top, dose, nats))
@@ -142,11 +149,14 @@ def curve_summary(
         half = ceiling[(*(row[c] for c in CHECKPOINT), row["where"])] / 2
         row["dose_half_random"], row["half_random_censored"] = _reaches(dose, nats, half)
         out.append(row)
-    return pd.DataFrame(out)
+    return pd.DataFrame(out, columns=[*CURVE, *SUMMARY]).fillna({c: False for c in CENSORED})
 
 
 def _points(curve: pd.DataFrame, x: str) -> tuple[np.ndarray, np.ndarray]:
+    """Its doses and changes, from no damage at 0; nothing where none is known."""
     curve = curve.dropna(subset=[x, "delta_nats"]).sort_values(x)
+    if curve.empty:
+        return np.array([]), np.array([])
     return np.append(0.0, curve[x]), np.append(0.0, curve.delta_nats)
 
 

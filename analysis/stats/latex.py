@@ -8,6 +8,7 @@ from numbers import Integral, Real
 
 import pandas as pd
 
+from analysis.stats.bootstrap import whole
 from analysis.stats.pairs import check_choice
 from analysis.stats.texts import FEW, FEW_NOTE, interval_texts, number_text
 
@@ -34,7 +35,7 @@ def latex(
 
     columns   which, in this order, or name -> title; default: all, a bound beside its value
     digits    decimals, more where a number would show none
-    caption, label   make it a table that floats
+    caption, label   make it a table that floats; a caption is text, not LaTeX
 
     Intervals of few documents have the mark that printed tables have; what it means stands in the
     caption, or without one in a comment. Raises `ValueError` for what is no table, has no rows, or
@@ -42,6 +43,10 @@ def latex(
     """
     if not isinstance(table, pd.DataFrame) or table.empty:
         raise ValueError(f"table is a {type(table).__name__}; give a table that has rows")
+    digits = whole("digits", digits, 0)
+    table = table.set_axis(table.columns.map(str), axis=1)
+    if not table.columns.is_unique:
+        raise ValueError(f"table has two columns of one name; it has {', '.join(table.columns)}")
     bounds = {name: found for name in table if (found := _bounds_of(table, name))}
     beside = {bound for found in bounds.values() for bound in found}
     chosen = columns or [name for name in table if name not in beside]
@@ -56,8 +61,7 @@ def latex(
         for name in chosen
     }
     few = any(text.endswith(FEW) for name in cells if name in bounds for text in cells[name])
-    if few and caption:
-        caption = f"{caption} ({_escaped(FEW_NOTE)}.)"
+    caption = caption and _escaped(f"{caption} ({FEW_NOTE}.)" if few else caption)
     numbers = [n in bounds or pd.api.types.is_numeric_dtype(table[n]) for n in chosen]
     text = pd.DataFrame(cells).to_latex(
         index=False,
@@ -82,10 +86,11 @@ def _intervals(table: pd.DataFrame, name: str, bounds: tuple[str, str], digits: 
 
 
 def _text(value: object, digits: int) -> str:
-    if not isinstance(value, Real):
-        return "-" if value is None else _escaped(str(value))
-    if pd.isna(value):
+    if value is None or value is pd.NA or value is pd.NaT or value != value:
         return "-"
+    if not isinstance(value, Real):
+        text = _escaped(str(value))
+        return f"{{}}{text}" if text.startswith("[") else text  # else an option of what is before
     return _number(str(value) if isinstance(value, Integral) else number_text(float(value), digits))
 
 

@@ -161,22 +161,24 @@ def pair_conditions(losses: Losses) -> list[Pairs]:
 
 
 def chosen(losses: Losses, conditions: Collection[str] | None) -> Iterator[tuple[Pairs, list[str]]]:
-    """Each checkpoint that has any of these conditions (labels; None: all that could change a
-    token), and those it has.
+    """Each checkpoint in which any of these conditions (labels; None: all) could change a token,
+    and those that could.
 
-    Raises `ValueError` with the choices for a label that no checkpoint has, and for one that could
-    change no token: there is nothing to take apart.
+    Raises `ValueError` with the choices for a label that no checkpoint has, and where a condition,
+    or all of them, could change no token of any: there is nothing to take apart.
     """
     pairs = pair(losses)
-    untouched = {name for p in pairs for name in p.conditions.label[p.measured.num_touched == 0]}
     known = dict.fromkeys(name for p in pairs for name in p.by_label)
+    touching = [(p, list(p.conditions.label[p.measured.num_touched != 0])) for p in pairs]
+    could = {name for _, names in touching for name in names}
+    if known and not could:
+        raise ValueError("no condition could change any token")
     for name in conditions or ():
         check_choice("condition", name, known)
-        if name in untouched:
+        if name not in could:
             raise ValueError(f"condition is {name!r}, which could change no token")
-    asked = known.keys() - untouched if conditions is None else conditions
-    for p in pairs:
-        if own := [name for name in p.by_label if name in asked]:
+    for p, names in touching:
+        if own := [name for name in names if conditions is None or name in conditions]:
             yield p, own
 
 

@@ -59,8 +59,8 @@ def processes(workers: int, threads: int = 1) -> Factory:
 
     threads   of each worker, unless the study or `run` says otherwise
     """
-    check_whole("workers", workers, 1)
-    check_whole("threads", threads, 1)
+    workers = check_whole("workers", workers, 1)
+    threads = check_whole("threads", threads, 1)
     return Factory(partial(_Processes, workers), threads, workers)
 
 
@@ -72,7 +72,7 @@ def dask(address: str, threads: int = 1) -> Factory:
 
     Raises `ImportError` without Dask. Its executors raise `ConnectionError` without any worker.
     """
-    check_whole("threads", threads, 1)
+    threads = check_whole("threads", threads, 1)
     if find_spec("distributed") is None:
         raise ImportError("Dask is missing; install it: pip install 'cartmoe[dask]'")
     make = partial(_Dask, address)

@@ -63,7 +63,7 @@ def test_parameter_counts_of_the_paper(preset, family):
     assert (model.num_parameters(), model.num_parameters(active=True)) == PAPER[preset, family]
 
 
-@pytest.mark.parametrize("preset", ["nano", "small"])
+@pytest.mark.parametrize("preset", ["micro", "nano", "small"])
 def test_families_cost_the_same_at_our_sizes(preset):
     counts = {}
     for family in FAMILIES:

@@ -78,20 +78,41 @@ def test_unless_one_says_so_and_then_with_a_word(folder, trained, split):
 def test_the_text_is_known_where_it_is_moved_to(folder, trained, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "moved")
     assert ids(documents(moved, trained)) == split_of(folder, "validation")
-    (moved / "0.txt").write_text("another text. " * 20)
-    assert len(ids(documents(moved, trained))) == 12
+    for name in ids(documents(folder, trained)):
+        (moved / name).unlink()
+    (moved / "new.txt").write_text("another text. " * 20)
+    assert ids(documents(moved, trained)) == {"new.txt"}
 
 
-def test_the_place_is_known_where_the_text_changed(folder, trained, tmp_path):
-    """A file more: the others stand where they stood."""
-    meta = dict(trained.trained_on)
+def test_a_part_of_the_text_is_known(folder, trained, tmp_path):
+    """And a single file of it."""
+    (seen, *_), (unseen, *_) = (sorted(split_of(folder, s)) for s in ("train", "validation"))
+    for part in (folder / seen, folder / unseen):
+        shutil.copy(part, tmp_path)
+    assert ids(documents(tmp_path, trained)) == {unseen}
+    with pytest.warns(UserWarning, match="was trained on documents of"):
+        documents(folder / seen, trained, split="all")
+    with pytest.raises(ValueError, match="has no validation documents"):
+        documents(folder / seen, trained)
+
+
+def test_the_place_is_known_where_no_groups_are_listed(folder, trained, tmp_path, monkeypatch):
+    """As of a corpus of very many. A file more: the others stand where they stood."""
     changed = shutil.copytree(folder, tmp_path / "changed")
     (changed / "0.txt").write_text("another text. " * 20)
-    trained.trained_on = meta | {"corpus": str(changed)}
-    try:
-        assert ids(documents(changed, trained)) == split_of(changed, "validation")
-    finally:
-        trained.trained_on = meta
+    meta = {name: of for name, of in trained.trained_on.items() if name != "groups"}
+    monkeypatch.setattr(trained, "trained_on", meta | {"corpus": str(changed)})
+    assert ids(documents(changed, trained)) == split_of(changed, "validation")
+
+
+def test_another_python_moves_no_group(folder, trained, monkeypatch):
+    """The standard library's are its packages: those that were trained on are withheld."""
+    table = prepare("stdlib").documents
+    moved = table[table.split == "validation"].group.iloc[0]
+    groups = [*table[table.split == "train"].group.unique(), moved]
+    monkeypatch.setattr(trained, "trained_on", {"groups": groups})
+    held_out = ids(documents("stdlib", trained, length=64, max_tokens_per_document=64))
+    assert held_out == set(table.group) - set(groups)
 
 
 def test_a_folder_that_no_model_saw(folder, checkpoint_of):
