@@ -24,11 +24,11 @@ def files_below(root: Path) -> dict[str, Path]:
         seen |= {there[name] for name in below}
         for name in names:
             path = Path(folder, name)
-            if name[0] == "." or not path.is_file():
+            if name[0] == ".":
                 continue
-            if suffix_of(path):
+            if suffix_of(path) and path.is_file():
                 files[path.relative_to(root).as_posix()] = path
-            elif path.name.lower().endswith(LIKE_TEXT):
+            elif path.name.lower().endswith(LIKE_TEXT):  # a link to nothing, or a pipe, too
                 left_out.append(path.relative_to(root).as_posix())
     if left_out and files:
         warnings.warn(

@@ -92,6 +92,11 @@ def documents_of(source: Source, split: str, trained: Collection[str] = ()) -> l
     if trained:
         split_of = {group: SPLITS[group not in trained] for group in split_of}
     chosen = [document for document in documents if split_of[document.group] == split]
+    if not chosen and trained:
+        raise ValueError(
+            f"corpus {source.name!r} has no {split} documents: of each it is settled otherwise, by "
+            'what the model was trained on; split="all" takes them all the same'
+        )
     if not chosen:
         raise ValueError(_no_documents(source.name, split))
     return chosen

@@ -107,9 +107,12 @@ def test_it_runs(path, study, tmp_path):
     own |= {"JUPYTER_DATA_DIR": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
     environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | own
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", path]
+    corpus = write_corpus(tmp_path / "few", 12)
+    for text in corpus.rglob("*.txt"):  # another one than that of the models
+        text.write_text(f"{text.read_text()} {text.name}")
     done = subprocess.run(
         [*command, "--output-dir", tmp_path],
-        env=environment | {"STUDY": str(study), "CORPUS": str(write_corpus(tmp_path / "few", 12))},
+        env=environment | {"STUDY": str(study), "CORPUS": str(corpus)},
         capture_output=True,
         text=True,
     )

@@ -63,7 +63,9 @@ def owned(*models: Adapter) -> Iterator[None]:
     """
     with ExitStack() as stack:
         new = [model for model in models if stack.enter_context(_used(model, measures=True))]
-        stack.enter_context(torch.inference_mode(False))  # in which nothing has a gradient
+        if torch.is_inference_mode_enabled():  # in which nothing has a gradient
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
         states = [_state(model) for model in new]
         yield
         for model, before in zip(new, states, strict=True):

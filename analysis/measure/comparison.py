@@ -26,6 +26,8 @@ from analysis.stats import Bootstrap, pair
 from cartmoe.data import Sequences
 from cartmoe.routing import Routing
 
+NUMBERED = ["as numbered", "trained apart"]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -95,8 +97,9 @@ class Comparison:
         """What another of the models' decisions (`Replay`) or gates (`GateSwap`) cost a model, in
         place of its own; below 0 they serve it better.
 
-        model, imposed ("decisions" or "gates"), of, experts ("as numbered", or "trained apart":
-        then a number means another expert in each), label, delta_nats, low, high,
+        model, imposed ("decisions" or "gates"), of, experts ("as numbered"; "trained apart": then
+        a number means another expert in each; of two that were trained apart from the reference
+        "not known"), label, delta_nats, low, high,
         delta_bits_per_byte, bpb_low, bpb_high, mass_moved, flips. Raises `ValueError` if neither
         was among the perturbations.
         """
@@ -107,8 +110,11 @@ class Comparison:
         rows["imposed"] = [named[p][0] for p in rows.perturbation]
         rows["of"] = [named[p][1] for p in rows.perturbation]
         rows = rows[rows["of"] != rows.model]
-        apart = rows.model.isin([*self.numbers]) | rows["of"].isin([*self.numbers])
-        rows["experts"] = apart.map({True: "trained apart", False: "as numbered"})
+        apart = {name: name in self.numbers for name in self.models}
+        rows["experts"] = [
+            "not known" if apart[a] and apart[b] else NUMBERED[apart[a] or apart[b]]
+            for a, b in zip(rows.model, rows["of"], strict=True)
+        ]
         if rows.empty:
             name = self.models[0]
             raise ValueError(

@@ -171,7 +171,7 @@ class Decoder:
         if condition == CLEAN:
             state = run(segments, tokens_BL)
         else:
-            intervention = Intervention(condition, self.stats)
+            intervention = Intervention(condition, self.stats, check=True)
             intervention.begin(Tokens.of(tokens_BL, self.ids_B, self.kinds_V), self.draws)
             with intervention.attached(self.model):
                 state = run(segments, tokens_BL)

@@ -39,6 +39,7 @@ class Intervention:
     recorded   the clean run's decisions by site, for downstream "replay"
     where      the sites to perturb, if not those of `condition.where`
     tables     by site, what stands in its experts' place
+    check      whether a perturbation of yours is asked twice (`Condition.apply_purely`)
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class Intervention:
         where: Callable[[RouterSite], bool] | None = None,
         observe: Observer = lambda site, base, changed: None,
         tables: Mapping[RouterSite, Table] | None = None,
+        check: bool = False,
     ):
         self.condition, self.calibration, self.observe = condition, calibration, observe
         self.recorded, self.where = recorded or {}, where or condition.where
-        self.tables = tables or {}
+        self.tables, self.check = tables or {}, check
         self.tokens: Any = None  # Tokens, once they are announced
 
     def begin(
@@ -115,7 +117,8 @@ class Intervention:
             acting, p = condition, condition.perturbation
             if noisy := isinstance(p, ResidualNoise):  # what `of` would do; the decision stays
                 acting = replace(condition, perturbation=p.of)
-            moved = acting.apply_purely(base, router, ctx)
+            apply = acting.apply_purely if self.check else acting.apply
+            moved = apply(base, router, ctx)
             if not noisy:
                 changed = moved
             elif moved is not base:

@@ -8,8 +8,15 @@ from functools import singledispatch
 from analysis.adapters import Adapter
 from analysis.measure.clean import CleanPass
 from analysis.measure.search import search
-from analysis.perturb import Condition, Identity, Perturbation, Replay, Worst, map_inner
-from analysis.perturb.trace_arrays import check_lengths
+from analysis.perturb import (
+    Condition,
+    Identity,
+    Perturbation,
+    Replay,
+    Worst,
+    check_lengths,
+    map_inner,
+)
 from cartmoe.data import IGNORE
 
 
@@ -50,7 +57,7 @@ def _(p: Replay, model: Adapter, clean: CleanPass, condition: Condition) -> Repl
     sites = [site for site in model.sites() if condition.where(site)]
     p.check(sites)
     tokens, wanted_T = clean.tokens, clean.losses.targets_T != IGNORE
-    check_lengths(p.opened(), tokens.sequence_T[wanted_T], tokens.position_T[wanted_T])
+    check_lengths(p.opened(), tokens, wanted_T)
     if p.uncaptured == "own":
         return p
     known_T = p.known_tokens(tokens, sites)

@@ -141,7 +141,7 @@ def _run_condition(
         tables.setdefault(site, Table(model, site, clean.routings[site]))
         tables = {site: tables[site]}
     intervention = Intervention(
-        condition, calibration, clean.routings, observe=observe, tables=tables
+        condition, calibration, clean.routings, observe=observe, tables=tables, check=True
     )
     with intervention.rerunning(model, clean) as (segments, start):
         for number, (segment, before, state) in enumerate(steps(segments, start), first):

@@ -16,8 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from analysis.overlap.metrics import METRICS
 from analysis.overlap.probes import Probes, Seen
 from analysis.overlap.request import metric_names
-from analysis.perturb import Tokens, Trace, sites_of
-from analysis.perturb.trace_arrays import check_lengths
+from analysis.perturb import Tokens, Trace, check_lengths, sites_of
 from cartmoe.config import check_choice
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
@@ -101,8 +100,7 @@ class TraceProbes(Probes):
         trace, sites = self.model.trace, self.model.sites()
         tokens = Tokens.of(batch.tokens_SL, batch.sequence_id_S)
         at = tokens.sequence_T, tokens.position_T
-        read_T = (batch.targets_SL != IGNORE).flatten()
-        check_lengths(trace, *(of_T[read_T] for of_T in at))
+        check_lengths(trace, tokens, (batch.targets_SL != IGNORE).flatten())
         known_SL = trace.known(*at, tokens.token_ids_T, sites).view_as(counts_SL)
         self.asked += int(counts_SL.sum())
         self.left_out += int((counts_SL & ~known_SL).sum())

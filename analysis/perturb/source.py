@@ -120,8 +120,8 @@ def _is_yours(module: ModuleType | None) -> bool:
     if module is None or module.__name__.partition(".")[0] in OURS:
         return False
     file = getattr(module, "__file__", None)
-    if file is None:
-        return module.__name__ == "__main__"
+    if file is None:  # what Python brings has a spec
+        return getattr(module, "__spec__", None) is None
     return not ({"site-packages", "dist-packages"} & {*Path(file).parts} or file.startswith(STDLIB))
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from analysis.perturb.context import Tokens
 from analysis.perturb.trace_files import MAX_EXPERTS, Batch, site_of
 from cartmoe.config import check_choice, check_whole
 from cartmoe.hooks import RouterSite
@@ -222,18 +223,21 @@ def _weights(number: int, weights_NLK: np.ndarray, lost_NL: np.ndarray) -> np.nd
     return weights_NLK
 
 
-def check_lengths(trace: Any, sequence_T: torch.Tensor, position_T: torch.Tensor) -> None:
-    """Raise `ValueError` where the trace has more rows for a text than it has tokens, of which
-    these are some, the last among them: its rows are then of another text, or all shifted, as by a
-    token that an engine puts before it. (A trace that knows its tokens tells by them.)"""
+def check_lengths(trace: Any, tokens: Tokens, read_T: torch.Tensor) -> None:
+    """Raise `ValueError` where the trace has more rows for a text than it has tokens, its last one
+    among `read_T`: its rows are then of another text, or all shifted, as by a token that an engine
+    puts before it. As many as with the padding are right too, and a trace that knows its tokens
+    tells by them."""
     if trace.tokens_N is not None:
         return
+    width = int(tokens.position_T.max()) + 1
+    sequence_T, position_T = (t[read_T] for t in (tokens.sequence_T, tokens.position_T))
     ids, number_T = np.unique(sequence_T.cpu().numpy(), return_inverse=True)
     length_S = np.zeros(len(ids), np.int64)
     np.maximum.at(length_S, number_T, position_T.cpu().numpy() + 1)
     at_S = trace.sequence_id_S.searchsorted(ids).clip(max=len(trace.sequence_id_S) - 1)
     recorded_S = np.where(trace.sequence_id_S[at_S] == ids, trace.length_S[at_S], 0)
-    if (longer_S := recorded_S > length_S).any():
+    if (longer_S := (recorded_S > length_S) & (recorded_S != width)).any():
         first = int(longer_S.argmax())
         raise ValueError(
             f"trace {trace.name} has {recorded_S[first]} rows for a sequence of {length_S[first]} "

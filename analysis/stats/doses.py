@@ -149,7 +149,8 @@ def curve_summary(
         half = ceiling[(*(row[c] for c in CHECKPOINT), row["where"])] / 2
         row["dose_half_random"], row["half_random_censored"] = _reaches(dose, nats, half)
         out.append(row)
-    return pd.DataFrame(out, columns=[*CURVE, *SUMMARY]).fillna({c: False for c in CENSORED})
+    table = pd.DataFrame(out, columns=[*CURVE, *SUMMARY])
+    return table.assign(**{name: table[name].eq(True) for name in CENSORED})
 
 
 def _points(curve: pd.DataFrame, x: str) -> tuple[np.ndarray, np.ndarray]:

@@ -161,11 +161,10 @@ def pair_conditions(losses: Losses) -> list[Pairs]:
 
 
 def chosen(losses: Losses, conditions: Collection[str] | None) -> Iterator[tuple[Pairs, list[str]]]:
-    """Each checkpoint in which any of these conditions (labels; None: all) could change a token,
-    and those that could.
+    """Checkpoints in which conditions (labels; None: all) could change tokens, and which did.
 
-    Raises `ValueError` with the choices for a label that no checkpoint has, and where a condition,
-    or all of them, could change no token of any: there is nothing to take apart.
+    Raises `ValueError` with the choices for a label that no checkpoint has, and where one of them,
+    or all, could change no token.
     """
     pairs = pair(losses)
     known = dict.fromkeys(name for p in pairs for name in p.by_label)

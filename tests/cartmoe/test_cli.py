@@ -94,7 +94,7 @@ def test_ctrl_c_and_the_same_command_again(train_args, tmp_path):
     ("more", "message"),
     [
         (["--family", "sparse"], "family is 'sparse'; choose one of 'dense', "),
-        (["--preset", "tiny"], "preset is 'tiny'; choose one of 'nano', "),
+        (["--preset", "tiny"], "preset is 'tiny'; choose one of 'micro', 'nano', "),
         (["--corpus", "/nowhere"], "/nowhere"),
         (["--tokenizer", "/nowhere"], "tokenizer is '/nowhere'; give 'bytes'"),
         (["--steps", "0"], "steps is 0; it must be at least 1"),
@@ -203,7 +203,9 @@ def test_info_of_a_run_and_a_checkpoint(tiny_run, tmp_path):
 
 
 def test_info_refuses(tmp_path):
-    assert "'mini' is no checkpoint, no run, and no preset (nano, small," in refused("info", "mini")
+    assert "'mini' is no checkpoint, no run, and no preset (micro, nano, small," in refused(
+        "info", "mini"
+    )
     assert "is not a whole checkpoint: manifest.json is missing" in refused("info", tmp_path)
     assert "--set steps: info has no use for it" in refused("info", "nano", "--set", "steps=2")
     assert "--set is for presets" in refused("info", tmp_path, "--set", "top_k=1")

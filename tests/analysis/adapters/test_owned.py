@@ -364,6 +364,39 @@ def test_hooks_on_gradients(model, stage, kind, everywhere):
         handle.remove()
 
 
+def test_the_forward_of_another_module(model, stage):
+    """Of the same class, with other weights."""
+    other = copy.deepcopy(stage.router.gate)
+    stage.router.gate.forward = other.forward
+    with pytest.raises(ValueError, match=r"forward\) on trunk.blocks.0.ffn.stages.0.router.gate"):
+        damage(model, an.DropTop(1))
+
+
+def test_weights_that_are_changed_behind_the_back_of_torch(model, stage):
+    def negating(logits_TE, ctx):
+        stage.router.gate.weight.data.mul_(-5)
+        return logits_TE
+
+    with pytest.raises(RuntimeError, match="weights of cartesian were changed while"):
+        damage(model, an.Custom(negating, "Negating"))
+
+
+def test_the_model_whose_gates_are_taken(model):
+    """It is measured with, and so as undisturbed as the one that is measured."""
+    other = an.adapt(copy.deepcopy(model.model), name="other")
+    expected = damage(model, an.GateSwap(other))
+    gate = other.model.trunk.blocks[0].ffn.stages[0].router.gate
+    handle = gate.register_forward_hook(lambda module, args, out: -out)
+    with pytest.raises(ValueError, match=r"model other has a hook of others .* on .*router.gate"):
+        damage(model, an.GateSwap(other))
+    handle.remove()
+    other.model.train()
+    with pytest.raises(ValueError, match="model other is in training mode"):
+        damage(model, an.Compose((an.DropTop(1), an.GateSwap(other))))
+    other.model.eval()
+    assert damage(model, an.GateSwap(other)) == expected
+
+
 def test_a_wrong_argument_is_told_with_the_functions_name(model):
     with pytest.raises(TypeError, match=r"regret\(\) got an unexpected keyword argument 'sites'"):
         an.regret(model, DOCS, sites="layer 0 stage 0")

@@ -24,7 +24,7 @@ from analysis.perturb.decisions import Lag, NoRouted
 from analysis.perturb.flips import Worst
 from analysis.perturb.logits import GaussianNoise, RandomRouting, SwapRanks
 from analysis.perturb.masks import DropChosen, DropExperts, DropTop, DropUnchosen
-from analysis.stats import difference
+from analysis.stats import damage_by, difference
 from cartmoe.data import IGNORE
 from cartmoe.hooks import capture_routing, router_sites
 
@@ -490,3 +490,46 @@ def test_keyed_noise_can_be_repeated(model_of, shard, p):
         for n in (2, 7)
     )
     np.testing.assert_allclose(a.losses.nll_sum, b.losses.nll_sum, rtol=1e-5)
+
+
+def test_a_perturbation_is_asked_twice_at_every_site(model_of, shard):
+    """Random numbers at the second router alone are seen, too."""
+
+    def late(logits_TE, ctx):
+        return drawing(logits_TE, ctx) if ctx.site.stage == 1 else logits_TE
+
+    with pytest.raises(ValueError, match="Late gave two answers to one question"):
+        sweep(model_of("cartesian"), shard, Custom(late, "Late"), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (slice(0, 0), "calibration has no sequence"),
+        (3, "calibration is a int; give what analysis.documents returns"),
+    ],
+)
+def test_a_calibration_that_is_none(model_of, shard, calibration, message):
+    given = shard[calibration] if isinstance(calibration, slice) else calibration
+    with pytest.raises(ValueError, match=message):
+        sweep(model_of("smoe_share"), shard, DropTop(1), calibration=given, progress=False)
+
+
+def test_tables_are_the_callers_own(model_of, shard):
+    results = sweep(model_of("smoe_share"), shard, DropTop(1), controls=False, progress=False)
+    expected = results.damage()
+    mine = results.damage(full=True)
+    mine["delta_nats"] *= 1000
+    pd.testing.assert_frame_equal(results.damage(), expected)
+
+
+def test_what_touches_nothing_in_one_model_is_told_of_the_other(model_of, shard):
+    conditions = [Condition(DropTop(1), "layer 0"), DropTop(1)]
+    results = sweep(model_of("smoe_share"), shard, conditions, controls=False, progress=False)
+    other = results.losses.assign(model="other", num_touched=0)
+    both = pd.concat([results.losses, other], ignore_index=True)
+    table = damage_by(both, "domain")
+    assert set(table.model) == set(results.losses.model)
+    assert len(table) == 2 * len(damage_by(results.losses, "domain", None, ["DropTop(1)"]))
+    with pytest.raises(ValueError, match="no condition could change any token"):
+        damage_by(pd.concat([other]), "domain")

@@ -18,6 +18,7 @@ from analysis.perturb.decisions import DropSlots, Lag, NoRouted, TopK, UniformWe
 from analysis.perturb.flips import Worst
 from analysis.perturb.logits import GaussianNoise, Quantize, RandomRouting, SwapRanks
 from analysis.perturb.masks import DropExperts, DropTop, DropUnchosen
+from analysis.perturb.source import code_sha256
 from cartmoe.hooks import capture_routing
 
 from ..routers import OPTIONS, TOKENS_BL, decide, router_of, routings
@@ -160,6 +161,7 @@ def test_custom_by_name(tmp_path, monkeypatch, context_of):
     assert p.to_dict() == {
         "name": "Custom",
         "function": "my_routing:Tools.negate",
+        "source": code_sha256(p.function),
         "title": "negate",
         "version": 2,
         "changes": "selection",

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,12 +70,23 @@ def test_where_that_cannot_be_read(text):
     ("make", "message"),
     [
         (lambda: Where(tokens="digits"), "tokens is 'digits'; choose one of 'letter', 'digit'"),
-        (lambda: Where(positions=(4, 2)), "positions 4:2 are none"),
+        (lambda: Where(layer=0.0), "where.layer is 0.0; it must be a whole number"),
+        (lambda: Where(stage=True), "where.stage is True; it must be a whole number"),
+        (lambda: Where(positions=(-3, 2)), "first of where.positions is -3; it must be at least 0"),
+        (lambda: Where(positions=(0, True)), "stop of where.positions is True"),
+        (lambda: Where(positions=3), r"where.positions is 3; give \(first, stop\), stop None"),
+        (lambda: Where(positions=(4, 2)), "is 'positions 4:2'; there is no such position"),
     ],
 )
 def test_where_made_by_hand_is_checked_too(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_where_takes_numbers_of_any_library():
+    made = Where(np.int64(2), torch.tensor(1), [np.uint8(0), torch.tensor(3)])
+    assert made == Where(2, 1, (0, 3))
+    assert hash(made) == hash(Where(2, 1, (0, 3)))
 
 
 def test_a_site_is_where_it_stands():

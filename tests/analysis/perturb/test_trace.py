@@ -16,6 +16,7 @@ from analysis.measure.doses import flip_share
 from analysis.measure.intervene import perturbed
 from analysis.measure.shard import measure
 from analysis.measure.sweep import sweep
+from analysis.overlap import measure_overlap
 from analysis.perturb.base import Identity
 from analysis.perturb.catalogue import perturbation_from_dict
 from analysis.perturb.compound import Compose
@@ -247,6 +248,24 @@ def test_from_arrays(shard, arrays, tmp_path):
         (dict(sequence_ids=[1] * 7), "sequence ids must differ; [1]"),
         (dict(weights=[np.zeros((1, 1, 1))]), "weights has shape (1, 1, 1) for sequence 0"),
         (dict(weights=[]), "weights has shape () for sequence 0"),
+        (
+            dict(routed_experts=[np.ma.masked_equal(RIGHT, 1)]),
+            "no array: it is masked: fill what was not captured with -1",
+        ),
+        (
+            dict(routed_experts=[(RIGHT + 3000).astype(np.float16)]),
+            "its type holds whole numbers up to 2048, and there are larger ones",
+        ),
+        (dict(routed_experts=[torch.full((1, 1, 1), 300).bfloat16()]), "numbers up to 256"),
+        (dict(sequence_ids=[0.9] * 7), "sequence_ids has 0.9 for sequence 0; give whole numbers"),
+        (dict(sequence_ids=[2**70] * 7), "for sequence 0; give whole numbers"),
+        (dict(sequence_ids="abcdefg"), "sequence_ids has 'a' for sequence 0"),
+        (dict(num_experts="8"), "num_experts is '8'; it must be a whole number"),
+        (dict(num_experts=0), "num_experts is 0; it must be at least 1"),
+        (dict(num_experts=True), "num_experts is True"),
+        (dict(places=[(0, 0), (1.5, 0), (2, 0)]), "layer of places is 1.5"),
+        (dict(places=[(0, 0), (-1, 0), (2, 0)]), "layer of places is -1"),
+        (dict(places=[(0, 0, 0)]), "places has (0, 0, 0); give (layer, stage), or None"),
     ],
 )  # fmt: skip
 def test_wrong_arrays(shard, arrays, tmp_path, change, message):
@@ -254,6 +273,50 @@ def test_wrong_arrays(shard, arrays, tmp_path, change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Trace.from_arrays(path=tmp_path / "t", **given)
     assert not (tmp_path / "t").exists()
+
+
+def test_more_weights_than_sequences(shard, arrays, tmp_path):
+    weights = [np.ones(array.shape) for array in arrays]
+    with pytest.raises(ValueError, match="weights has more than the 7 of routed_experts"):
+        Trace.from_arrays(arrays, range(7), tmp_path / "t", weights=[*weights, weights[0]])
+
+
+def test_numbers_of_any_library(shard, arrays, tmp_path):
+    options = dict(num_experts=np.int64(6), places=[(np.int64(0), torch.tensor(0)), (2, 0)])
+    arrays = [array[:, :2] for array in arrays]
+    trace = Trace.from_arrays(arrays, torch.arange(7), tmp_path / "t", **options)
+    assert trace.sites == [(0, 0), (2, 0)]
+    assert trace.place((2, 0)).num_experts == 6
+
+
+def test_rows_that_are_shifted(model_of, shard, tmp_path):
+    """A token more at the beginning, as engines put one: everything would be another token's."""
+    model = as_adapter(model_of("smoe_share"))
+    lengths = (shard.targets_SL != IGNORE).sum(-1).tolist()
+    sites, rng = model.sites(), np.random.default_rng(0)
+
+    def trace(name, more):
+        arrays = [rng.random((n + more, len(sites), 6)).argsort(-1)[..., :2] for n in lengths]
+        options = dict(places=[site.place for site in sites], num_experts=6)
+        return Trace.from_arrays(arrays, shard.sequence_id_S, tmp_path / name, **options)
+
+    sweep(model, shard, Replay(trace("right", 0)), controls=False, progress=False)
+    shifted = trace("shifted", 1)
+    for uncaptured in ("refuse", "own"):
+        with pytest.raises(ValueError, match=r"has \d+ rows for a sequence of \d+ tokens"):
+            sweep(model, shard, Replay(shifted, uncaptured=uncaptured), progress=False)
+    with pytest.raises(ValueError, match="cut the arrays to the tokens of the documents"):
+        measure_overlap(shifted, shard, "load", progress=False)
+
+
+def test_rows_of_the_padding_do_no_harm(model_of, shard, tmp_path):
+    model = as_adapter(model_of("smoe_share"))
+    sites, rng = model.sites(), np.random.default_rng(0)
+    size = shard.tokens_SL.shape[1], len(sites), 6
+    arrays = [rng.random(size).argsort(-1)[..., :2] for _ in range(len(shard))]
+    options = dict(places=[site.place for site in sites], num_experts=6)
+    trace = Trace.from_arrays(arrays, shard.sequence_id_S, tmp_path / "t", **options)
+    sweep(model, shard, Replay(trace), controls=False, progress=False)
 
 
 def test_memory_of_arrays_is_that_of_one(tmp_path):

@@ -84,6 +84,18 @@ def test_what_the_mark_of_few_documents_means_stands_in_the_caption():
     assert an.latex(TABLE[:1], caption="C").splitlines()[1] == r"\caption{C}"
 
 
+def test_what_latex_would_take_for_something_else():
+    table = pd.DataFrame({"a": ["[base]", None, pd.NA], 2: [1.0, np.nan, 0.5]})
+    lines = an.latex(table, caption="50 % of a_b").splitlines()
+    assert lines[1] == r"\caption{50 \% of a\_b}"
+    assert lines[6:9] == [r"{}[base] & 1.000 \\", r"- & - \\", r"- & 0.500 \\"]
+    with pytest.raises(ValueError, match="table has two columns of one name; it has a, a"):
+        an.latex(table.set_axis(["a", "a"], axis=1))
+    for digits in (True, -1, 1.5, "3"):
+        with pytest.raises(ValueError, match=f"digits is {digits!r}"):
+            an.latex(table, digits=digits)
+
+
 def test_two_columns_of_one_title():
     text = an.latex(TABLE[:1], {"model": "x", "num_documents": "x"})
     assert text.splitlines()[2:5:2] == [r"x & x \\", r"a\_b \& 50 \% & 30 \\"]

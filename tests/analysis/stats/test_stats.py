@@ -490,6 +490,42 @@ def test_half_of_random_needs_random_routing():
     assert not row.half_random_censored
 
 
+def test_a_curve_that_is_not_known_leaves_the_others_as_they_are():
+    """No token was changed: nothing is told, least of all that nothing is lost."""
+    known = curve("a", {1: 1.0, 2: 3.0})
+    unknown = curve("b", {1: np.nan, 2: np.nan})[:2]
+    table = stats.curve_summary(pd.DataFrame(known + unknown), "GaussianNoise", x="strength")
+    alone = stats.curve_summary(pd.DataFrame(known), "GaussianNoise", x="strength")
+    assert_frame_equal(table[:1], alone)
+    assert table.iloc[1][["dose_high", "area", "dose_ln2", "dose_half_random"]].isna().all()
+    assert not table.iloc[1][["ln2_censored", "half_random_censored"]].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resamples": True}, "resamples is True; it must be at least 1, a whole number"),
+        ({"resamples": 1.5}, "resamples is 1.5"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"seed": True}, "seed is True"),
+        ({"seed": "1"}, "seed is '1'"),
+        ({"confidence": True}, "confidence is True"),
+        ({"confidence": "0.9"}, "confidence is '0.9'"),
+    ],
+)
+def test_a_bootstrap_of_wrong_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        Bootstrap(**options)
+
+
+def test_a_bootstrap_takes_numbers_of_any_library():
+    import torch
+
+    given = Bootstrap(np.float64(0.9), torch.tensor(99), np.int8(3))
+    assert given == Bootstrap(0.9, 99, 3)
+    assert type(given.resamples) is type(given.seed) is int
+
+
 # ---- errors -------------------------------------------------------------------------------
 
 

@@ -281,7 +281,7 @@ MISTAKES = [
     # train
     ({"train": {"family": "x"}}, "train.family: no such key; choose one of accumulate, balance, "),
     ({"train": {"length": 3}}, "train.length: no such key"),
-    ({"train": {"preset": "tiny"}}, "train.preset: preset is 'tiny'; choose one of 'nano', 'small"),
+    ({"train": {"preset": "tiny"}}, "train.preset: preset is 'tiny'; choose one of 'micro', "),
     ({"train": {"families": ["moe"]}}, "train.families: family is 'moe'; choose one of 'dense', "),
     ({"train": {"families": "moe"}}, "train.families: family is 'moe'; choose one of 'dense', "),
     ({"train": {"families": []}}, "train.families: the list is empty"),
