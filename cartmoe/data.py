@@ -10,20 +10,22 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from cartmoe.config import check_whole
+from cartmoe.config import check_choice, check_whole
 from cartmoe.corpora import Document
 from cartmoe.tokenized import Corpus, document_ids, prepare
 from cartmoe.tokenizers import Tokenizer
 
 __all__ = ["Corpus", "Sequences", "TrainBatches", "prepare", "sequences", "sequences_from"]
 
+Windows = Literal["spread", "first"]
 IGNORE = -100  # the target that F.cross_entropy leaves out
 CONTEXT = 8  # ids that settle what the next ones decode to: a character has at most 4 bytes
 
@@ -158,22 +160,28 @@ def sequences(
     split: str = "validation",
     limit: int | None = None,
     max_tokens_per_document: int | None = None,
+    windows: Windows = "spread",
 ) -> Sequences:
     """Evaluation sequences of a corpus.
 
     length   L, tokens that a sequence predicts at most
-    limit    documents to take, the same ones every time and spread evenly over the domains; those
-             of a smaller limit are the first of those of a larger one
-    max_tokens_per_document   predicted tokens to take from the beginning of each document
+    limit    documents to take, the same ones every time; those of a smaller limit are the first of
+             those of a larger one. Each domain has as large a share of their tokens as of all of
+             the split's, as nearly as whole documents allow
+    max_tokens_per_document   predicted tokens to take of each document
+    windows  where they stand if it has more: "spread" over it, at places drawn by its id, or
+             "first": from its beginning, where there are headers and imports
 
-    Raises `ValueError` for an unknown split, one without documents, and numbers below 1.
+    Raises `ValueError` for an unknown split, one without documents, other windows, and numbers
+    below 1.
     """
-    documents = _sample(corpus.split(split), limit)
+    table = corpus.split(split)
+    table = table.assign(size=table.end - table.start - 1)
     parts = (
-        (document.document_id, document.domain, corpus.tokens[document.start : document.end])
-        for document in documents.itertuples()
+        (row.document_id, row.domain, corpus.tokens[row.start : row.end])
+        for row in _sample(table, limit, max_tokens_per_document).itertuples()
     )
-    return _cut(parts, corpus.tokenizer, length, max_tokens_per_document)
+    return _cut(parts, corpus.tokenizer, length, max_tokens_per_document, windows)
 
 
 def sequences_from(
@@ -182,6 +190,7 @@ def sequences_from(
     length: int,
     limit: int | None = None,
     max_tokens_per_document: int | None = None,
+    windows: Windows = "spread",
 ) -> Sequences:
     """Evaluation sequences of documents in memory, as `sequences`; those without text are left out,
     and, with a warning, those that repeat another one to the last character.
@@ -197,7 +206,9 @@ def sequences_from(
     first: dict[str, str] = {}  # a copy would count as one more independent document
     for document in by_id.values():
         first.setdefault(document.text, document.id)
-    rows = [(d.id, d.domain) for d in by_id.values() if d.text and first[d.text] == d.id]
+    kept = [d for d in by_id.values() if d.text and first[d.text] == d.id]
+    ids = {d.id: document_ids(d, tokenizer) for d in kept}
+    rows = [(d.id, d.domain, len(ids[d.id]) - 1) for d in kept]
     if not rows:
         raise ValueError("documents have no text")
     if copies := sum(1 for d in by_id.values() if d.text) - len(rows):
@@ -205,12 +216,12 @@ def sequences_from(
             f"{copies} of the documents repeat others to the last character and are left out",
             stacklevel=2,
         )
-    chosen = _sample(pd.DataFrame(rows, columns=["document_id", "domain"]), limit)
+    table = pd.DataFrame(rows, columns=["document_id", "domain", "size"])
     parts = (
-        (row.document_id, row.domain, document_ids(by_id[row.document_id], tokenizer))
-        for row in chosen.itertuples()
+        (row.document_id, row.domain, ids[row.document_id])
+        for row in _sample(table, limit, max_tokens_per_document).itertuples()
     )
-    return _cut(parts, tokenizer, length, max_tokens_per_document)
+    return _cut(parts, tokenizer, length, max_tokens_per_document, windows)
 
 
 def _hash(text: str) -> int:
@@ -218,16 +229,37 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def _sample(documents: pd.DataFrame, limit: int | None) -> pd.DataFrame:
-    """The domains take turns; within one its groups do, each with its documents by their hashes."""
+def _sample(documents: pd.DataFrame, limit: int | None, max_tokens: int | None) -> pd.DataFrame:
+    """So many of them, whose `size` is in tokens. Next comes of the domain that is furthest behind
+    its share (as Sainte-Lague gives seats); within a domain its groups take turns, each with its
+    documents by their hashes."""
     if limit is not None:
         limit = check_whole("limit", limit, 1)
     documents = documents.iloc[np.argsort([_hash(id) for id in documents.document_id])]
     if "group" in documents:
         nth = documents.groupby(["domain", "group"]).cumcount()
         documents = documents.iloc[np.argsort(nth, kind="stable")]
-    turn = documents.groupby("domain").cumcount()
-    return documents.assign(turn=turn).sort_values(["turn", "domain"])[:limit]
+    share = documents.groupby("domain")["size"].sum()
+    weight = documents["size"].clip(upper=max_tokens)
+    middle = weight.groupby(documents.domain).cumsum() - weight / 2
+    turn = middle / documents.domain.map(share)
+    return documents.assign(turn=turn).sort_values(["turn", "domain"], kind="stable")[:limit]
+
+
+def _places(
+    document_id: str, size: int, length: int, max_tokens: int | None, windows: Windows
+) -> list[tuple[int, int, str]]:
+    """(start, stop) of each window among the `size` predicted tokens of a document, in order, and
+    what tells it from its others."""
+    taken = size if max_tokens is None else min(size, max_tokens)
+    edges = list(pairwise([*range(0, taken, length), taken]))
+    if windows == "first" or taken == size:
+        return [(start, stop, str(number)) for number, (start, stop) in enumerate(edges)]
+    # The tokens between them, cut at random: all placements are equally likely.
+    rng = np.random.default_rng(_hash(document_id))
+    gaps = np.sort(rng.integers(size - taken + 1, size=len(edges))).tolist()
+    moved = [(start + gap, stop + gap) for (start, stop), gap in zip(edges, gaps, strict=True)]
+    return [(start, stop, f"at {start}") for start, stop in moved]
 
 
 def _cut(
@@ -235,17 +267,18 @@ def _cut(
     tokenizer: Tokenizer,
     length: int,
     max_tokens: int | None,
+    windows: Windows,
 ) -> Sequences:
     length = check_whole("length", length, 1)
     if max_tokens is not None:
         max_tokens = check_whole("max_tokens_per_document", max_tokens, 1)
+    check_choice("windows", windows, get_args(Windows))
     columns: list[list] = [[] for _ in fields(Sequences)]
     for document_id, domain, ids in documents:
         ids = ids.astype(np.int64)
-        if max_tokens is not None:
-            ids = ids[: max_tokens + 1]
-        for number, start in enumerate(range(0, len(ids) - 1, length)):
-            window = ids[start : start + length + 1]
+        places = _places(document_id, len(ids) - 1, length, max_tokens, windows)
+        for start, stop, name in places:
+            window = ids[start : stop + 1]
             tokens = np.full(length, tokenizer.bos_id)
             targets = np.full(length, IGNORE)
             tokens[: len(window) - 1] = window[:-1]
@@ -255,7 +288,7 @@ def _cut(
             context = ids[max(0, start + 1 - CONTEXT) : start + 1]
             num_bytes = tokenizer.num_bytes(np.concatenate([context, window[1:]]))
             num_bytes -= tokenizer.num_bytes(context)
-            sequence_id = _hash(f"{document_id}\0{number}")
+            sequence_id = _hash(f"{document_id}\0{name}")
             row = (tokens, targets, sequence_id, document_id, domain, num_bytes)
             for column, value in zip(columns, row, strict=True):
                 column.append(value)

@@ -16,7 +16,7 @@ from cartmoe.checkpoint import CHECKPOINTS, checkpoint_sha256, newest, read_meta
 from cartmoe.checkpoint import load as load_checkpoint
 from cartmoe.config import ModelConfig, check_choice
 from cartmoe.corpora import is_built_in, open_source
-from cartmoe.data import Sequences, prepare, sequences, sequences_from
+from cartmoe.data import Sequences, Windows, prepare, sequences, sequences_from
 from cartmoe.files import path_of
 from cartmoe.model import LanguageModel
 from cartmoe.skeleton import skeleton as model_skeleton
@@ -80,11 +80,13 @@ def documents(
     limit: int | None = None,
     split: str | None = None,
     max_tokens_per_document: int | None = None,
+    windows: Windows = "spread",
 ) -> Sequences:
     """Documents as evaluation sequences, in the tokens of the model (bytes without one).
 
     corpus   a built-in one, or a path to text
-    length   tokens of a sequence;  limit   documents, spread over the domains
+    length   tokens of a sequence;  limit   documents, of each domain as it has text
+    max_tokens_per_document, windows   of a longer one, windows "spread" over it, or its "first"
     split    "validation" or "train", as training divided the corpus, or "all". Default: of a
              built-in corpus, and of one that the model was trained on, "validation"; else "all"
 
@@ -98,7 +100,7 @@ def documents(
     tokenizer: Any = (under_study and under_study.tokenizer) or ByteTokenizer()
     if split is not None:
         check_choice("split", split, (*SPLITS, "all"))
-    limits: dict[str, Any] = dict(length=length, limit=limit)
+    limits: dict[str, Any] = dict(length=length, limit=limit, windows=windows)
     limits["max_tokens_per_document"] = max_tokens_per_document
     if is_built_in(corpus) and split != "all":
         prepared = prepare(corpus, tokenizer.name)

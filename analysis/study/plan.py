@@ -199,7 +199,8 @@ def documents_of(study: Study) -> tuple[Corpus, Sequences]:
 
 
 def _limits(study: Study) -> dict[str, Any]:
-    return dict(length=study.data.length, max_tokens_per_document=study.data.max_tokens)
+    data = study.data
+    return dict(length=data.length, max_tokens_per_document=data.max_tokens, windows=data.windows)
 
 
 def _cut(cells: list[PlannedCell], pieces: int) -> Iterator[tuple[PlannedCell, ...]]:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from cartmoe.config import ModelConfig
 from cartmoe.corpora import check_options
+from cartmoe.data import Windows
 from cartmoe.fields import Count, Flag, NonNegative, Positive, Several, Text, declared, listed
 from cartmoe.train import TrainConfig
 
@@ -19,6 +20,7 @@ class Data:
 
     documents    how many at most; None: all of the split
     max_tokens   at most so many tokens of each document; None: all
+    windows      of a longer one, windows "spread" over it, or its "first" tokens
     shard        sequences in a unit of work
     """
 
@@ -28,6 +30,7 @@ class Data:
     length: Several = 256
     documents: Several | None = 150
     max_tokens: Positive | None = None
+    windows: Windows = "spread"
     shard: Positive = 64
 
     def __post_init__(self) -> None:

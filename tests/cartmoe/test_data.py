@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -269,12 +270,16 @@ class TestStdlib:
         shared = passages["train"] & passages["validation"]
         assert len(shared) < 0.01 * len(passages["validation"])
 
-    def test_evaluation_sample_is_spread_over_the_domains(self, stdlib):
-        s = sequences(stdlib, 256, limit=12, max_tokens_per_document=500)
-        domains = dict(zip(s.document_id, s.domain, strict=True))
-        counts = [list(domains.values()).count(d) for d in set(stdlib.documents.domain)]
-        assert sum(counts) == 12
-        assert max(counts) - min(counts) <= 1
+    @pytest.mark.parametrize("limit", [12, 50, 200])
+    def test_domains_have_their_share_of_the_sample(self, stdlib, limit):
+        s = sequences(stdlib, 256, limit=limit, max_tokens_per_document=500)
+        assert len(set(s.document_id)) == limit
+        table = stdlib.split("validation")
+        size = (table.end - table.start - 1).groupby(table.domain).sum()
+        counts_S = (s.targets_SL != IGNORE).sum(-1).tolist()
+        for domain, share in (size / size.sum()).items():
+            taken = sum(n for n, d in zip(counts_S, s.domain, strict=True) if d == domain)
+            assert abs(taken - share * s.num_tokens) <= 500
 
 
 class TestTrainBatches:
@@ -396,13 +401,49 @@ class TestSequences:
         for part, n in ((six, 6), (three, 3)):
             assert len(set(part.document_id)) == n
             assert all_[: len(part)].sha256 == part.sha256
-        assert set(three.domain) == {"a", "b", "c"}
 
-    def test_documents_are_cut_at_the_limit(self, corpus):
-        whole, cut = sequences(corpus, 32), sequences(corpus, 32, max_tokens_per_document=40)
+    def test_the_first_tokens_of_documents(self, corpus):
+        whole = by_document(sequences(corpus, 32))
+        cut = sequences(corpus, 32, max_tokens_per_document=40, windows="first")
         for id, (targets, _, num_bytes) in by_document(cut).items():
-            assert targets == by_document(whole)[id][0][:40]
+            assert targets == whole[id][0][:40]
             assert num_bytes == 40
+
+    @pytest.mark.parametrize("most", [1, 31, 32, 40, 70])
+    def test_windows_that_are_spread(self, corpus, most):
+        """Each a part of its document, behind the one before, and at the same places again."""
+        whole, s = (sequences(corpus, 32, max_tokens_per_document=n) for n in (None, most))
+        whole_of, starts = by_document(whole), {}
+        for i, id in enumerate(s.document_id):
+            real_L = s.targets_SL[i] != IGNORE
+            targets, before = s.targets_SL[i][real_L].tolist(), s.tokens_SL[i][real_L].tolist()
+            ids = [0, *whole_of[id][0]]  # bos, and all that follows
+            places = [
+                n for n in range(len(ids)) if ids[n : n + len(targets) + 1] == before[:1] + targets
+            ]
+            starts.setdefault(id, []).append(places)
+        for id, (targets, _, num_bytes) in by_document(s).items():
+            assert len(targets) == num_bytes == min(most, len(whole_of[id][0]))
+            assert all(starts[id])
+            assert min(starts[id][0]) <= max(starts[id][-1])
+        assert len({min(places[0]) for places in starts.values()}) > 3  # not all at the beginning
+        assert len(s.sequence_id_S.unique()) == len(s)
+        assert s.sha256 == sequences(corpus, 32, max_tokens_per_document=most).sha256
+        few = sequences(corpus, 32, limit=3, max_tokens_per_document=most)
+        assert s[: len(few)].sha256 == few.sha256
+
+    def test_every_place_of_a_window_is_as_likely(self):
+        text = "".join(chr(33 + i) for i in range(10))
+        counts = np.zeros(8)
+        for number in range(2000):
+            document = Document(f"{number}", "g", "d", text)
+            s = sequences_from([document], ByteTokenizer(), 3, max_tokens_per_document=3)
+            counts[int(s.targets_SL[0, 0]) - 33] += 1
+        assert scipy.stats.chisquare(counts).pvalue > 0.01
+
+    def test_windows_of_another_name(self, corpus):
+        with pytest.raises(ValueError, match="windows is 'last'; choose one of 'spread', 'first'"):
+            sequences(corpus, 8, windows="last")
 
     def test_identity(self, corpus):
         s = sequences(corpus, 32)
