@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= runs/quick
 
-.PHONY: study catalogue overlap test test-slow bench lint lab notebooks clean
+.PHONY: study catalogue overlap models test test-slow bench lint lab notebooks clean
 
 study: .venv/core
 	$(BIN)/python -m analysis run studies/quick.toml --out $(OUT)
@@ -45,6 +45,12 @@ overlap: study
 	done
 	$(BIN)/python -m analysis run studies/overlap.toml --out runs/overlap
 	$(BIN)/python studies/relation.py
+
+# The trained models that come with the project: hours. It goes on where it was stopped, on a CPU of
+# the same capability; those that are there stay.
+models: .venv/core
+	$(BIN)/python -m analysis run studies/models.toml --out runs/models
+	$(BIN)/python -m studies.ship runs/models
 
 lint: .venv/dev
 	$(BIN)/ruff check .

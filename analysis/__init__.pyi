@@ -3,6 +3,7 @@ from . import stats as stats
 from .adapters import adapt as adapt
 from .adapters import documents as documents
 from .adapters import load as load
+from .adapters import models as models
 from .measure import Comparison as Comparison
 from .measure import Results as Results
 from .measure import calibrate as calibrate

@@ -1,5 +1,5 @@
 """python -m analysis run STUDY.toml | summarize | plot | export DIR | record | overlap MODEL |
-schema"""
+models | schema"""
 
 from __future__ import annotations
 
@@ -191,6 +191,15 @@ def schema() -> None:
     from analysis.study import study_schema
 
     typer.echo(json.dumps(study_schema(), indent=1))
+
+
+@app.command()
+def models() -> None:
+    """List the trained models that come with the project, with what was measured of each, and what
+    simpler models know of the same text."""
+    from analysis import report
+
+    typer.echo(report.models_text())
 
 
 def _print(text: str, figures: list[Path]) -> None:

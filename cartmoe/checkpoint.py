@@ -28,6 +28,7 @@ from cartmoe.folders import damage, read_manifest, write_folder
 from cartmoe.foreign import named, read_object, read_text
 from cartmoe.model import LanguageModel
 from cartmoe.reference import config_from_reference, from_reference
+from cartmoe.shipped import shipped, shipped_names
 from cartmoe.skeleton import skeleton
 from cartmoe.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer
 
@@ -59,12 +60,14 @@ def save(
     *,
     tokenizer_json: str | None = None,
     optimizer: Mapping[str, Tensor] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint in one step: whatever happens, it is there whole or not at all.
 
     meta            plain JSON: what there is to know of the weights' origin; "family" is added
     tokenizer_json  the text that a `JsonTokenizer` was made from
     optimizer       its state as tensors
+    files           name -> text of what else is to lie beside them
 
     Raises `FileExistsError` where the directory exists.
     """
@@ -79,6 +82,8 @@ def save(
                 save_file(dict(optimizer), folder / "optimizer.safetensors")
         if tokenizer_json is not None:
             (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
     write_folder(path_of("directory", directory), fill)
 
@@ -121,15 +126,23 @@ def load(directory: str | Path) -> LanguageModel:
     return model
 
 
+def located(directory: str | Path) -> Path:
+    """The path, or where there is none the model of that name that comes with the project."""
+    path = path_of("directory", directory)
+    return path if path.exists() else shipped(directory) or path
+
+
 def newest(directory: str | Path) -> Path:
     """The directory itself if it is a checkpoint, or the newest good checkpoint of a run.
 
     Every byte is checked. A damaged checkpoint of a run is passed over with a warning. Raises
     `FileNotFoundError` where there is none, `CheckpointError` where all there are are damaged.
+    A name of `cartmoe.shipped` is the model that comes with the project, where no such path exists.
     """
-    directory = path_of("directory", directory)
+    directory = located(directory)
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is no directory: there is no checkpoint")
+        names = f"; {', '.join(shipped_names())} come with the project" * bool(shipped_names())
+        raise FileNotFoundError(f"{directory} is no directory: there is no checkpoint{names}")
     if not (directory / CHECKPOINTS).is_dir():
         _raise_damage(directory, damage(directory))
         return directory
@@ -198,7 +211,7 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
 
 def _checked(directory: str | Path, *names: str) -> Path:
     """As `newest`, but of a checkpoint check these files alone: weights take long to hash."""
-    directory = path_of("directory", directory)
+    directory = located(directory)
     if (directory / CHECKPOINTS).is_dir() or not directory.is_dir():
         return newest(directory)
     _raise_damage(directory, damage(directory, names))

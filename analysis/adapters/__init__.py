@@ -18,7 +18,7 @@ from analysis.adapters.base import (
     routed_adapter,
 )
 from analysis.adapters.cartmoe import CartMoEAdapter
-from analysis.adapters.load import adapt, documents, load, skeleton
+from analysis.adapters.load import adapt, documents, load, models, skeleton
 from analysis.adapters.owned import owned, owning, using
 from analysis.adapters.running import (
     DenseRouting,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from analysis.adapters.base import Adapter, as_adapter
 from analysis.adapters.cartmoe import CartMoEAdapter
@@ -19,6 +20,7 @@ from cartmoe.corpora import is_built_in, open_source
 from cartmoe.data import Sequences, Windows, prepare, sequences, sequences_from
 from cartmoe.files import path_of
 from cartmoe.model import LanguageModel
+from cartmoe.shipped import MODELS, TABLE
 from cartmoe.skeleton import skeleton as model_skeleton
 from cartmoe.tokenized import SPLITS, documents_of
 from cartmoe.tokenizers import ByteTokenizer, Tokenizer
@@ -34,26 +36,35 @@ def load(
 ) -> CartMoEAdapter:
     """The model of a checkpoint, or of the newest good checkpoint of a run.
 
+    path   also a name of `analysis.models`, where no such path exists
+
+    Weights that are stored in half precision are computed with in fp32.
     Without a name it has that of the run's folder where a study trained it (NAME-sSEED), and that
     of its family elsewhere; without seed and tokenizer those that the checkpoint knows.
 
     Raises `FileNotFoundError` where there is none, `cartmoe.checkpoint.CheckpointError` naming the
     file of a damaged one.
     """
-    folder = newest(path_of("path", path)).resolve()
+    path_of("path", path)
+    folder = newest(path).resolve()
     meta = read_meta(folder)
     trained = meta.get("train_seed", 0)
     run, ending = folder.parent.parent, f"-s{trained}"
     if name is None and folder.parent.name == CHECKPOINTS and run.name.endswith(ending):
         name = run.name.removesuffix(ending) or None
+    name = name or meta.get("model")
     return CartMoEAdapter(
-        load_checkpoint(folder).to(device).eval(),
+        _in_full(load_checkpoint(folder)).to(device).eval(),
         tokenizer or read_tokenizer(folder),
         name=name,
         train_seed=trained if train_seed is None else train_seed,
         identity=checkpoint_sha256(folder),
         trained_on=meta,
     )
+
+
+def _in_full(model: LanguageModel) -> LanguageModel:
+    return model.float() if any(p.itemsize < 4 for p in model.parameters()) else model
 
 
 def skeleton(
@@ -159,3 +170,15 @@ def _same_corpus(model: Any, corpus: str | Path) -> bool:
         return True
     fingerprint = meta.get("corpus_fingerprint")
     return fingerprint is not None and open_source(corpus).fingerprint == fingerprint
+
+
+def models() -> pd.DataFrame:
+    """The trained models that come with the project, a row each, as they are kept (in bf16).
+
+    name (for `load`), family, train_seed, parameters, tokens (trained on); on num_documents
+    packages of validation text bits_per_byte with bpb_low, bpb_high, and nats per byte that
+    RandomRouting and DropTop(1) cost (random_routing, drop_top, with _low and _high; NaN of
+    dense); max_violation: E max f - 1 at the end of training, f an expert's share of the slots.
+    Intervals are over documents: another training run is not in them.
+    """
+    return pd.read_csv(MODELS / TABLE)

@@ -14,9 +14,11 @@ from analysis.perturb import Condition, of_one_name, perturbation_class
 from analysis.stats import ALL, CONDITION, label_of
 from analysis.study.reading import Mistakes, TableReader
 from analysis.study.specs import Contrasts, Data, Measure, ModelSpec, Only
+from cartmoe.checkpoint import located
 from cartmoe.config import FAMILIES, PRESETS, ModelConfig
 from cartmoe.corpora import check_source
 from cartmoe.foreign import named
+from cartmoe.shipped import named_by
 from cartmoe.tokenizers import tokenizer_key
 from cartmoe.train import TrainConfig
 
@@ -127,12 +129,13 @@ class _Reader(TableReader):
         for where, table in self.tables("models", study):
             known = self.known(f"{where}.", table, ("path", "name", "train_seed"))
             text = known.pop("path", "")
-            path = Path(str(text)).expanduser()
-            if not text or not isinstance(text, str) or not path.is_dir():
+            is_text = text and isinstance(text, str)
+            path = self.attempt(f"{where}.path", located, text) if is_text else None
+            if path is None or not path.is_dir():
                 self.mistakes.append(f"{where}.path: {text!r} is no checkpoint or run directory")
                 continue
-            named = {"name": path.resolve().name} | known
-            spec = self.attempt(where, ModelSpec, path=str(path), **named)
+            own = named_by(path) or {"name": path.resolve().name}
+            spec = self.attempt(where, ModelSpec, path=str(path), **own | known)
             if spec:
                 yield spec
 
