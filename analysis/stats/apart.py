@@ -17,7 +17,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.pairs import PLAIN, Losses, Pairs, of_checkpoint, pair
+from analysis.stats.columns import PLAIN, of_checkpoint
+from analysis.stats.pairs import Losses, Pairs, pair
 from analysis.stats.parts import COLUMNS, Parts, choose, combine, stack, with_doses
 
 PARTS = ("set", "weights", "mass")

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+Strata: TypeAlias = tuple[np.ndarray, ...]  # numbers of the documents of each
 CHUNK = 2**22  # numbers in one block of counts: 32 MiB, however many documents there are
 
 
@@ -38,13 +39,14 @@ class Intervals(NamedTuple):
 class Bootstrap:
     """How intervals are made: their confidence, from how many resamples, drawn with which seed.
 
-    Tests that permute or flip signs draw as many, with the same seed. Raises `ValueError` for a
-    confidence outside of (0, 1) or less than one resample.
+    Tests that permute or flip signs draw as many, with the same seed. `within` keeps resamples
+    within strata. Raises `ValueError` for a confidence outside of (0, 1) or less than one resample.
     """
 
     confidence: float = 0.95
     resamples: int = 9999
     seed: int = 0
+    strata: Strata | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_confidence(self.confidence)
@@ -58,6 +60,16 @@ class Bootstrap:
         """Shares below the bounds of an interval: 0.025 and 0.975 for a confidence of 0.95."""
         return (1 - self.confidence) / 2, (1 + self.confidence) / 2
 
+    def within(self, stratum_D: np.ndarray) -> Bootstrap:
+        """The same for these documents, of which as many as there are of each stratum are drawn
+        from it: text is sampled domain by domain, too. Strata of one document go together."""
+        _, number_D, size_S = np.unique(stratum_D, return_inverse=True, return_counts=True)
+        number_D = np.where(size_S[number_D] == 1, -1, number_D)
+        if (number_D == -1).sum() == 1:  # alone it would never change: it joins the largest
+            number_D[number_D == -1] = size_S.argmax()
+        numbers = np.unique(number_D)
+        return replace(self, strata=tuple(np.flatnonzero(number_D == s) for s in numbers))
+
     def blocks(self, size: int) -> Iterator[int]:
         """Numbers of resamples to be held at once at `size` numbers each, in all `resamples`."""
         step = max(1, CHUNK // size)
@@ -68,10 +80,16 @@ class Bootstrap:
         """Blocks (r, D) of draws with replacement, `resamples` rows in all."""
         rng = np.random.default_rng(self.seed)
         for rows in self.blocks(documents):
-            picks = rng.integers(documents, size=(rows, documents))
-            cells = picks + documents * np.arange(rows)[:, None]
-            counts = np.bincount(cells.ravel(), minlength=rows * documents)
-            yield counts.reshape(rows, documents).astype(float)
+            counts_RD = np.empty((rows, documents))
+            for own in self._strata(documents):
+                picks = rng.integers(len(own), size=(rows, len(own)))
+                cells = picks + len(own) * np.arange(rows)[:, None]
+                counts = np.bincount(cells.ravel(), minlength=picks.size)
+                counts_RD[:, own] = counts.reshape(picks.shape)
+            yield counts_RD
+
+    def _strata(self, documents: int) -> Strata:
+        return (np.arange(documents),) if self.strata is None else self.strata
 
     def ratios(self, numerator_CD: np.ndarray, denominator_CD: np.ndarray) -> np.ndarray:
         """sum(numerator) / sum(denominator) in every resample, (R, C)."""
@@ -106,7 +124,11 @@ class Bootstrap:
         if contrast_CM is not None:
             draws_RM, left_out_DM = draws_RM @ contrast_CM, left_out_DM @ contrast_CM
             scale_M = scale_M @ np.abs(contrast_CM)
-        columns = zip(value_M, draws_RM.T, left_out_DM.T, scale_M, strict=True)
+        influence_DM = np.empty_like(left_out_DM)
+        for own in self._strata(len(left_out_DM)):
+            mean_M = left_out_DM[own].mean(axis=0)
+            influence_DM[own] = (mean_M - left_out_DM[own]) * (len(own) - 1) / len(own)
+        columns = zip(value_M, draws_RM.T, influence_DM.T, scale_M, strict=True)
         bounds_M2 = np.reshape([bca(*column, self.tails) for column in columns], (-1, 2))
         return Intervals(value_M, *bounds_M2.T)
 
@@ -142,23 +164,25 @@ def check_confidence(confidence: float) -> None:
 def bca(
     value: float,
     draws_R: np.ndarray,
-    left_out_D: np.ndarray,
+    influence_D: np.ndarray,
     scale: float,
     tails: tuple[float, float],
 ) -> tuple[float, float]:
     """Bounds of Efron's BCa interval (JASA 82, 1987), `tails` as in `Bootstrap`.
+
+    influence_D   of each document: how far the value without it lies below the mean of such values
+                  in its stratum, times (n - 1) / n of the stratum, as scipy has it for samples
 
     When no document moves the value there is nothing to resample: both bounds are the value.
     Where BCa is undefined (all resamples on one side of the value, or an acceleration that
     reverses the order of the quantiles) the bounds are those of the percentile interval.
     """
     rounding = 1e-12 * scale
-    if np.ptp(left_out_D) <= rounding:
+    if np.ptp(influence_D) <= rounding:
         return value, value
     # Draws that equal the value count a half. With few documents they are common (each document
     # drawn once), and which side the last bit puts them on must not matter.
     share_below = np.mean([draws_R < value - rounding, draws_R <= value + rounding])
-    influence_D = left_out_D.mean() - left_out_D
     acceleration = (influence_D**3).sum() / (6 * (influence_D**2).sum() ** 1.5)
     if 0 < share_below < 1:
         bias = ndtri(share_below)

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap, is_number
+from analysis.stats.columns import check_choice
 from analysis.stats.damage import DIFFERENCE, by_seed, check_documents
-from analysis.stats.pairs import Losses, Pairs, check_choice, pair
+from analysis.stats.pairs import Losses, Pairs, pair
 from analysis.stats.seeds import permutation_test, ratios, runs_of, sign_flip_test, two_level
 from analysis.stats.texts import interval_texts
 
@@ -96,6 +97,7 @@ def _test(
     mine: list[Pairs], theirs: list[Pairs], condition: str, bootstrap: Bootstrap
 ) -> dict[str, object]:
     check_documents([*mine, *theirs])
+    bootstrap = bootstrap.within(mine[0].domain_D)
     a, b = runs_of(mine, condition), runs_of(theirs, condition)
     one_sided = replace(bootstrap, confidence=2 * bootstrap.confidence - 1)  # two tests at it
     if len(mine) > 1 and len(theirs) > 1:

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap, Intervals
+from analysis.stats.columns import KEY, check_choice
 from analysis.stats.doses import doses
-from analysis.stats.pairs import KEY, Losses, Pairs, check_choice, pair, pair_conditions
+from analysis.stats.pairs import Losses, Pairs, pair, pair_conditions
 from analysis.stats.texts import FEW_DOCUMENTS
 
 DIFFERENCE = np.array([[1.0], [-1.0]])  # contrast of two ratios
@@ -27,7 +28,8 @@ def damage(
     label
     num_documents, num_tokens     of the clean run
     clean_nats, nats              per token
-    delta_nats, low, high         sum(nll - clean nll) / sum(tokens), paired BCa over documents
+    delta_nats, low, high         sum(nll - clean nll) / sum(tokens), paired BCa over documents,
+        which are resampled within their domains
     delta_bits_per_byte, bpb_low, bpb_high    the same per byte: tokenizers differ
     clean_perplexity, perplexity, perplexity_ratio, ratio_low, ratio_high    exp of the above
     kl, agreement                 KL(clean || perturbed) in nats, share of equal top-1 tokens
@@ -45,7 +47,8 @@ def damage(
     """
     tables = []
     for p in pair_conditions(losses):
-        nats, bits = _in_both_units(p.delta_CD, p.tokens_D, p.bytes_D, bootstrap)
+        own = bootstrap.within(p.domain_D)
+        nats, bits = _in_both_units(p.delta_CD, p.tokens_D, p.bytes_D, own)
         clean = p.clean_D.sum() / p.tokens_D.sum()
         ratio = Intervals(*np.exp(nats))
         table = p.table(
@@ -89,7 +92,8 @@ def clean_table(losses: Losses, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFr
     """
     tables = []
     for p in pair(losses):
-        nats, bits = _in_both_units(p.clean_D[None], p.tokens_D, p.bytes_D, bootstrap)
+        own = bootstrap.within(p.domain_D)
+        nats, bits = _in_both_units(p.clean_D[None], p.tokens_D, p.bytes_D, own)
         columns = (
             {"num_documents": len(p.documents_D), "num_tokens": int(p.tokens_D.sum())}
             | nats.columns("nats", "low", "high")
@@ -162,7 +166,8 @@ def _contrast(p: Pairs, a: str, q: Pairs, b: str, bootstrap: Bootstrap) -> dict[
     """Columns of the one row."""
     deltas_CD = np.array([p.delta_D(a), q.delta_D(b)])
     tokens_CD, bytes_CD = np.array([p.tokens_D, q.tokens_D]), np.array([p.bytes_D, q.bytes_D])
-    nats, bits = _in_both_units(deltas_CD, tokens_CD, bytes_CD, bootstrap, DIFFERENCE)
+    own = bootstrap.within(p.domain_D)
+    nats, bits = _in_both_units(deltas_CD, tokens_CD, bytes_CD, own, DIFFERENCE)
     return {
         "num_documents": len(p.documents_D),
         **nats.columns("delta_nats", "low", "high"),

@@ -7,20 +7,18 @@ import numpy as np
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap, Intervals
-from analysis.stats.pairs import (
+from analysis.stats.columns import (
     CHECKPOINT,
     CONDITION,
     KEY,
     PLAIN,
-    Losses,
-    Pairs,
     check_choice,
     check_columns,
     control,
     of_checkpoint,
-    pair_conditions,
     parameter,
 )
+from analysis.stats.pairs import Losses, Pairs, pair_conditions
 from analysis.stats.robustness import router_columns
 
 # Of one token at one perturbed site, as defined in analysis/measure/doses.py; output_change is the
@@ -78,11 +76,12 @@ def per_dose(
     tables = []
     for p in pair_conditions(losses):
         nats_C = p.delta_CD.sum(axis=1) / p.tokens_D.sum()
+        own = bootstrap.within(p.domain_D)
         table = p.table(num_documents=len(p.documents_D), delta_nats=nats_C)
         for name, dose in PER.items():
             dose_CD = dose_by_document(p, routing, dose)
             with np.errstate(divide="ignore", invalid="ignore"):
-                found = np.array(bootstrap.intervals(p.delta_CD, dose_CD))
+                found = np.array(own.intervals(p.delta_CD, dose_CD))
             missing = ~(dose_CD.sum(axis=1) > LEAST * p.tokens_D.sum())
             found[1:, ~np.isfinite(found[1:]).all(axis=0)] = np.nan
             table = table.assign(**Intervals(*np.where(missing, np.nan, found)).columns(name))

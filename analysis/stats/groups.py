@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.pairs import CHECKPOINT, check_choice, check_columns, chosen, pair
+from analysis.stats.columns import CHECKPOINT, check_choice, check_columns
+from analysis.stats.pairs import chosen, pair
 from analysis.stats.parts import stack
 from analysis.stats.tokens import CleanTokens, Tokens, rises
 
@@ -72,6 +73,7 @@ class Sums(NamedTuple):
     checkpoint: dict[str, Any]
     labels: list[str]
     names: list[str]  # of the groups
+    domain_D: np.ndarray
     delta_CGD: np.ndarray  # nats
     count_GD: np.ndarray  # tokens
 
@@ -89,7 +91,7 @@ def _by_tokens(
             summed = np.bincount(cell_N, weights=rise_VN.mean(axis=0), minlength=count_GD.size)
             labels.append(name)
             sums.append(summed.reshape(shape))
-        yield Sums(p.checkpoint, labels, names, np.array(sums), count_GD)
+        yield Sums(p.checkpoint, labels, names, p.domain_D, np.array(sums), count_GD)
 
 
 def _by_domain(losses: pd.DataFrame, conditions: Collection[str] | None) -> Iterator[Sums]:
@@ -105,7 +107,7 @@ def _by_domain(losses: pd.DataFrame, conditions: Collection[str] | None) -> Iter
                 at = np.searchsorted(p.documents_D, q.documents_D)
                 count_GD[g, at] = q.tokens_D
                 delta_CGD[:, g, at] = [q.delta_D(name) for name in labels]
-        yield Sums(p.checkpoint, labels, names, delta_CGD, count_GD)
+        yield Sums(p.checkpoint, labels, names, p.domain_D, delta_CGD, count_GD)
 
 
 def _groups(sums: Sums, bootstrap: Bootstrap) -> pd.DataFrame:
@@ -116,11 +118,12 @@ def _groups(sums: Sums, bootstrap: Bootstrap) -> pd.DataFrame:
         count_D = sums.count_GD[g]
         has_D = count_D > 0
         delta_CD = sums.delta_CGD[:, g, has_D]
+        own = bootstrap.within(sums.domain_D[has_D])
         count_CD = np.broadcast_to(count_D[has_D], delta_CD.shape).astype(float)
         columns = (
             {"condition": sums.labels, "group": sums.names[g], "order": g}
             | {"num_documents": has_D.sum(), "num_tokens": int(count_D.sum())}
-            | bootstrap.intervals(delta_CD, count_CD).columns("delta_nats", "low", "high")
+            | own.intervals(delta_CD, count_CD).columns("delta_nats", "low", "high")
             | {"share": delta_CD.sum(axis=1) / total_C}
         )
         tables.append(pd.DataFrame(columns))

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 import pandas as pd
 
 from analysis.stats.bootstrap import whole
-from analysis.stats.pairs import check_choice
+from analysis.stats.columns import check_choice
 from analysis.stats.texts import FEW, FEW_NOTE, interval_texts, number_text
 
 # Columns of bounds, by the column that they are of, beside NAME_low and NAME_high, NAME low and

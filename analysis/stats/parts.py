@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.stats.bootstrap import Bootstrap, Intervals
+from analysis.stats.columns import CHECKPOINT, label
 from analysis.stats.doses import doses
-from analysis.stats.pairs import CHECKPOINT, Losses, Pairs, chosen, label
+from analysis.stats.pairs import Losses, Pairs, chosen
 
 COLUMNS = [
     *CHECKPOINT, "condition", "part", "num_documents", "delta_nats", "low", "high",
@@ -69,6 +70,7 @@ def combine(
     delta_CD = np.array([p.delta_D(name) for name in labels])
     factors_CP = np.array([[part.get(name, 0.0) for part in parts.values()] for name in labels])
     tokens_CD = np.broadcast_to(p.tokens_D, delta_CD.shape)
+    bootstrap = bootstrap.within(p.domain_D)
     nats = bootstrap.intervals(delta_CD, tokens_CD, factors_CP)
     at = list(parts).index(whole)
     part_PD = factors_CP.T @ delta_CD

@@ -14,8 +14,8 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from analysis.stats.bootstrap import Bootstrap
+from analysis.stats.columns import CHECKPOINT, SITE, check_choice, check_columns
 from analysis.stats.contrasts import holm
-from analysis.stats.pairs import CHECKPOINT, SITE, check_choice, check_columns
 
 DAMAGES = ("per_mass", "damage")
 PARTS = tuple(f"{damage}_" for damage in DAMAGES)  # of halves of the documents, ends of intervals

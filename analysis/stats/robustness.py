@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.stats.pairs import CHECKPOINT, KEY, check_columns, control, of_checkpoint
+from analysis.stats.columns import CHECKPOINT, KEY, check_columns, control, of_checkpoint
 from analysis.stats.texts import interval_texts, number_text
 
 TOP1 = "DropTop(1)"

@@ -41,6 +41,7 @@ def over_seeds(
     b = list(by_seed(pairs, "model_b", model_b).values())
     check_documents(a + b)
     runs_a, runs_b = runs_of(a, condition), runs_of(b, condition)
+    bootstrap = bootstrap.within(a[0].domain_D)
     delta, low, high = two_level(runs_a, runs_b, bootstrap)
     p, min_p = permutation_test(ratios(runs_a), ratios(runs_b), bootstrap)
     row = {

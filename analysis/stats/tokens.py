@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.stats.pairs import UNIT, Pairs, chosen, of_checkpoint
+from analysis.stats.columns import UNIT, of_checkpoint
+from analysis.stats.pairs import Pairs, chosen
 
 # (model, train_seed, condition) -> a row a sequence: document_id, sequence_id, nll (float32 as
 # bytes), and of the condition "clean" targets (int32 as bytes).

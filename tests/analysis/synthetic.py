@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 
-from analysis.stats.pairs import label
+from analysis.stats.columns import label
 
 FAMILIES = ["dense", "smoe", "smoe_share", "hash", "fine_grained", "top_p", "cartesian"]
 PLAIN = {"where": "all", "point": "logits", "effect": "full", "downstream": "reroute"}

@@ -16,7 +16,7 @@ from analysis.overlap.removal import expert_damage
 from analysis.overlap.substitution import Substitute, _choose, calibration, substitution
 from analysis.perturb.condition import Condition
 from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.pairs import SITE
+from analysis.stats.columns import SITE
 from cartmoe.data import IGNORE, Sequences
 
 QUIET = dict(progress=False, bootstrap=Bootstrap(resamples=99))

@@ -12,7 +12,7 @@ from pandas.testing import assert_frame_equal
 
 from analysis import stats
 from analysis.stats.bootstrap import Bootstrap
-from analysis.stats.pairs import KEY
+from analysis.stats.columns import KEY
 from analysis.stats.seeds import permutation_test
 
 from ..synthetic import arm, losses, routing, sites, study
@@ -524,6 +524,67 @@ def test_a_bootstrap_takes_numbers_of_any_library():
     given = Bootstrap(np.float64(0.9), torch.tensor(99), np.int8(3))
     assert given == Bootstrap(0.9, 99, 3)
     assert type(given.resamples) is type(given.seed) is int
+
+
+def test_resamples_stay_within_strata():
+    stratum_D = np.array(list("aababcbdcc"))  # of d there is one: it goes with the largest, a
+    own = Bootstrap(resamples=500).within(stratum_D)
+    counts_RD = np.concatenate(list(own.document_counts(10)))
+    for names in ("ad", "b", "c"):
+        members = np.isin(stratum_D, list(names))
+        assert (counts_RD[:, members].sum(axis=1) == members.sum()).all()
+        assert (counts_RD[:, members].std(axis=0) > 0).all()
+    several = Bootstrap().within(np.array(list("aabbxyz"))).strata  # x, y, z go together
+    assert [own.tolist() for own in several] == [[4, 5, 6], [0, 1], [2, 3]]
+
+
+def test_one_stratum_is_none():
+    rng = np.random.default_rng(0)
+    x_CD, ones_CD = rng.gamma(1.0, size=(3, 20)), np.ones((3, 20))
+    plain = Bootstrap(resamples=999)
+    for a, b in zip(
+        plain.intervals(x_CD, ones_CD),
+        plain.within(np.zeros(20)).intervals(x_CD, ones_CD),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_stratified_intervals_are_those_of_scipy():
+    """Of several samples: what separates them is not resampled."""
+    rng = np.random.default_rng(1)
+    x, y = rng.gamma(0.7, size=40), 9 + rng.gamma(0.7, size=25)
+    values_CD = np.concatenate([x, y])[None]
+    stratum_D = np.repeat([0, 1], [40, 25])
+    own = Bootstrap(resamples=20_000).within(stratum_D)
+    got = own.intervals(values_CD, np.ones_like(values_CD))
+    want = scipy.stats.bootstrap(
+        (x, y),
+        lambda x, y, axis: (x.sum(axis) + y.sum(axis)) / 65,
+        n_resamples=20_000,
+        rng=np.random.default_rng(2),
+    ).confidence_interval
+    width = want.high - want.low
+    assert got.low_M[0] == pytest.approx(want.low, abs=0.03 * width)
+    assert got.high_M[0] == pytest.approx(want.high, abs=0.03 * width)
+    whole = Bootstrap(resamples=2_000).intervals(values_CD, np.ones_like(values_CD))
+    assert whole.high_M[0] - whole.low_M[0] > 3 * width
+
+
+def test_damage_is_resampled_within_domains():
+    """Where all documents of a domain lose as much a token, and are as long, nothing varies."""
+    table = losses([arm("DropTop", 1, 0.5)], documents=12)
+    table = table.drop_duplicates(["document_id", "perturbation"]).reset_index(drop=True)
+    table["num_tokens"] = 100
+    domain = np.where(table.document_id < "doc007", "code", "prose")
+    clean = table.perturbation == "clean"
+    cost = np.where(clean, 0.0, np.where(domain == "code", 0.2, 0.9))
+    table = table.assign(domain=domain, nll_sum=100 * (1.0 + cost))
+    row = stats.damage(table).iloc[0]
+    assert row.delta_nats == pytest.approx((7 * 0.2 + 5 * 0.9) / 12)
+    assert row.high - row.low == pytest.approx(0, abs=1e-9)
+    mixed = stats.damage(table.assign(domain="all")).iloc[0]
+    assert mixed.high - mixed.low > 0.2
 
 
 # ---- errors -------------------------------------------------------------------------------

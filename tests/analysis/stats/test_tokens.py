@@ -138,8 +138,9 @@ def test_groups_against_plain_loops(table, kept, by):
 
 
 def test_a_group_that_is_everything_has_the_damage_and_its_interval(table):
-    whole = stats.damage(table, bootstrap=Bootstrap(resamples=499)).set_index("label")
-    found = stats.damage_by(table.assign(domain="x"), "domain", bootstrap=Bootstrap(resamples=499))
+    table, bootstrap = table.assign(domain="x"), Bootstrap(resamples=499)
+    whole = stats.damage(table, bootstrap=bootstrap).set_index("label")
+    found = stats.damage_by(table, "domain", bootstrap=bootstrap)
     for row in found.itertuples():
         expected = whole.loc[row.condition, ["delta_nats", "low", "high"]].tolist()
         assert [row.delta_nats, row.low, row.high] == pytest.approx(expected, rel=1e-12)
