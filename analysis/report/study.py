@@ -88,9 +88,10 @@ def summarize(out: Path, to: Path | None = None) -> str:
     text = (to or out) / "robustness.txt"
 
     def write(folder: Path) -> list[Path]:
-        results, contrasts = read(out), read_plan(out)["contrasts"]
-        made = tables(results, contrasts)
-        write_atomically(text, describe(results, made, contrasts))
+        results, plan = read(out), read_plan(out)
+        made = tables(results, plan["contrasts"])
+        said = describe(results, made, plan["contrasts"], plan["study"]["data"])
+        write_atomically(text, said)
         return [text, *write_tables(made, folder)]
 
     _once(out, (to or out) / "tables", write)

@@ -11,6 +11,10 @@ from analysis import stats
 from analysis.measure import Results
 
 LEAST = 1e-6  # routed weight or output that moved less did not: weights are rounded
+NOT_OF_SEEDS = (
+    "Intervals are of documents drawn again within their domains: another training run is not in "
+    "them, nor in anything that is said of one checkpoint"
+)
 SETS = ("full", "selection", "no_refill", "part set")  # effects that let another set through
 # Tables of damage taken apart, each a method of `Results`, and their titles.
 APART = {
@@ -67,8 +71,13 @@ def describe(
     results: Results,
     made: Mapping[str, pd.DataFrame] | None = None,
     contrasts: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of robustness.txt; `made` is what `tables` gave, if it is there already."""
+    """The text of robustness.txt.
+
+    made   what `tables` gave, if it is there already
+    data   how the text was sampled: [data] of the study
+    """
     made = tables(results, contrasts) if made is None else made
     columns = ["model", "train_seed", "num_documents", "num_tokens", "nats", "low", "high",
                "perplexity", "bits_per_byte"]  # fmt: skip
@@ -79,6 +88,8 @@ def describe(
         "Clean validation loss (nats per token [95 % interval over documents; of the standard "
         "library, over packages])",
         _text(made["clean"][columns]),
+        *([sampling(data)] if data else []),
+        NOT_OF_SEEDS,
     ]
     if results.has_conditions:
         parts.append("Routing robustness (form of arXiv 2410.16077, Table 4)")
@@ -93,6 +104,18 @@ def describe(
         margin = (contrasts or {}).get("margin")
         parts += ["Contrasts named beforehand", stats.format_contrasts(made["contrasts"], margin)]
     return "\n\n".join(parts) + "\n"
+
+
+def sampling(data: Mapping[str, Any]) -> str:
+    """How the text was chosen, in a sentence."""
+    number, most = data["documents"], data["max_tokens"]
+    documents = f"{number} documents at most" if number else "all documents"
+    places = {"spread": "in windows spread over it", "first": "from its beginning"}
+    of_each = f"{most} tokens of each at most, {places[data['windows']]}" if most else "whole"
+    return (
+        f"Text: {documents} of {data['corpus']} ({data['split']}), of each domain as large a share "
+        f"as it has of that text; {of_each}"
+    )
 
 
 def _said(table: pd.DataFrame, texts: Iterable[str]) -> list[str]:

@@ -19,7 +19,8 @@ from analysis.perturb.flips import Worst
 from analysis.perturb.logits import GaussianNoise, RandomRouting
 from analysis.perturb.masks import DropTop
 from analysis.report.study import FIGURES
-from analysis.report.text import describe, measured, tables
+from analysis.report.text import describe, measured, sampling, tables
+from analysis.study.specs import Data
 
 from ..synthetic import arm, losses, routing, sites, study
 
@@ -186,3 +187,20 @@ def test_a_sweep_takes_all_arms_and_keeps_tokens(model_of, shard):
     whole = results.damage(full=True).set_index("label").delta_nats[name]
     parts = results.split(name).set_index("part").delta_nats
     assert parts[["set", "weights", "mass"]].sum() == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (
+            Data(documents=96, max_tokens=256),
+            "Text: 96 documents at most of stdlib (validation), of each domain as large a share as "
+            "it has of that text; 256 tokens of each at most, in windows spread over it",
+        ),
+        (Data(max_tokens=9, windows="first"), "9 tokens of each at most, from its beginning"),
+        (Data("x", documents=None), "all documents of x (validation), of each domain"),
+        (Data(split="train"), "of stdlib (train), of each domain as large a share as it has of"),
+    ],
+)
+def test_how_text_was_sampled(data, expected):
+    assert expected in sampling(dataclasses.asdict(data))
