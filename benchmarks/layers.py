@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.timing import Row, interleaved, milliseconds
+from benchmarks.timing import Row, interleaved, milliseconds, precisions
 from cartmoe.config import ModelConfig
 from cartmoe.ffn import DenseFFN, MoELayer, RoutedStage
+from cartmoe.precision import DTYPES
 
 T, D, WIDTH = 4096, 256, 512
 Module = TypeVar("Module", bound=nn.Module)
@@ -23,7 +24,10 @@ GOALS = {(torch.float32, 16): "1.10", (torch.float32, 64): "1.25",
 
 def rows(device: str = "cpu"):
     """Rows of the bench table."""
+    dtypes = [DTYPES[name] for name in precisions()]
     for (dtype, num_experts), goal in GOALS.items():
+        if dtype not in dtypes:
+            continue
         top_k = {16: 2, 64: 4}[num_experts]
         stage = _stage(num_experts, top_k).to(device)
         runs = {
@@ -39,7 +43,7 @@ def rows(device: str = "cpu"):
         if num_experts == 64:
             ratio = times["one-hot"] / times["moe"]
             yield Row(f"one-hot loop / MoE layer, {name}", ratio, ">= 5")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
         runs = {}
         for family in ("cartesian", "fine_grained"):
             config = ModelConfig(family, 256, D, 2 * WIDTH, 1, 4)

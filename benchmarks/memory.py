@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.steps import dense_twin, training_step
-from benchmarks.timing import Row
+from benchmarks.timing import Row, precisions
 from cartmoe.config import ModelConfig
 from cartmoe.model import LanguageModel
 
@@ -45,7 +45,7 @@ def peak(name: str, bf16: bool) -> int:
 
 def rows():
     """Rows of the bench table."""
-    for precision in ("fp32", "bf16"):
+    for precision in precisions():
         peaks = {}
         for name in ("cartesian", "twin"):
             command = [sys.executable, "-m", "benchmarks.memory", name, precision]

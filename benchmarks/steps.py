@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import Row, interleaved, milliseconds
+from benchmarks.timing import Row, has_bf16, interleaved, milliseconds, precisions
 from cartmoe.config import ModelConfig
 from cartmoe.ffn import DenseFFN
 from cartmoe.hooks import hook_routers
@@ -52,21 +52,61 @@ def training_step(model: LanguageModel, bf16: bool, batch: int = BATCH):
 
 def rows():
     """Rows of the bench table."""
-    for bf16 in (False, True):
+    for name in precisions():
+        bf16 = name == "bf16"
         models = {
             f: LanguageModel(ModelConfig.preset("nano", f)) for f in ("cartesian", "fine_grained")
         }
         models["twin"] = dense_twin(models["cartesian"].config)
         runs = {name: training_step(model, bf16) for name, model in models.items()}
         times = interleaved(runs, repeats=9, warm_up=2)
-        name = "bf16" if bf16 else "fp32"
         detail = milliseconds(times)
         ratio = times["cartesian"] / times["twin"]
         yield Row(f"training step, nano cartesian / dense twin, {name}", ratio, "<= 1.25", detail)
         ratio = times["cartesian"] / times["fine_grained"]
         yield Row(f"training step, cartesian / fine_grained, {name}", ratio, "<= 1.20")
+    yield _floor()
     yield from _losses()
     yield from _null_hook()
+
+
+def _floor() -> Row:
+    """What a step of preset micro takes beside its matrix products alone, in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        config = ModelConfig.preset("micro")
+        products = matmuls(config, batch=16)
+        runs = {
+            "step": training_step(LanguageModel(config), bf16=False, batch=16),
+            "matmuls": lambda: [a @ b for a, b in products],
+        }
+        times = interleaved(runs, repeats=9, warm_up=2)
+    finally:
+        torch.set_num_threads(threads)
+    goal = "<= 2.50" if has_bf16() else "<= 1.80"
+    what = "training step of micro / its matrix products, one thread, fp32"
+    return Row(what, times["step"] / times["matmuls"], goal, milliseconds(times))
+
+
+def matmuls(config: ModelConfig, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Operands of every matrix product of a training step with balanced routers: each forward one,
+    and the two of its gradients."""
+    T, D, F = batch * LENGTH, config.d_model, config.expert_width
+    E, head = config.num_experts, D // config.num_heads
+    shapes = [(1, T, D, config.vocab_size)]
+    for _ in range(config.num_layers):
+        heads = batch * config.num_heads
+        shapes += [(1, T, D, 3 * D), (1, T, D, D)]
+        shapes += [(heads, LENGTH, head, LENGTH), (heads, LENGTH, LENGTH, head)]
+        for k in config.top_k:
+            rows = T * k // E
+            shapes += [(1, T, D, E), (1, T, D, 2 * F), (1, T, F, D)]  # gate, shared expert
+            shapes += [(1, rows, D, 2 * F), (1, rows, F, D)] * E
+    each = [s for n, a, b, c in shapes for s in ((n, a, b, c), (n, a, c, b), (n, b, a, c))]
+    return [
+        (torch.randn(n, a, b).squeeze(0), torch.randn(n, b, c).squeeze(0)) for n, a, b, c in each
+    ]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Whole studies: a second worker, a restart when all is done, and memory that stays flat.
 
 `python -m benchmarks.studies CONDITIONS DOCUMENTS` prints the peak resident bytes of a process that
-runs such a study, above what it had before.
+runs such a study, above what it had before; `... train THREADS` the seconds of a short training.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from cartmoe.config import ModelConfig
 from cartmoe.model import LanguageModel
 
 LENGTH = 256
+BUSY = "while True: pass"
 
 
 def study_of(folder: Path, conditions: int, documents: int, shard: int = 24):
@@ -48,6 +49,7 @@ def study_of(folder: Path, conditions: int, documents: int, shard: int = 24):
 def rows():
     """Rows of the bench table."""
     yield _workers()
+    yield from _trainings()
     yield _restart()
     yield from _memory()
 
@@ -78,7 +80,43 @@ def _workers() -> Row:
             )
     detail = f"{times[1]:.1f} s, {times[2]:.1f} s"
     what = "two worker processes / one, one thread each: cells a second"
-    return Row(what, times[1] / times[2], ">= 1.80", detail)
+    return Row(what, times[1] / times[2], ">= 1.85", detail)
+
+
+def _trainings():
+    """Two models of the preset that studies train most, trained by two processes of one thread and
+    by one of two threads, whose start is not counted; idle, and beside a process that is busy."""
+    for beside, goal in (("idle", ">= 1.30"), ("beside a busy process", ">= 2.00")):
+        busy = subprocess.Popen([sys.executable, "-c", BUSY]) if beside != "idle" else None
+        try:
+            times = {n: max(_trained(n, threads=3 - n)) for n in (1, 2)}
+        finally:
+            if busy:
+                busy.kill()
+        speeds = {1: 1 / times[1], 2: 2 / times[2]}  # models a second
+        detail = ", ".join(f"{n} process{'es' * (n > 1)} {times[n]:.1f} s" for n in times)
+        what = f"training: two processes of one thread / one of two, {beside}"
+        yield Row(what, speeds[2] / speeds[1], goal, detail)
+
+
+def _trained(processes: int, threads: int) -> list[float]:
+    """Seconds of each of so many processes that train at the same time."""
+    command = [sys.executable, "-m", "benchmarks.studies", "train", str(threads)]
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)
+    ]
+    return [float(process.communicate()[0]) for process in started]
+
+
+def train_seconds(threads: int, steps: int = 40) -> float:
+    """Of so many steps of preset micro, behind some that warm up."""
+    from benchmarks.steps import training_step
+
+    torch.set_num_threads(threads)
+    run = training_step(LanguageModel(ModelConfig.preset("micro")), bf16=False, batch=16)
+    for _ in range(5):
+        run()
+    return _seconds(lambda: [run() for _ in range(steps)])
 
 
 def _restart() -> Row:
@@ -115,4 +153,7 @@ def peak(conditions: int, documents: int) -> int:
 
 
 if __name__ == "__main__":
-    print(peak(*map(int, sys.argv[1:])))
+    if sys.argv[1] == "train":
+        print(train_seconds(int(sys.argv[2])))
+    else:
+        print(peak(*map(int, sys.argv[1:])))
