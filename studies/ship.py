@@ -16,6 +16,9 @@ import pandas as pd
 import torch
 
 import analysis as an
+from analysis.measure import measure
+from analysis.measure.results import join
+from analysis.perturb import Condition
 from analysis.report import models_text
 from analysis.study.models import run_folder
 from benchmarks.ngram import baselines
@@ -62,7 +65,8 @@ def checked(name: str) -> float:
     """Nats per byte on the text that is kept for this."""
     text = (MODELS / CHECK).read_text(encoding="utf-8")
     docs = sequences_from([Document("check", "check", "check", text)], ByteTokenizer(), 256)
-    return an.sweep(an.load(name), docs, [], controls=False, progress=False).clean().nats.item()
+    model = an.load(name)
+    return join([(model, measure(model, [], docs))]).clean().nats.item()
 
 
 def described(name: str) -> dict[str, Any]:
@@ -71,7 +75,9 @@ def described(name: str) -> dict[str, Any]:
     meta = read_meta(MODELS / name)
     docs = an.documents("stdlib", model, length=256, limit=300, max_tokens_per_document=1024)
     asked = [] if meta["family"] == "dense" else [an.RandomRouting(), an.DropTop(1)]
-    results = an.sweep(model, docs, asked, controls=False, progress=False)
+    stats = an.calibrate(model, docs[:32]) if asked else None
+    conditions = [Condition(perturbation) for perturbation in asked]
+    results = join([(model, measure(model, conditions, docs, calibration=stats))])
     clean = results.clean().iloc[0]
     row = dict(
         name=name,

@@ -14,7 +14,8 @@ from .tiny import tiny_study
 ROOT = Path(__file__).parents[1]
 CATALOGUE = ROOT / "studies" / "catalogue.toml"
 OVERLAP = ROOT / "studies" / "overlap.toml"
-STUDIES = sorted(set((ROOT / "studies").glob("*.toml")) - {CATALOGUE, OVERLAP})
+MODELS = ROOT / "studies" / "models.toml"
+STUDIES = sorted(set((ROOT / "studies").glob("*.toml")) - {CATALOGUE, OVERLAP, MODELS})
 # Conditions by perturbation, all different ones.
 CONDITIONS = {
     "quick": dict(DropTop=6 + 3, GaussianNoise=5),
@@ -64,6 +65,19 @@ def test_the_catalogue(tmp_path, monkeypatch):
     ]
     quick = Study.read(ROOT / "studies" / "quick.toml")
     assert study.models[0].train == quick.models[1].train  # what `make study` trains is used
+
+
+def test_the_models_that_come_with_the_project():
+    """Trained alike, for at least ten million tokens, with checkpoints to look back at."""
+    study = Study.read(MODELS)
+    assert [m.name for m in study.models] == [*FAMILIES, "parallel", "unshared"]
+    assert len({m.train for m in study.models}) == 1
+    train = study.models[0].train
+    size = train.batch_size * train.length
+    assert train.steps * size >= 10_000_000
+    assert len([step for step in train.milestones if step * size <= 10_100_000]) >= 11
+    for model in study.models[:7]:
+        assert model.config == ModelConfig.preset("micro", model.name)
 
 
 def test_three_seeds_for_overlap():

@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ class _Reader(TableReader):
         if families != [] or not variants:
             families = self.choices("train.families", "family", families, FAMILIES)
         settings |= {name: getattr(data, name) for name in OF_DATA}
-        train = self.attempt("train", TrainConfig, **settings) or TrainConfig()
+        recipe = partial(TrainConfig.preset, *presets[:1] or ["nano"])
+        train = self.attempt("train", recipe, **settings) or TrainConfig()
         seeds = self.items("train.seeds", given.get("seeds", [0]))
         runs = [self.attempt("train.seeds", replace, train, seed=seed) for seed in seeds]
         asked = [("train.model", family, family, options) for family in families]

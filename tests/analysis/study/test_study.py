@@ -435,3 +435,12 @@ def test_conditions_of_one_name_are_refused_before_they_are_measured(tmp_path):
         {"perturbation": "GaussianNoise", "eval_seed": [0, 1]},
     ]
     assert len(Study.from_dict(table).conditions) == 4
+
+
+def test_a_preset_has_its_recipe():
+    """As on the command line; what the study says goes first."""
+    (model,) = Study.from_dict({"train": {"preset": "micro", "families": ["dense"]}}).models
+    assert (model.train.batch_size, model.train.learning_rate) == (16, 4e-3)
+    own = {"preset": "micro", "families": ["dense"], "learning_rate": 1e-3}
+    (model,) = Study.from_dict({"train": own}).models
+    assert (model.train.batch_size, model.train.learning_rate) == (16, 1e-3)
