@@ -55,6 +55,7 @@ class _Crew:
         self.out, self.threads, self.progress = out, threads, progress
         self.running: list[SpawnProcess] = []
         self.lines: SimpleQueue[int] = SimpleQueue()  # of the screen, for bars
+        self.stopping = False
 
     def train(self, specs: Sequence[ModelSpec], workers: int) -> None:
         """All of them; see `train_models`."""
@@ -68,12 +69,13 @@ class _Crew:
             unit="step",
             disable=not self.progress,
         )
-        with self.bar, ThreadPoolExecutor(workers) as listeners:
+        with self.bar, ThreadPoolExecutor(workers, initializer=_block_interrupts) as listeners:
             futures = [listeners.submit(self._one, *each) for each in zip(specs, done, strict=True)]
             try:
                 for future in as_completed(futures):
                     future.result()
             except BaseException:
+                self.stopping = True
                 for future in futures:
                     future.cancel()
                 self._end(SpawnProcess.terminate)
@@ -94,15 +96,19 @@ class _Crew:
 
     def _one(self, spec: ModelSpec, done: int) -> None:
         """Train one, and show what it says."""
-        lifeline, heart = SPAWN.Pipe(duplex=False)
-        ear, mouth = SPAWN.Pipe(duplex=False)
+        lifeline, held_open = SPAWN.Pipe(duplex=False)
+        updates, send_end = SPAWN.Pipe(duplex=False)
         folder = run_folder(self.out, spec)
-        process = SPAWN.Process(target=_train, args=(spec, folder, self.threads, lifeline, mouth))
+        process = SPAWN.Process(
+            target=_train, args=(spec, folder, self.threads, lifeline, send_end)
+        )
         line, failure = self.lines.get(), None
         process.start()
         self.running.append(process)
+        if self.stopping:  # since it was submitted
+            process.terminate()
         lifeline.close()
-        mouth.close()
+        send_end.close()
         try:
             with tqdm(
                 desc=_name(spec),
@@ -114,7 +120,7 @@ class _Crew:
                 disable=not self.progress,
             ) as bar:
                 while True:
-                    said = ear.recv()
+                    said = updates.recv()
                     if isinstance(said, BaseException):
                         failure = said
                         continue
@@ -127,8 +133,8 @@ class _Crew:
         finally:
             self.running.remove(process)
             self.lines.put(line)
-            ear.close()
-            heart.close()
+            updates.close()
+            held_open.close()
         if failure:
             raise failure
         if process.exitcode:
@@ -138,14 +144,22 @@ class _Crew:
             )
 
 
+def _block_interrupts() -> None:
+    """In this thread and in the processes that it starts: a Ctrl-C, which all of a terminal get, is
+    the main thread's matter."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
+
 def _train(
-    spec: ModelSpec, folder: Path, threads: int | None, lifeline: Connection, mouth: Connection
+    spec: ModelSpec, folder: Path, threads: int | None, lifeline: Connection, send_end: Connection
 ) -> None:
     """What a process does. It ends with the one that started it, however that does; a SIGTERM has
     it write a checkpoint and end."""
-    live_with(lifeline)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    live_with(lifeline)  # which ignores Ctrl-C, too
     try:
-        train(*(spec.config, spec.train, folder), threads=threads, progress=False, watch=mouth.send)
+        train(
+            *(spec.config, spec.train, folder), threads=threads, progress=False, watch=send_end.send
+        )
     except BaseException as error:
-        mouth.send(error)
+        send_end.send(error)

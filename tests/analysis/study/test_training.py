@@ -104,7 +104,7 @@ def test_a_process_that_is_killed(study_of, tmp_path):
 def test_it_goes_on_exactly_after_any_end(write_study, tmp_path, end):
     """With all its processes gone; the same again has the weights of one that nobody stopped."""
     families = ["smoe_share", "cartesian"]
-    path = write_study(tmp_path / "s.toml", train=TRAIN | {"steps": 400, "families": families})
+    path = write_study(tmp_path / "s.toml", train=TRAIN | {"steps": 150, "families": families})
     study, out = Study.read(path), tmp_path / "out"
     command = [sys.executable, "-m", "analysis", "run", path, "--out", out, "--workers", "2"]
     process = subprocess.Popen(
@@ -123,7 +123,7 @@ def test_it_goes_on_exactly_after_any_end(write_study, tmp_path, end):
     assert "Traceback" not in said
     assert process.returncode == (130 if end == signal.SIGINT else -signal.SIGKILL)
     reached = [step_of(newest(run_folder(out, spec))) for spec in study.models]
-    assert all(0 < step < 400 for step in reached)
+    assert all(0 < step < 150 for step in reached)
     train_models(study.models, out, 2, 1, progress=False)
     train_models(study.models, tmp_path / "alone", 1, 1, progress=False)
     assert weights(study, out) == weights(study, tmp_path / "alone")
