@@ -172,7 +172,7 @@ def printed(directory):
 
 
 def test_commands(printed, directory):
-    assert len(printed) == 12
+    assert len(printed) == 13
     assert re.search(r"^step +2$", printed["info runs/mine"], re.MULTILINE)
     assert "cartesian" in printed["import AUTHORS_DIR --out DIR"]
     dry, run = (text for words, text in printed.items() if words.startswith("run "))
@@ -221,5 +221,6 @@ def test_commands_are_found():
         "analysis export",
         "analysis record",
         "analysis overlap",
+        "analysis models",
         "analysis schema",
     ]
