@@ -16,7 +16,10 @@ from cartmoe.shipped import CHECK, MODELS, checked_nats, named_by, shipped, ship
 from cartmoe.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["dense", "cartesian"]  # more are being trained
+NAMES = [
+    *("dense", "smoe", "smoe_share", "hash", "fine_grained", "top_p"),
+    *("cartesian", "parallel", "unshared"),
+]
 MEGABYTES = 40
 
 
