@@ -11,12 +11,15 @@ from torch import Tensor
 
 IGNORE = -100  # a target that is not predicted: its loss is 0
 
-CHUNK_LOGITS = 2**21  # logits held at once: 8 MiB in fp32, so that they stay in cache
+# Logits held at once: 8 MiB in fp32, so that they stay in cache; on a GPU, where what costs is the
+# start of a kernel, 512 MiB.
+CHUNK_LOGITS, CHUNK_LOGITS_GPU = 2**21, 2**27
 
 
-def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:
-    step = max(1, CHUNK_LOGITS // vocab_size)
-    return [slice(i, i + step) for i in range(0, num_tokens, step)]
+def _chunks(x_TD: Tensor, vocab_size: int) -> list[slice]:
+    held = CHUNK_LOGITS if x_TD.device.type == "cpu" else CHUNK_LOGITS_GPU
+    step = max(1, held // vocab_size)
+    return [slice(i, i + step) for i in range(0, len(x_TD), step)]
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -33,7 +36,7 @@ class _MeanLoss(torch.autograd.Function):
         total = torch.zeros((), device=x_TD.device)
         dx_TD = torch.empty_like(x_TD)
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for c in _chunks(len(x_TD), len(weight_VD)):
+        for c in _chunks(x_TD, len(weight_VD)):
             logits = F.linear(x_TD[c], weight_VD).float()
             target = targets_T[c, None].masked_fill(~used_T[c, None], 0)
             used = used_T[c, None].float()
@@ -67,7 +70,7 @@ def token_losses(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
     """(T,) fp32 nats of each target, 0 where it is `IGNORE`. Not differentiable."""
     nll_T = torch.zeros(len(x_TD), device=x_TD.device)
     used_T = targets_T != IGNORE
-    for c in _chunks(len(x_TD), len(weight_VD)):
+    for c in _chunks(x_TD, len(weight_VD)):
         logits = F.linear(x_TD[c], weight_VD).float()
         target = targets_T[c, None].masked_fill(~used_T[c, None], 0)
         of_target = logits.gather(-1, target)

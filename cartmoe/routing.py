@@ -227,7 +227,9 @@ def expert_counts(routing: Routing) -> Tensor:
     """(E,) int64: how many used slots each expert has."""
     num_experts = routing.logits_TE.shape[-1]
     used_ids = routing.ids_TK.masked_fill(routing.weights_TK.detach() == 0, num_experts)
-    return torch.bincount(used_ids.flatten(), minlength=num_experts + 1)[:num_experts]
+    counts_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=used_ids.device)
+    slots = used_ids.flatten()  # `bincount` would wait for a GPU
+    return counts_E.scatter_add_(0, slots, torch.ones_like(slots))[:num_experts]
 
 
 def balance_loss(scores_TE: Tensor, counts_E: Tensor) -> Tensor:
