@@ -135,6 +135,22 @@ class _LoopedExperts(torch.autograd.Function):
         return _sum_rows(dx_RD, d), dweights_TK, dgate_up, ddown, None
 
 
+class _Permuted(torch.autograd.Function):
+    """rows[order], `inverse` undoing it. Autograd's own gradient of an index is a sum over rows that
+    may repeat, for which a GPU sorts them."""
+
+    @staticmethod
+    def forward(ctx, rows_RX, order_R, inverse_R):
+        ctx.save_for_backward(inverse_R)
+        return rows_RX[order_R]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_RX):
+        (inverse_R,) = ctx.saved_tensors
+        return grad_RX[inverse_R], None, None
+
+
 def _grouped_experts(x_TD, routing: Routing, gate_up_ECD, down_EDF) -> Tensor:
     """The same on an accelerator, without a synchronisation: grouped matmuls over all T * K rows.
 
@@ -146,20 +162,22 @@ def _grouped_experts(x_TD, routing: Routing, gate_up_ECD, down_EDF) -> Tensor:
     if T == 0:
         return x_TD.clone()  # nothing to do, and a grouped matmul refuses it
     key, order = torch.where(weights_TK != 0, ids_TK, E).flatten().sort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=key.device))
     experts = torch.arange(E, device=key.device)
     offs = torch.searchsorted(key, experts, right=True).to(torch.int32)
-    token_R, unused_R1 = order // K, (key == E)[:, None]
-    w_R1 = weights_TK.flatten()[order, None].to(x_TD.dtype)
+    unused_R1 = (key == E)[:, None]
 
     def matmul(rows_RX: Tensor, weight_EYX: Tensor) -> Tensor:
         used_RX = rows_RX.masked_fill(unused_R1, 0)
         y_RY = F.grouped_mm(used_RX, weight_EYX.transpose(1, 2), offs=offs)
         return y_RY.masked_fill(unused_R1, 0)
 
-    gate, up = matmul(x_TD[token_R], gate_up_ECD).chunk(2, -1)
+    slots_RD = x_TD[:, None].expand(-1, K, -1).flatten(0, 1)
+    x_RD = _Permuted.apply(slots_RD, order, inverse)
+    w_R1 = _Permuted.apply(weights_TK.to(x_TD.dtype).view(-1, 1), order, inverse)
+    gate, up = matmul(x_RD, gate_up_ECD).chunk(2, -1)
     y_RD = matmul(F.silu(gate) * up * w_R1, down_EDF)
-    row_TK = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=key.device))
-    return y_RD[row_TK].view(T, K, -1).sum(1)
+    return _Permuted.apply(y_RD, inverse, order).view(T, K, -1).sum(1)
 
 
 class RoutedExperts(nn.Module):
