@@ -27,7 +27,6 @@ MODELS |= {
     "parallel": dict(family="cartesian", composition="parallel"),
     "unshared": dict(family="cartesian", shared_experts=False),
 }
-SHARES = (0.001, 0.002, 0.004, 0.007, 0.01, 0.02, 0.035, 0.06, 0.1, 0.2, 0.35, 0.6)  # of all steps
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,17 @@ class Recipe:
     steps: int
     batch_size: int
     learning_rate: float
+    milestones: tuple[float, ...] = ()  # shares of all steps, whose checkpoints are kept
 
 
 RECIPES = {
-    "nano": Recipe(steps=3072, batch_size=128, learning_rate=4e-3),  # 100.7 million bytes
-    "small": Recipe(steps=1000, batch_size=64, learning_rate=2e-3),  # 32.8 million tokens of BPE
+    "nano": Recipe(  # 100 million bytes
+        steps=3052,
+        batch_size=128,
+        learning_rate=3e-3,
+        milestones=(0.001, 0.002, 0.004, 0.007, 0.01, 0.02, 0.035, 0.06, 0.1, 0.2, 0.35, 0.6),
+    ),
+    "small": Recipe(steps=400, batch_size=64, learning_rate=1.5e-3),  # 13 million tokens of BPE
 }
 
 
@@ -62,7 +67,7 @@ def study(preset: str, names: list[str], seeds: int, steps: int | None = None) -
                 seed=seed,
                 precision="bf16",
                 checkpoint_every=max(1, steps // 4),
-                milestones=tuple(sorted({max(1, round(share * steps)) for share in SHARES})),
+                milestones=tuple(sorted({max(1, round(m * steps)) for m in recipe.milestones})),
             ),
         )
         for seed in range(seeds)
