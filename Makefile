@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= runs/quick
 
-.PHONY: study catalogue overlap models test test-slow bench lint lab notebooks clean
+.PHONY: study study-from-scratch trained catalogue overlap models test test-slow bench lint lab notebooks clean
 
 study: .venv/core
 	$(BIN)/python -m analysis run studies/quick.toml --out $(OUT)
@@ -22,28 +22,25 @@ test-slow: .venv/dev
 bench: .venv/core
 	$(BIN)/python -m benchmarks
 
-# Every perturbation on all routed families. Models of seed 0 are those of the main study, whose
-# decisions are recorded to be replayed in those of seed 1.
-ROUTED := smoe smoe_share hash fine_grained top_p cartesian
-catalogue: study
-	mkdir -p runs/catalogue/models
-	for family in $(ROUTED); do \
-	  model=runs/quick/models/$$family-s0 trace=runs/traces/$$family/seed-0; \
-	  test -d $$trace || \
-	    $(BIN)/python -m analysis record $$model --study studies/quick.toml --out $$trace || exit; \
-	  test -d runs/catalogue/models/$$family-s0 || cp -R $$model runs/catalogue/models; \
+# All families trained first, from nothing.
+study-from-scratch: .venv/core
+	$(BIN)/python -m analysis run studies/scratch.toml --out runs/scratch
+
+# What the trained models show, at length: README's Table 4, and why.
+trained: .venv/core
+	$(BIN)/python -m analysis run studies/trained.toml --out runs/trained
+
+# Every perturbation on all routed models that come with the project. The routing of two of them is
+# recorded to be replayed in others.
+catalogue: .venv/core
+	for model in smoe_share cartesian; do \
+	  test -d runs/traces/$$model || $(BIN)/python -m analysis record $$model \
+	    --study studies/quick.toml --out runs/traces/$$model || exit; \
 	done
 	$(BIN)/python -m analysis run studies/catalogue.toml --out runs/catalogue
 
-# Three training seeds of the routed families and of a parallel Cartesian layer, and whether overlap
-# says what dropping an expert costs.
-overlap: study
-	mkdir -p runs/overlap/models
-	for family in $(ROUTED); do \
-	  test -d runs/overlap/models/$$family-s0 || \
-	    cp -R runs/quick/models/$$family-s0 runs/overlap/models || exit; \
-	done
-	$(BIN)/python -m analysis run studies/overlap.toml --out runs/overlap
+# What their experts have in common, and whether it says what dropping one costs.
+overlap: .venv/core
 	$(BIN)/python studies/relation.py
 
 # The trained models that come with the project: hours. It goes on where it was stopped, on a CPU of
@@ -61,7 +58,7 @@ lab: .venv/dev
 	$(BIN)/jupyter lab notebooks
 
 # The stories, executed on the finished study, with their pictures.
-notebooks: .venv/dev study overlap
+notebooks: .venv/dev study
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:

@@ -13,7 +13,7 @@ LABELS = [
     *("DropTop(1)", "KeepRanks", "TopK(1)", "TopK(4)", "DropExperts(0.25)", "DropSlots(0.5)"),
     *("DropChosen(1)", "DropUnchosen(1)", "GaussianNoise(1)", "GumbelNoise(1)", "Temperature(2)"),
     *("SwapRanks", "Quantize(2, bits)", "UniformWeights(1)", "Lag(1)", "Lag(1, over=sites)"),
-    *("Replay(seed-0)", "Worst(1)", "Worst(1, choose=random)", "RandomRouting(1)"),
+    *("Replay(cartesian)", "Worst(1)", "Worst(1, choose=random)", "RandomRouting(1)"),
     *("ResidualNoise(1, of=DropTop)", "NoRouted"),
 ]
 

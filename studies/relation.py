@@ -1,7 +1,7 @@
-"""Does overlap say what dropping an expert costs? After `make overlap`: python studies/relation.py
+"""Does overlap say what dropping an expert costs? `make overlap`, or python studies/relation.py
 
-Reads the models of runs/overlap (barely trained: 100 steps), writes tables there (relation/) and
-those of the README's pictures that show them.
+Reads the trained models that come with the project, writes tables into runs/relation and those of
+the README's pictures that show them.
 """
 
 from pathlib import Path
@@ -11,12 +11,12 @@ import matplotlib.pyplot as plt
 import analysis as an
 
 HERE = Path(__file__).parents[1]
-MODELS = HERE / "runs" / "overlap" / "models"
-OUT = HERE / "runs" / "overlap" / "relation"
+OUT = HERE / "runs" / "relation"
 
 
 def main() -> None:
-    models = [an.load(folder) for folder in sorted(MODELS.iterdir())]
+    routed = an.models().query("family != 'dense'")
+    models = [an.load(name) for name in routed.name]
     docs = an.documents("stdlib", models[0], length=256, limit=96, max_tokens_per_document=256)
     found = an.relate(models, docs, batch_size=8)
     OUT.mkdir(parents=True, exist_ok=True)

@@ -13,12 +13,13 @@ from .tiny import tiny_study
 
 ROOT = Path(__file__).parents[1]
 CATALOGUE = ROOT / "studies" / "catalogue.toml"
-OVERLAP = ROOT / "studies" / "overlap.toml"
 MODELS = ROOT / "studies" / "models.toml"
-STUDIES = sorted(set((ROOT / "studies").glob("*.toml")) - {CATALOGUE, OVERLAP, MODELS})
+TRAINED = [ROOT / "studies" / f"{name}.toml" for name in ("quick", "trained")]
+STUDIES = sorted(set((ROOT / "studies").glob("*.toml")) - {CATALOGUE, MODELS, *TRAINED})
+NINE = [*FAMILIES, "parallel", "unshared"]
 # Conditions by perturbation, all different ones.
 CONDITIONS = {
-    "quick": dict(DropTop=6 + 3, GaussianNoise=5),
+    "scratch": dict(DropTop=6 + 3, GaussianNoise=5),
     "small": dict(DropTop=14 + 3, GaussianNoise=10, DropChosen=2, DropUnchosen=2, RandomRouting=2),
     "paper": dict(DropTop=6 + 4, GaussianNoise=5),
 }
@@ -51,26 +52,22 @@ def test_the_catalogue(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="there is no trace") as caught:
         Study.read(CATALOGUE)
-    routed = [family for family in FAMILIES if family != "dense"]
     lines = str(caught.value).splitlines()
-    assert len(lines) == 2 * (len(routed) - 1)  # of hash there is but one router
-    assert all("and there is no " in line for line in lines)
+    assert [line.partition(", and ")[0].split()[-1] for line in lines] == [
+        f"'runs/traces/{model}'" for model in ("smoe_share", "cartesian")
+    ]
     text = CATALOGUE.read_text()
     assert all(f'"{name}"' in text for name in PERTURBATIONS if name != "Custom")
-    own, _, _ = text.partition("# ---- routing of the model")
+    own, _, _ = text.partition("# ---- routing of another model")
     (tmp_path / "own.toml").write_text(own)
     study = Study.read(tmp_path / "own.toml")
-    assert [(m.name, m.train_seed) for m in study.models] == [
-        (family, seed) for family in routed for seed in (0, 1)
-    ]
-    quick = Study.read(ROOT / "studies" / "quick.toml")
-    assert study.models[0].train == quick.models[1].train  # what `make study` trains is used
+    assert [(m.name, m.train_seed) for m in study.models] == [(name, 0) for name in NINE[1:]]
 
 
 def test_the_models_that_come_with_the_project():
     """Trained alike, for at least ten million tokens, with checkpoints to look back at."""
     study = Study.read(MODELS)
-    assert [m.name for m in study.models] == [*FAMILIES, "parallel", "unshared"]
+    assert [m.name for m in study.models] == NINE
     assert len({m.train for m in study.models}) == 1
     train = study.models[0].train
     size = train.batch_size * train.length
@@ -80,30 +77,37 @@ def test_the_models_that_come_with_the_project():
         assert model.config == ModelConfig.preset("micro", model.name)
 
 
-def test_three_seeds_for_overlap():
-    """Of the training of `make study`, whose models of seed 0 are used."""
-    study = Study.read(OVERLAP)
-    routed = [family for family in FAMILIES if family != "dense"]
-    assert [(m.name, m.train_seed) for m in study.models] == [
-        (name, seed) for name in (*routed, "parallel") for seed in (0, 1, 2)
-    ]
-    assert study.models[-1].config.composition == "parallel"
-    quick = Study.read(ROOT / "studies" / "quick.toml")
-    assert study.models[0].train == quick.models[1].train
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+def test_studies_of_those_models(path, tmp_path, monkeypatch):
+    """They train nothing, and say beforehand what they compare."""
+    monkeypatch.chdir(tmp_path)
+    study = Study.read(path)
+    assert [(m.name, m.train_seed) for m in study.models] == [(name, 0) for name in NINE]
+    assert all(m.path and m.config is None for m in study.models)
+    asked = {type(c.perturbation).__name__ for c in study.conditions}
+    assert asked >= {"DropTop", "GaussianNoise", *CONTROLS}
+    assert path.stem == "quick" or study.contrasts.margin == 0.05
 
 
 def test_presets():
     """A study's models are the preset of its size, whatever else it sets."""
-    for path, preset in zip(STUDIES, ("base", "nano", "small"), strict=True):
+    for path, preset in zip(STUDIES, ("base", "micro", "small"), strict=True):
         for model in Study.read(path).models:
             assert model.config == ModelConfig.preset(preset, model.name)
+
+
+def test_from_scratch_is_the_main_one():
+    """The same questions of models that are trained first."""
+    scratch, quick = (Study.read(ROOT / "studies" / f"{n}.toml") for n in ("scratch", "quick"))
+    assert (scratch.conditions, scratch.measure) == (quick.conditions, quick.measure)
+    assert scratch.data == quick.data
 
 
 def test_the_tiny_study_is_the_main_one(tmp_path):
     """So that what the other tests run is what users run."""
     (tmp_path / "tiny.toml").write_text(tiny_study())
-    tiny, quick = Study.read(tmp_path / "tiny.toml"), Study.read(ROOT / "studies" / "quick.toml")
-    assert tiny.conditions == quick.conditions
-    assert [m.name for m in tiny.models] == [m.name for m in quick.models]
+    tiny, main = Study.read(tmp_path / "tiny.toml"), Study.read(ROOT / "studies" / "scratch.toml")
+    assert tiny.conditions == main.conditions
+    assert [m.name for m in tiny.models] == [m.name for m in main.models]
     assert tiny.models[0].config.d_model == 32
     assert (tiny.models[0].train.steps, tiny.data.length) == (3, 64)

@@ -54,7 +54,7 @@ def check_bytes(study: Study, checkpoint: Checkpoint) -> Checkpoint:
     try:
         return Checkpoint.of(spec, checkpoints.newest(spec.path or checkpoint.path.parent.parent))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{study.origin}: {place_of(study, spec)}: {error}") from error
+        raise ValueError(f"{study.origin}: {place_of(spec)}: {error}") from error
 
 
 def trained(spec: ModelSpec, out: Path) -> Checkpoint:
@@ -67,11 +67,9 @@ def run_folder(out: Path, spec: ModelSpec) -> Path:
     return out / "models" / f"{spec.name}-s{spec.train_seed}"
 
 
-def place_of(study: Study, spec: ModelSpec) -> str:
+def place_of(spec: ModelSpec) -> str:
     """Where the study speaks of the model, for what is wrong with it."""
-    if not spec.path:
-        return f"model {spec.name!r}"
-    return f"models[{study.models.index(spec) - sum(m.path is None for m in study.models)}]"
+    return f"models, path {spec.path}" if spec.path else f"model {spec.name!r}"
 
 
 def _last(directory: Path) -> Path:

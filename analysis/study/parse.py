@@ -127,19 +127,21 @@ class _Reader(TableReader):
                 )
 
     def given(self, study: Mapping) -> Iterable[ModelSpec]:
-        """[[models]] with path and, to tell them apart, name and train_seed."""
+        """[[models]] with path, or several, and, to tell them apart, name and train_seed."""
         for where, table in self.tables("models", study):
             known = self.known(f"{where}.", table, ("path", "name", "train_seed"))
-            text = known.pop("path", "")
-            is_text = text and isinstance(text, str)
-            path = self.attempt(f"{where}.path", located, text) if is_text else None
-            if path is None or not path.is_dir():
-                self.mistakes.append(f"{where}.path: {text!r} is no checkpoint or run directory")
-                continue
-            own = named_by(path) or {"name": path.resolve().name}
-            spec = self.attempt(where, ModelSpec, path=str(path), **own | known)
-            if spec:
-                yield spec
+            for text in self.items(f"{where}.path", known.pop("path", "")):
+                is_text = text and isinstance(text, str)
+                path = self.attempt(f"{where}.path", located, text) if is_text else None
+                if path is None or not path.is_dir():
+                    self.mistakes.append(
+                        f"{where}.path: {text!r} is no checkpoint or run directory"
+                    )
+                    continue
+                own = named_by(path) or {"name": path.resolve().name}
+                spec = self.attempt(where, ModelSpec, path=str(path), **own | known)
+                if spec:
+                    yield spec
 
     def conditions(self, study: Mapping, models: list[ModelSpec]) -> dict[Condition, Only]:
         """The product over all values that stand for several, and which models it is for."""

@@ -75,7 +75,7 @@ class Plan:
         """
         noted = Mistakes()
         found = [
-            noted.attempt(place_of(self.study, spec), find, self.study, spec, self.corpus, out)
+            noted.attempt(place_of(spec), find, self.study, spec, self.corpus, out)
             for spec in self.study.models
         ]
         noted.finish(self.study.origin)

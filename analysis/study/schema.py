@@ -29,6 +29,7 @@ def study_schema() -> Schema:
     }
     settings = {key: of for key, of in _fields(TrainConfig).items() if key in SETTINGS}
     given = {key: of for key, of in _fields(ModelSpec).items() if key not in ("config", "train")}
+    given["path"] = _one_or_several({"type": "string"})
     sections = {
         "name": {"type": "string", "minLength": 1},
         "data": _table(_fields(Data)),

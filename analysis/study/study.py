@@ -13,7 +13,7 @@
     [train.variants.parallel]
     family = "cartesian"
     composition = "parallel"
-    [[models]]              # and, or instead, checkpoints there are
+    [[models]]              # and, or instead, checkpoints there are, or a list of them
     path = "runs/mine"
     [measure]               # the fields of `Measure`
     tokens = true

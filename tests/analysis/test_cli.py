@@ -391,8 +391,8 @@ def test_every_model_that_does_not_fit_is_named(write_study, checkpoint_of, tmp_
     path = write_study(tmp_path / "s.toml", train=None, models=models, contrasts=None)
     result = call("run", path, "--out", tmp_path / "out", *dry)
     assert result.exit_code == 2
-    assert "models[0]: model 'm64' has a vocabulary of 64" in result.stderr
-    assert "models[1]: model 'm128' has a vocabulary of 128" in result.stderr
+    for spec, n in zip(models, (64, 128), strict=True):
+        assert f"models, path {spec['path']}: model 'm{n}' has a vocabulary of {n}" in result.stderr
     assert len(result.stderr.splitlines()) == 2
 
 

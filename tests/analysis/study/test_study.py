@@ -37,7 +37,7 @@ def mistakes(table) -> list[str]:
 # ---- what a study means
 
 
-@pytest.mark.parametrize("name", ["quick", "small", "paper"])
+@pytest.mark.parametrize("name", ["scratch", "small", "paper"])
 def test_studies_of_the_project_can_be_read(name):
     got = Study.read(QUICK / f"{name}.toml")
     assert got.models
@@ -151,6 +151,8 @@ def test_given_models(tmp_path):
     ]
     got = Study.from_dict({"models": tables})
     assert [(m.name, m.train_seed) for m in got.models] == [("one", 0), ("b", 4), ("two", 1)]
+    listed = Study.from_dict({"models": [{"path": [table["path"] for table in tables[:2]]}]})
+    assert [(m.name, m.train_seed) for m in listed.models] == [("one", 0), ("two", 0)]
     both = Study.from_dict({"models": tables, "train": TRAIN})
     assert [m.name for m in both.models] == ["cartesian", "one", "b", "two"]
 
