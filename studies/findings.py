@@ -1,0 +1,194 @@
+"""What the trained models show, as tables: python -m studies.findings [PART ...]
+
+Each part is a folder of results/ with Parquet tables and a manifest. results/README.md says in
+words what they hold. Parts (default: all):
+
+trained    what `make trained` measured
+overlap    what experts have in common, and whether it says what dropping one costs
+training   damage, saturation and overlap over the checkpoints of `make models`
+size       studies/size.py at three widths
+larger     studies/larger.py: models of preset nano, three seeds, and a pair of small, on a GPU
+recipe     learning rates, and twice the tokens
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+import analysis as an
+from analysis.measure import Results
+from analysis.report.text import tables as report_tables
+from analysis.stats import INDEX, SHARED
+from analysis.study.folder import read_plan
+from analysis.study.provenance import manifest
+from cartmoe.checkpoint import step_of
+from cartmoe.folders import write_folder
+from cartmoe.run import read_run
+from studies.size import sizes, slopes
+
+HERE = Path(__file__).parents[1]
+RUNS, RESULTS = HERE / "runs", HERE / "results"
+CHECKPOINT = ["model", "train_seed"]
+Tables = dict[str, pd.DataFrame]
+
+
+def trained() -> Tables:
+    """Table 4, every condition, contrasts, damage taken apart."""
+    folder = RUNS / "trained"
+    return report_tables(an.read(folder), read_plan(folder)["contrasts"])
+
+
+def overlap() -> Tables:
+    """All metrics of all routed models, and the relation of pairs to what dropping costs."""
+    names = an.models().query("family != 'dense'").name
+    models = [an.load(name) for name in names]
+    docs = an.documents("stdlib", models[0], length=256, limit=96, max_tokens_per_document=256)
+    found = an.Overlap.join([an.measure_overlap(m, docs, progress=False) for m in tqdm(models)])
+    relation = an.relate(models, docs, batch_size=8)
+    return {
+        "sites": found.sites,
+        "experts": found.experts,
+        "pairs": summary(found.pairs),
+        "relation": relation.experts,
+        "per_mass": relation.table("per_mass"),
+        "raw_damage": relation.table("damage"),
+    }
+
+
+def summary(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Of each metric of pairs of routed experts at each site: mean, quartiles, mean null."""
+    index = [name for name in INDEX["pairs"] if name in pairs]
+    routed = pairs[(pairs[index] != SHARED).all(axis=1)]
+    by = [*CHECKPOINT, "family", "layer", "stage", "metric"]
+    by = [name for name in by if name in routed]
+    found = routed.groupby(by, sort=False).agg(
+        value=("value", "mean"),
+        lower_quartile=("value", lambda v: v.quantile(0.25)),
+        upper_quartile=("value", lambda v: v.quantile(0.75)),
+        null=("null", "mean"),
+        num_pairs=("value", "count"),
+    )
+    return found.reset_index()
+
+
+def training() -> Tables:
+    """At every checkpoint of the runs that the models come from."""
+    damages, overlaps, settled = [], [], []
+    runs = [
+        run for run in sorted((RUNS / "models" / "models").iterdir()) if "dense" not in run.name
+    ]
+    for run in tqdm(runs, unit="run"):
+        model = an.load(run)
+        docs = an.documents("stdlib", model, length=256, limit=96, max_tokens_per_document=256)
+        asked = [an.DropTop(1), an.RandomRouting()]
+        found = an.over_training(run, docs, asked, ["cka", "matched_cosine"], progress=False)
+        train = read_run(run)["asked"]["train"]
+        size = train["batch_size"] * train["length"]
+        damages.append(found.damage.assign(tokens=found.damage.step * size))
+        pairs = found.overlap.pairs
+        for step, rows in pairs.groupby("step", sort=False):
+            overlaps.append(summary(rows).assign(step=step, tokens=step * size))
+        one = an.saturation(run, docs, progress=False)
+        settled.append(one.assign(model=model.name, tokens=one.step * size))
+    parts = dict(damage=damages, overlap=overlaps, saturation=settled)
+    return {name: pd.concat(each, ignore_index=True) for name, each in parts.items()}
+
+
+def size() -> Tables:
+    """Cartesian less smoe_share at each width, and the slope."""
+    results = an.read(RUNS / "size")
+    rows = sizes(results)
+    return {"damage": results.damage(full=True), "sizes": rows, "slopes": slopes(rows)}
+
+
+def larger() -> Tables:
+    """Of all models that were trained on a GPU: damage; over training, and Cartesian less
+    smoe_share of one seed at equal tokens."""
+    packs = [p.parent for p in sorted((RUNS / "gpu").glob("*-s?/losses.parquet"))]
+    damages = []
+    for pack in packs:
+        (spec,) = read_plan(pack)["study"]["models"]
+        train = read_run(pack)["asked"]["train"]
+        step = step_of(Path(spec["path"])) if spec["path"] else train["steps"]
+        made = dict(preset=pack.name.partition("-")[0], step=step, steps=train["steps"])
+        tokens = step * train["batch_size"] * train["length"]
+        damages.append(joined([pack]).damage(full=True).assign(**made, tokens=tokens))
+    over = pd.concat([pd.read_csv(p) for p in sorted((RUNS / "gpu").glob("*/training.csv"))])
+    keys = ["preset", "label", "tokens", "train_seed"]
+    wide = over.pivot(index=keys, columns="model", values=["delta_nats", "clean_nats"])
+    less = {name: wide[name].cartesian - wide[name].smoe_share for name in wide.columns.levels[0]}
+    pairs = pd.DataFrame(less).dropna().reset_index()
+    return {"damage": pd.concat(damages, ignore_index=True), "training": over, "pairs": pairs}
+
+
+def joined(packs: list[Path]) -> Results:
+    """Results of several models of one study, as studies/larger.py leaves them."""
+    frames = {
+        name: pd.concat([pd.read_parquet(p / f"{name}.parquet") for p in packs], ignore_index=True)
+        for name in ("losses", "routing", "facts", "cells")
+    }
+    return Results(**frames, finished=len(frames["cells"]), planned=len(frames["cells"]))
+
+
+def recipe() -> Tables:
+    """Loss of every family at three learning rates after 600 steps; and of twice the tokens."""
+    rates = [pd.read_json(path, typ="series") for path in sorted((RUNS / "rates").glob("*.json"))]
+    runs = [*sorted((RUNS / "double").glob("cartesian-*")), RUNS / "models/models/cartesian-s0"]
+    doubled = pd.concat([clean_of(run) for run in runs], ignore_index=True)
+    return {"learning_rates": pd.DataFrame(rates), "tokens": doubled}
+
+
+def clean_of(run: Path) -> pd.DataFrame:
+    """Loss and damage of a run's newest checkpoint."""
+    model, train = an.load(run), read_run(run)["asked"]["train"]
+    docs = an.documents("stdlib", model, length=256, limit=300, max_tokens_per_document=1024)
+    asked = [an.DropTop(1), an.RandomRouting()]
+    found = an.sweep(model, docs, asked, controls=False, progress=False).damage(full=True)
+    return found.assign(tokens=train["steps"] * train["batch_size"] * train["length"])
+
+
+PARTS: dict[str, Callable[[], Tables]] = {
+    part.__name__: part for part in (trained, overlap, training, size, larger, recipe)
+}
+
+
+# Where the machine is noted that measured, where it is not this one, now.
+MEASURED = {
+    "trained": RUNS / "trained",
+    "size": RUNS / "size",
+    "larger": RUNS / "gpu" / "nano-cartesian-s0",
+}
+
+
+def write(name: str, tables: Tables) -> None:
+    """results/NAME anew, with what made it."""
+    folder = RESULTS / name
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def fill(new: Path) -> None:
+        for table, frame in tables.items():
+            frame.to_parquet(new / f"{table}.parquet", index=False)
+
+    measured = read_plan(MEASURED[name])["manifest"] if name in MEASURED else manifest()
+    command = f"python -m studies.findings {name}"
+    write_folder(folder, fill, {"command": command, "measured_with": measured})
+
+
+def asked(words: list[str]) -> Iterator[str]:
+    """The parts that are named, or all; `SystemExit` with the choices."""
+    for word in words or PARTS:
+        if word not in PARTS:
+            raise SystemExit(f"part is {word!r}; choose of {', '.join(PARTS)}")
+        yield word
+
+
+if __name__ == "__main__":
+    for part in asked(sys.argv[1:]):
+        print(part, flush=True)
+        write(part, PARTS[part]())
