@@ -1,7 +1,7 @@
 """Perturb routing, measure the damage and what experts share, draw both.
 
 import analysis as an
-model = an.load("runs/quick/models/cartesian-s0")
+model = an.load("cartesian")
 docs = an.documents("stdlib", model, length=256, limit=100)
 results = an.sweep(model, docs, [an.DropTop(m) for m in range(1, 5)])
 an.plots.damage_curve(results, "DropTop")

@@ -1,14 +1,23 @@
-"""The README's pictures, from the study of the catalogue: python studies/gallery.py"""
+"""The pictures of the README, from `make trained`, `make catalogue` and results/.
+
+    python -m studies.gallery
+
+Those of the relation are drawn by studies/relation.py, that of sharing by studies/sharing.py.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
 
 import analysis as an
+from analysis.plots.style import model_styles
 
 HERE = Path(__file__).parents[1]
+RUNS, RESULTS = HERE / "runs", HERE / "results"
 LABELS = [
     *("DropTop(1)", "KeepRanks", "TopK(1)", "TopK(4)", "DropExperts(0.25)", "DropSlots(0.5)"),
     *("DropChosen(1)", "DropUnchosen(1)", "GaussianNoise(1)", "GumbelNoise(1)", "Temperature(2)"),
@@ -17,32 +26,119 @@ LABELS = [
     *("ResidualNoise(1, of=DropTop)", "NoRouted"),
 ]
 
-results = an.read(HERE / "runs" / "catalogue")
-damage = results.damage(full=True)
-one_seed = damage[(damage.train_seed == 1) & damage.label.isin(LABELS)]
-split, cascade = (table[table.train_seed == 0] for table in (results.split(), results.cascade()))
-gap = results.gap()
-per_token = gap[gap.per == "token"]
-frequency = results.damage_by("frequency", ["DropTop(1)"])
 
-model = an.load(HERE / "runs" / "quick" / "models" / "cartesian-s0")
-docs = an.documents("stdlib", model, length=256, limit=24, max_tokens_per_document=256)
-flips = an.flip_prediction(model, docs, [0.1, 0.25, 0.5, 1.0, 2.0])
+def of_the_catalogue() -> dict[str, Callable[[], Any]]:
+    """Every perturbation, and damage taken apart."""
+    results = an.read(RUNS / "catalogue")
+    damage = results.damage(full=True)
+    chosen = damage[damage.label.isin(LABELS)]
+    gap = results.gap()
+    frequency = results.damage_by("frequency", ["DropTop(1)"])
+    model = an.load("cartesian")
+    docs = an.documents("stdlib", model, length=256, limit=24, max_tokens_per_document=256)
+    flips = an.flip_prediction(model, docs, [0.1, 0.25, 0.5, 1.0, 2.0])
+    return {
+        "catalogue": lambda: an.plots.catalogue_dots(chosen),
+        "noise": lambda: an.plots.dose_panels(damage, "GaussianNoise"),
+        "gap": lambda: an.plots.gap_curve(gap[gap.per == "token"]),
+        "layers": lambda: an.plots.layer_profile(results),
+        "split": lambda: an.plots.split_bars(results.split()),
+        "cascade": lambda: an.plots.cascade_dots(results.cascade()),
+        "tails": lambda: an.plots.tail_shares(results.tail_curve(["DropTop(1)"])),
+        "frequency": lambda: an.plots.group_curve(frequency),
+        "flips": lambda: an.plots.flip_calibration(flips),
+    }
 
-pictures: dict[str, Callable[[], Any]] = {
-    "catalogue": lambda: an.plots.catalogue_dots(one_seed),
-    "noise": lambda: an.plots.dose_panels(damage, "GaussianNoise"),
-    "gap": lambda: an.plots.gap_curve(per_token),
-    "layers": lambda: an.plots.layer_profile(results),
-    "split": lambda: an.plots.split_bars(split),
-    "cascade": lambda: an.plots.cascade_dots(cascade),
-    "tails": lambda: an.plots.tail_shares(results.tail_curve(["DropTop(1)"])),
-    "frequency": lambda: an.plots.group_curve(frequency[frequency.train_seed == 0]),
-    "flips": lambda: an.plots.flip_calibration(flips),
-}
-for name, picture in pictures.items():
-    drawing = picture()
-    figure = getattr(drawing, "figure", drawing)
-    with an.plots.paper_style():
-        figure.savefig(HERE / "gallery" / f"{name}.png", dpi=200)
-    plt.close(figure)
+
+def of_the_trained() -> dict[str, Callable[[], Any]]:
+    """The main figure, over training, over size."""
+    results = an.read(RUNS / "trained")
+    read = {
+        f"{folder}/{name}": pd.read_parquet(RESULTS / folder / f"{name}.parquet")
+        for folder, name in [
+            *(("training", name) for name in ("damage", "overlap", "saturation")),
+            *(("larger", "training"), ("size", "sizes")),
+        ]
+    }
+    return {
+        "controls": lambda: an.plots.control_dots(results),
+        "training": lambda: over_training(
+            read["training/damage"], read["training/overlap"], read["training/saturation"]
+        ),
+        "seeds": lambda: over_seeds(read["larger/training"], read["size/sizes"]),
+    }
+
+
+def over_training(damage: pd.DataFrame, overlap: pd.DataFrame, settled: pd.DataFrame) -> Figure:
+    """A panel a quantity, a line a model, against the bytes that it was trained on."""
+    styles = model_styles(damage)
+    clean = damage.drop_duplicates(["model", "step"])
+    by = ["model", "tokens"]
+    panels = {
+        "loss, nats per byte": clean.assign(value=clean.clean_nats),
+        "damage of DropTop(1), nats": of_label(damage, "DropTop(1)"),
+        "damage of random routing, nats": of_label(damage, "RandomRouting(1)"),
+        "share of the final experts used": settled.groupby(by).value.mean().reset_index(),
+        "CKA of experts' outputs": means(overlap, "cka"),
+        "matched cosine of weights": means(overlap, "matched_cosine"),
+    }
+    figure, axes = plt.subplots(2, 3, figsize=(7, 4.2), layout="constrained", sharex=True)
+    for ax, (title, rows) in zip(axes.flat, panels.items(), strict=True):
+        for model, line in rows.groupby("model", sort=False):
+            line = line.sort_values("tokens")
+            ax.plot(line.tokens, line.value, label=model, **styles[model] | {"markersize": 3})
+        ax.set(title=title, xscale="log")
+    for ax in axes[-1]:
+        ax.set_xlabel("bytes of training")
+    handles, labels = axes.flat[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, handlelength=2.8)
+    return figure
+
+
+def of_label(damage: pd.DataFrame, label: str) -> pd.DataFrame:
+    """The rows of one condition."""
+    rows = damage[damage.label == label]
+    return rows.assign(value=rows.delta_nats)
+
+
+def means(overlap: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Of a metric over the sites of each model."""
+    rows = overlap[overlap.metric == metric]
+    return rows.groupby(["model", "tokens"]).value.mean().reset_index()
+
+
+def over_seeds(nano: pd.DataFrame, size: pd.DataFrame) -> Figure:
+    """Cartesian less smoe_share of equal seed and equal tokens: over training, and over width."""
+    keys = ["label", "tokens", "train_seed"]
+    wide = nano.pivot(index=keys, columns="model", values="delta_nats").dropna()
+    wide = wide.assign(difference=wide.cartesian - wide.smoe_share).reset_index()
+    labels = {"DropTop(1)": "C1", "RandomRouting(1)": "C0"}
+    panels = [
+        ("7.4 million parameters, over training", "tokens", "bytes of training", wide),
+        ("8 bytes a parameter, over width", "width", "width", size),
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained", sharey=True)
+    for ax, (title, x, name, rows) in zip(axes, panels, strict=True):
+        for label, color in labels.items():
+            for _, line in rows[rows.label == label].groupby("train_seed"):
+                ax.plot(line[x], line.difference, color=color, lw=0.8, marker="o", ms=2.5)
+            ax.plot([], [], color=color, marker="o", ms=2.5, label=label)
+        ax.axhline(0, color="0.3", lw=0.8)
+        ax.set(title=title, xlabel=name, xscale="log")
+    axes[0].set_ylabel("cartesian - smoe_share,\nnats per byte; a line a seed")
+    axes[0].legend(loc="lower left")
+    return figure
+
+
+def main() -> None:
+    for pictures in (of_the_catalogue, of_the_trained):
+        with an.plots.paper_style():
+            for name, picture in pictures().items():
+                drawing = picture()
+                figure = getattr(drawing, "figure", drawing)
+                figure.savefig(HERE / "gallery" / f"{name}.png", dpi=200)
+                plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

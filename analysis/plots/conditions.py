@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from analysis.plots.dots import Look, checkpoint_names, dot_rows, figure_height
 from analysis.plots.marks import note_few
-from analysis.plots.style import canvas, model_styles, table_of
+from analysis.plots.style import canvas, filled, model_styles, table_of
 from analysis.stats import CHECKPOINT, CONDITION, PLAIN, check_choice, find, label
 
 ROW, LINE = 0.13, 0.05  # inches of a row beside its models, and of a model in it
@@ -40,7 +40,7 @@ def catalogue_dots(
     labels = labels.sort_values(["rank", "other", *reversed(PLAIN)], kind="stable")
     names = checkpoint_names(frame[CHECKPOINT].itertuples(index=False, name=None))
     series = {
-        name: Look(styles[model]["marker"], color=styles[model]["color"])
+        name: Look(styles[model]["marker"], filled(styles[model]), styles[model]["color"])
         for (model, *_), name in names.items()
     }
     cells = {
@@ -62,11 +62,11 @@ def catalogue_dots(
 
 # In the order of the damage that a working router should show; only the subject is filled.
 CONDITIONS = {
-    "DropUnchosen(1)": Look("v", False),
-    "DropChosen(1)": Look("^", False),
+    "DropUnchosen(1)": Look("v", 0.0),
+    "DropChosen(1)": Look("^", 0.0),
     "DropTop(1)": Look("o"),
-    "RandomRouting": Look("s", False),
-    "NoRouted": Look("x", False),
+    "RandomRouting": Look("s", 0.0),
+    "NoRouted": Look("x", 0.0),
 }
 
 
@@ -94,7 +94,7 @@ def control_dots(frame: pd.DataFrame | Any, ax: Axes | None = None) -> Axes:
     return ax
 
 
-POINTS = {"logits": Look("o"), "scores": Look("D", False)}
+POINTS = {"logits": Look("o"), "scores": Look("D", 0.0)}
 
 
 def stage_dots(

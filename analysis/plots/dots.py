@@ -19,7 +19,7 @@ class Look(NamedTuple):
     """Of a series of dots; without a color of its own it has those of the rows."""
 
     marker: str
-    filled: bool = True
+    filled: float = 1.0
     color: str | None = None
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from analysis.plots.style import DELTA, widen_scale
+from analysis.plots.style import DELTA, tint, widen_scale
 from analysis.stats import CHECKPOINT, FEW_DOCUMENTS
 
 GREY = "#404040"
@@ -81,9 +81,9 @@ def change_axis(axis: Any, values: Iterable[float], label: str = DELTA, zero: bo
     axis.set_label_text(label)
 
 
-def face(color: str, filled: bool) -> dict[str, str]:
-    """Colors of a marker, hollow if it is not filled."""
-    return {"color": color, "mfc": color if filled else "white"}
+def face(color: str, filled: float) -> dict[str, str]:
+    """Colors of a marker, of whose face so much is filled: hollow with 0, a tint below 1."""
+    return {"color": color, "mfc": tint(color, filled)}
 
 
 def offsets(names: Sequence[str], room: float) -> dict[str, float]:

@@ -143,11 +143,21 @@ def model_styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return styles
 
 
+def filled(style: dict[str, str]) -> float:
+    """How much of the color a marker's face has where there are no lines: see `FACES`."""
+    return FACES[LINES.index(style["linestyle"])]
+
+
+def tint(color: str, share: float) -> str:
+    """So much of a color, the rest white."""
+    return to_hex(1 - share * (1 - np.array(to_rgb(color))))
+
+
 def marker_look(style: dict[str, str]) -> dict[str, Any]:
     """A marker where there are no lines to tell models of one family apart by: solid, hollow, then
     two tints. A white edge parts it from others, and must leave something of it."""
-    share = FACES[LINES.index(style["linestyle"])]
-    face = to_hex(1 - share * (1 - np.array(to_rgb(style["color"]))))
+    share = filled(style)
+    face = tint(style["color"], share)
     edge = {"mec": "white", "mew": 0.3} if share == 1 else {"mec": style["color"], "mew": 0.8}
     return {"color": style["color"], "marker": style["marker"], "mfc": face, **edge}
 
