@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.memory import resident
-from benchmarks.timing import Row
+from benchmarks.timing import Row, interleaved, milliseconds
 from cartmoe.checkpoint import save
 from cartmoe.config import ModelConfig
 from cartmoe.model import LanguageModel
@@ -48,6 +48,7 @@ def study_of(folder: Path, conditions: int, documents: int, shard: int = 24):
 
 def rows():
     """Rows of the bench table."""
+    yield _start()
     yield _workers()
     yield from _trainings()
     yield _restart()
@@ -58,6 +59,23 @@ def _seconds(function) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def _start() -> Row:
+    """Until a worker process can begin with a cell, against `import torch` in a new interpreter."""
+    from analysis.study.executors import processes
+    from analysis.study.worker import forget
+
+    def worker() -> None:
+        with processes(1)() as executor:
+            executor.submit(forget).result()
+
+    def torch_alone() -> None:
+        subprocess.run([sys.executable, "-c", "import torch"], check=True)
+
+    times = interleaved({"worker": worker, "import torch": torch_alone}, repeats=5, warm_up=1)
+    ratio = times["worker"] / times["import torch"]
+    return Row("start of a worker process / import torch", ratio, "<= 1.30", milliseconds(times))
 
 
 def _workers() -> Row:

@@ -124,7 +124,16 @@ def larger() -> Tables:
     wide = over.pivot(index=keys, columns="model", values=["delta_nats", "clean_nats"])
     less = {name: wide[name].cartesian - wide[name].smoe_share for name in wide.columns.levels[0]}
     pairs = pd.DataFrame(less).dropna().reset_index()
-    return {"damage": pd.concat(damages, ignore_index=True), "training": over, "pairs": pairs}
+    curves = pd.concat([curve(pack) for pack in packs], ignore_index=True)
+    damage = pd.concat(damages, ignore_index=True)
+    return {"damage": damage, "training": over, "pairs": pairs, "curves": curves}
+
+
+def curve(pack: Path) -> pd.DataFrame:
+    """A training run, means of 50 steps."""
+    metrics = pd.read_csv(pack / "metrics.csv").drop(columns="worst_site")
+    rows = metrics.groupby((metrics.step - 1) // 50).mean()
+    return rows.assign(run=pack.name)
 
 
 def joined(packs: list[Path]) -> Results:

@@ -78,9 +78,9 @@ def sizes(results: an.Results) -> pd.DataFrame:
 
 def slopes(rows: pd.DataFrame) -> pd.DataFrame:
     """Of the difference over log2 of width, nats per doubling, with Student's 95 % interval over
-    all models (NaN for fewer than three)."""
+    all pairs of models (NaN for fewer than three); nothing for a single width."""
     found = []
-    for label, of in rows.groupby("label", sort=False):
+    for label, of in rows.groupby("label", sort=False) if rows.width.nunique() > 1 else ():
         line = linregress(np.log2(of.width), of.difference)
         half = t.ppf(0.975, len(of) - 2) * line.stderr if len(of) > 2 else np.nan
         found.append(dict(label=label, num_pairs=len(of), slope=line.slope,

@@ -8,7 +8,10 @@ import pytest
 import analysis
 import cartmoe
 
-HEAVY = ("torch", "pandas", "matplotlib", "scipy", "numpy", "pydantic", "transformers", "dask")
+HEAVY = (
+    *("torch", "pandas", "matplotlib", "scipy", "numpy", "pydantic", "transformers", "dask"),
+    *("scipy.optimize", "scipy.stats"),
+)
 HELP = (
     "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('analysis', None, '__main__')"
 )
@@ -26,6 +29,13 @@ def heavy_after(code):
 @pytest.mark.parametrize("code", ["import cartmoe", "import analysis", HELP])
 def test_nothing_heavy(code):
     assert heavy_after(code) == []
+
+
+def test_a_worker_does_without():
+    """It begins when torch and pandas are there."""
+    heavy = heavy_after("import analysis.study.worker")
+    assert "torch" in heavy
+    assert {"scipy.optimize", "scipy.stats", "matplotlib"}.isdisjoint(heavy)
 
 
 def test_it_would_be_seen():

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from analysis.adapters import Adapter, DenseRouting, batches, clean_routing
@@ -43,6 +42,8 @@ def matched_by_usage(
     reference: Adapter, models: Mapping[str, Adapter], docs: Sequences, batch_size: int
 ) -> dict[str, Numbers]:
     """One to one, so that on as many tokens as can be both of a pair are used."""
+    from scipy.optimize import linear_sum_assignment  # a worker does without, and begins sooner
+
     both: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in models}
     for name, batch, site, base, other in side_by_side(reference, models, docs, batch_size):
         used_T = (batch.targets_SL >= 0).flatten()
