@@ -40,8 +40,8 @@ catalogue: .venv/core
 	$(BIN)/python -m analysis run studies/catalogue.toml --out runs/catalogue
 
 # What their experts have in common, and whether it says what dropping one costs.
-overlap: .venv/core
-	$(BIN)/python studies/relation.py
+overlap: .venv/dev
+	$(BIN)/python -m studies.findings overlap
 
 # The trained models that come with the project: hours. It goes on where it was stopped, on a CPU of
 # the same capability; those that are there stay.

@@ -51,12 +51,14 @@ def overlap() -> Tables:
     docs = an.documents("stdlib", models[0], length=256, limit=96, max_tokens_per_document=256)
     found = an.Overlap.join([an.measure_overlap(m, docs, progress=False) for m in tqdm(models)])
     relation = an.relate(models, docs, batch_size=8)
+    per_mass = relation.table("per_mass")
+    print(per_mass[per_mass.model == "all"].round(3).to_string(index=False))
     return {
         "sites": found.sites,
         "experts": found.experts,
         "pairs": summary(found.pairs),
         "relation": relation.experts,
-        "per_mass": relation.table("per_mass"),
+        "per_mass": per_mass,
         "raw_damage": relation.table("damage"),
     }
 

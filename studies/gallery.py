@@ -2,7 +2,7 @@
 
     python -m studies.gallery
 
-Those of the relation are drawn by studies/relation.py, that of sharing by studies/sharing.py.
+That of sharing is drawn by studies/sharing.py.
 """
 
 from collections.abc import Callable
@@ -57,6 +57,7 @@ def of_the_trained() -> dict[str, Callable[[], Any]]:
         f"{folder}/{name}": pd.read_parquet(RESULTS / folder / f"{name}.parquet")
         for folder, name in [
             *(("training", name) for name in ("damage", "overlap", "saturation")),
+            *(("overlap", name) for name in ("per_mass", "raw_damage", "relation")),
             *(("larger", "training"), ("size", "sizes")),
         ]
     }
@@ -64,6 +65,11 @@ def of_the_trained() -> dict[str, Callable[[], Any]]:
         "controls": lambda: an.plots.control_dots(results),
         "training": lambda: over_training(
             read["training/damage"], read["training/overlap"], read["training/saturation"]
+        ),
+        "relation_per_mass": lambda: an.plots.relation_dots(read["overlap/per_mass"]),
+        "relation_damage": lambda: an.plots.relation_dots(read["overlap/raw_damage"]),
+        "damage_overlap": lambda: an.plots.damage_against_overlap(
+            read["overlap/relation"], "token_js"
         ),
         "seeds": lambda: over_seeds(read["larger/training"], read["size/sizes"]),
     }
