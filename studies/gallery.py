@@ -66,13 +66,18 @@ def of_the_trained() -> dict[str, Callable[[], Any]]:
         "training": lambda: over_training(
             read["training/damage"], read["training/overlap"], read["training/saturation"]
         ),
-        "relation_per_mass": lambda: an.plots.relation_dots(read["overlap/per_mass"]),
-        "relation_damage": lambda: an.plots.relation_dots(read["overlap/raw_damage"]),
+        "relation_per_mass": lambda: an.plots.relation_dots(of_all(read["overlap/per_mass"])),
+        "relation_damage": lambda: an.plots.relation_dots(of_all(read["overlap/raw_damage"])),
         "damage_overlap": lambda: an.plots.damage_against_overlap(
             read["overlap/relation"], "token_js"
         ),
         "seeds": lambda: over_seeds(read["larger/training"], read["size/sizes"]),
     }
+
+
+def of_all(relation: pd.DataFrame) -> pd.DataFrame:
+    """All models together."""
+    return relation[relation.model == "all"]
 
 
 def over_training(damage: pd.DataFrame, overlap: pd.DataFrame, settled: pd.DataFrame) -> Figure:
@@ -131,6 +136,9 @@ def over_seeds(nano: pd.DataFrame, size: pd.DataFrame) -> Figure:
             ax.plot([], [], color=color, marker="o", ms=2.5, label=label)
         ax.axhline(0, color="0.3", lw=0.8)
         ax.set(title=title, xlabel=name, xscale="log")
+    widths = size.width.unique()
+    axes[1].set_xticks(widths, labels=widths)
+    axes[1].minorticks_off()
     axes[0].set_ylabel("cartesian - smoe_share,\nnats per byte; a line a seed")
     axes[0].legend(loc="lower left")
     return figure
