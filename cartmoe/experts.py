@@ -136,8 +136,8 @@ class _LoopedExperts(torch.autograd.Function):
 
 
 class _Permuted(torch.autograd.Function):
-    """rows[order], `inverse` undoing it. Autograd's own gradient of an index is a sum over rows that
-    may repeat, for which a GPU sorts them."""
+    """rows[order], which `inverse` undoes. Autograd takes the gradient of any index for a sum
+    over rows that may repeat, for which a GPU sorts them."""
 
     @staticmethod
     def forward(ctx, rows_RX, order_R, inverse_R):

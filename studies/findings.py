@@ -27,7 +27,7 @@ from analysis.report.text import tables as report_tables
 from analysis.stats import INDEX, SHARED
 from analysis.study.folder import read_plan
 from analysis.study.provenance import manifest
-from cartmoe.checkpoint import step_of
+from cartmoe.checkpoint import newest, read_meta, step_of
 from cartmoe.folders import write_folder
 from cartmoe.run import read_run
 from studies.size import sizes, slopes
@@ -151,8 +151,14 @@ def recipe() -> Tables:
     """Loss of every family at three learning rates after 600 steps; and of twice the tokens."""
     rates = [pd.read_json(path, typ="series") for path in sorted((RUNS / "rates").glob("*.json"))]
     runs = [*sorted((RUNS / "double").glob("cartesian-*")), RUNS / "models/models/cartesian-s0"]
-    doubled = pd.concat([clean_of(run) for run in runs], ignore_index=True)
+    doubled = pd.concat([clean_of(run) for run in runs if finished(run)], ignore_index=True)
     return {"learning_rates": pd.DataFrame(rates), "tokens": doubled}
+
+
+def finished(run: Path) -> bool:
+    """Whether the run has all of its steps."""
+    meta = read_meta(newest(run))
+    return meta["step"] == meta["steps"]
 
 
 def clean_of(run: Path) -> pd.DataFrame:
