@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import same_color
 from scipy.stats import norm
 
 from analysis import plots
@@ -204,7 +205,7 @@ def test_picture_draws_the_sites_of_the_table(frame):
     for (label, line), kind in zip(drawn.items(), ("changed", "pair"), strict=True):
         assert line.get_xdata().tolist() == sites[f"{kind}_predicted"].tolist()
         assert line.get_ydata().tolist() == sites[f"{kind}_measured"].tolist()
-        assert (line.get_markerfacecolor() == "white") == (kind == "pair"), label
+        assert same_color(line.get_markerfacecolor(), "white") == (kind == "pair"), label
 
 
 def test_picture_of_several_models_and_of_one_row(frame):
