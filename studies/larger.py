@@ -19,6 +19,7 @@ import analysis as an
 from analysis.perturb import Condition
 from analysis.study.specs import ModelSpec
 from cartmoe import FAMILIES, ModelConfig
+from cartmoe.config import check_choice
 from cartmoe.train import TrainConfig
 
 HERE = Path(__file__).parent
@@ -52,6 +53,9 @@ RECIPES = {
 
 def study(preset: str, names: list[str], seeds: int, steps: int | None = None) -> an.Study:
     """Seed by seed, so that what is interrupted has all models of the first ones."""
+    check_choice("preset", preset, RECIPES)
+    for name in names:
+        check_choice("names", name, MODELS)
     recipe = RECIPES[preset]
     steps = steps or recipe.steps
     models = tuple(

@@ -65,3 +65,10 @@ def test_larger_models(preset):
 def test_all_names_of_larger_models():
     names = [m.name for m in larger.study("nano", list(larger.MODELS), seeds=1).models]
     assert names[-2:] == ["parallel", "unshared"]
+
+
+def test_names_that_there_are_none_of():
+    with pytest.raises(ValueError, match="names is 'x'; choose one of 'dense'"):
+        larger.study("nano", ["x"], seeds=1)
+    with pytest.raises(ValueError, match="preset is 'base'; choose one of 'nano', 'small'"):
+        larger.study("base", ["dense"], seeds=1)
