@@ -22,12 +22,11 @@ import pandas as pd
 from tqdm import tqdm
 
 import analysis as an
-from analysis.measure import Results
 from analysis.report.text import tables as report_tables
 from analysis.stats import INDEX, SHARED
 from analysis.study.folder import read_plan
 from analysis.study.provenance import manifest
-from cartmoe.checkpoint import newest, read_meta, step_of
+from cartmoe.checkpoint import newest, read_meta
 from cartmoe.folders import write_folder
 from cartmoe.run import read_run
 from studies.size import sizes, slopes
@@ -110,41 +109,36 @@ def size() -> Tables:
 
 
 def larger() -> Tables:
-    """Of all models that were trained on a GPU: damage; over training, and Cartesian less
+    """Damage of all models that were trained on a GPU; over training, and Cartesian less
     smoe_share of one seed at equal tokens."""
-    packs = [p.parent for p in sorted((RUNS / "gpu").glob("*-s?/losses.parquet"))]
-    damages = []
-    for pack in packs:
-        (spec,) = read_plan(pack)["study"]["models"]
-        train = read_run(pack)["asked"]["train"]
-        step = step_of(Path(spec["path"])) if spec["path"] else train["steps"]
-        made = dict(preset=pack.name.partition("-")[0], step=step, steps=train["steps"])
-        tokens = step * train["batch_size"] * train["length"]
-        damages.append(joined([pack]).damage(full=True).assign(**made, tokens=tokens))
-    over = pd.concat([pd.read_csv(p) for p in sorted((RUNS / "gpu").glob("*/training.csv"))])
+    damages, over, curves = [], [], []
+    for folder in (path.parent for path in larger_studies()):
+        preset = read_plan(folder)["study"]["name"]
+        training = pd.read_csv(folder / "training.csv").assign(preset=preset)
+        made = dict(preset=preset, tokens=training.tokens.max())
+        damages.append(an.read(folder).damage(full=True).assign(**made))
+        over.append(training)
+        curves.append(curve(folder / "models" / folder.name).assign(preset=preset))
     keys = ["preset", "label", "tokens", "train_seed"]
-    wide = over.pivot(index=keys, columns="model", values=["delta_nats", "clean_nats"])
-    less = {name: wide[name].cartesian - wide[name].smoe_share for name in wide.columns.levels[0]}
-    pairs = pd.DataFrame(less).dropna().reset_index()
-    curves = pd.concat([curve(pack) for pack in packs], ignore_index=True)
-    damage = pd.concat(damages, ignore_index=True)
-    return {"damage": damage, "training": over, "pairs": pairs, "curves": curves}
+    parts = dict(damage=damages, training=over, curves=curves)
+    tables = {name: pd.concat(each, ignore_index=True) for name, each in parts.items()}
+    values = ["delta_nats", "clean_nats"]
+    wide = tables["training"].pivot(index=keys, columns="model", values=values)
+    less = {name: wide[name].cartesian - wide[name].smoe_share for name in values}
+    return tables | {"pairs": pd.DataFrame(less).dropna().reset_index()}
 
 
-def curve(pack: Path) -> pd.DataFrame:
+def larger_studies() -> list[Path]:
+    """The plans of what studies/larger.py has finished."""
+    finished = sorted(path.parent for path in RUNS.glob("larger/*/training.csv"))
+    return [folder / "plan.json" for folder in finished]
+
+
+def curve(run: Path) -> pd.DataFrame:
     """A training run, means of 50 steps."""
-    metrics = pd.read_csv(pack / "metrics.csv").drop(columns="worst_site")
+    metrics = pd.read_csv(run / "metrics.csv").drop(columns="worst_site")
     rows = metrics.groupby((metrics.step - 1) // 50).mean()
-    return rows.assign(run=pack.name)
-
-
-def joined(packs: list[Path]) -> Results:
-    """Results of several models of one study, as studies/larger.py leaves them."""
-    frames = {
-        name: pd.concat([pd.read_parquet(p / f"{name}.parquet") for p in packs], ignore_index=True)
-        for name in ("losses", "routing", "facts", "cells")
-    }
-    return Results(**frames, finished=len(frames["cells"]), planned=len(frames["cells"]))
+    return rows.assign(run=run.name)
 
 
 def recipe() -> Tables:

@@ -1,33 +1,35 @@
 """The study of the trained models (trained.toml) on larger ones, for a GPU.
 
     python -m studies.larger --out runs/nano
-    python -m studies.larger --preset small --names cartesian,smoe_share --seeds 1 --out runs/small
+    python -m studies.larger --preset small --names cartesian,smoe_share --seeds 0 --out runs/small
 
-trains models of a preset that take batches large enough for a GPU, in bf16, and measures them in
-fp32. The same command goes on where it was.
+trains models of a preset in bf16, in batches large enough for a GPU, and measures them in fp32.
+Each has a study of its own in the directory, NAME-sSEED, where training.csv is its damage at every
+checkpoint. The same command goes on where it was; several with other names or seeds can run side
+by side, which one GPU gains from.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import pandas as pd
 import typer
 
 import analysis as an
 from analysis.perturb import Condition
+from analysis.study.provenance import default_device
 from analysis.study.specs import ModelSpec
-from cartmoe import FAMILIES, ModelConfig
+from cartmoe import ModelConfig
+from cartmoe.checkpoint import run_checkpoints, step_of
 from cartmoe.config import check_choice
+from cartmoe.run import read_run
 from cartmoe.train import TrainConfig
 
 HERE = Path(__file__).parent
-MODELS: dict[str, dict[str, Any]] = {name: dict(family=name) for name in FAMILIES}
-MODELS |= {
-    "parallel": dict(family="cartesian", composition="parallel"),
-    "unshared": dict(family="cartesian", shared_experts=False),
-}
+MODELS = {spec.name: spec.config for spec in an.Study.read(HERE / "models.toml").models}
 
 
 @dataclass(frozen=True)
@@ -51,39 +53,40 @@ RECIPES = {
 }
 
 
-def study(preset: str, names: list[str], seeds: int, steps: int | None = None) -> an.Study:
-    """Seed by seed, so that what is interrupted has all models of the first ones."""
+def config(preset: str, name: str) -> ModelConfig:
+    """Of a preset, what the model of that name is among those that come with the project."""
+    known = MODELS[name]
+    return ModelConfig.preset(
+        preset,
+        family=known.family,
+        composition=known.composition,
+        shared_experts=known.shared_experts,
+    )
+
+
+def study(preset: str, name: str, seed: int, steps: int | None = None) -> an.Study:
+    """Of one model; `steps` instead of the recipe's, for a trial."""
     check_choice("preset", preset, RECIPES)
-    for name in names:
-        check_choice("names", name, MODELS)
+    check_choice("names", name, MODELS)
     recipe = RECIPES[preset]
     steps = steps or recipe.steps
-    models = tuple(
-        ModelSpec(
-            name=name,
-            train_seed=seed,
-            config=ModelConfig.preset(preset, **MODELS[name]),
-            train=TrainConfig.preset(
-                preset,
-                steps=steps,
-                batch_size=recipe.batch_size,
-                learning_rate=recipe.learning_rate,
-                seed=seed,
-                precision="bf16",
-                checkpoint_every=max(1, steps // 4),
-                milestones=tuple(sorted({max(1, round(m * steps)) for m in recipe.milestones})),
-            ),
-        )
-        for seed in range(seeds)
-        for name in names
+    train = TrainConfig.preset(
+        preset,
+        steps=steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        seed=seed,
+        precision="bf16",
+        checkpoint_every=max(1, steps // 4),
+        milestones=tuple(sorted({max(1, round(m * steps)) for m in recipe.milestones})),
     )
+    model = ModelSpec(name=name, train_seed=seed, config=config(preset, name), train=train)
     base = an.Study.read(HERE / "trained.toml")
-    train = models[0].train
     data = replace(base.data, tokenizer=train.tokenizer, length=train.length, shard=300)
-    conditions = tuple(c for c in base.conditions if _fits(c, models[0].config))
+    conditions = tuple(c for c in base.conditions if _fits(c, model.config))
     measure = replace(base.measure, batch_size=256 * 256 // train.length)
     return replace(
-        base, name=preset, models=models, data=data, measure=measure, conditions=conditions
+        base, name=preset, models=(model,), data=data, measure=measure, conditions=conditions
     )
 
 
@@ -93,16 +96,38 @@ def _fits(condition: Condition, config: ModelConfig) -> bool:
     return layer is None or config.is_moe(layer)
 
 
+def over_training(run: Path) -> pd.DataFrame:
+    """Damage at every checkpoint of a run, by `step` and the `tokens` until then."""
+    train = read_run(run)["asked"]["train"]
+    rows = []
+    for checkpoint in run_checkpoints(run):
+        model, step = an.load(checkpoint, device=default_device()), step_of(checkpoint)
+        docs = an.documents(
+            "stdlib", model, length=train["length"], limit=100, max_tokens_per_document=512
+        )
+        asked = [an.DropTop(1), an.RandomRouting()]
+        found = an.sweep(model, docs, asked, controls=False, progress=False).damage(full=True)
+        tokens = step * train["batch_size"] * train["length"]
+        rows.append(found.assign(step=step, tokens=tokens))
+    return pd.concat(rows, ignore_index=True)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Directory of models and results.")],
     preset: Annotated[str, typer.Option(help=", ".join(RECIPES))] = "nano",
     names: Annotated[str, typer.Option(help="Models, with commas.")] = ",".join(MODELS),
-    seeds: Annotated[int, typer.Option(help="Training seeds.", min=1)] = 3,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    seeds: Annotated[str, typer.Option(help="Training seeds, with commas.")] = "0,1,2",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
 ) -> None:
     """Train and measure."""
-    results = an.run(study(preset, names.split(","), seeds, steps), out)
-    typer.echo(results.table().to_string())
+    # Seed by seed, so that what is interrupted has all models of the first ones.
+    studies = [study(preset, n, int(s), steps) for s in seeds.split(",") for n in names.split(",")]
+    for one in studies:
+        (model,) = one.models
+        run = f"{model.name}-s{model.train_seed}"
+        results = an.run(one, out / run)
+        over_training(out / run / "models" / run).to_csv(out / run / "training.csv", index=False)
+        typer.echo(results.table().to_string())
 
 
 if __name__ == "__main__":

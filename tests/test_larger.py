@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from cartmoe import LanguageModel
+from cartmoe.train import TrainConfig, train
 from studies import larger, size
 
 
@@ -46,29 +47,35 @@ def test_slopes():
 
 @pytest.mark.parametrize("preset", larger.RECIPES)
 def test_larger_models(preset):
-    study = larger.study(preset, ["cartesian", "smoe_share"], seeds=2)
-    assert [(m.name, m.train_seed) for m in study.models] == [
-        ("cartesian", 0),
-        ("smoe_share", 0),
-        ("cartesian", 1),
-        ("smoe_share", 1),
-    ]
-    config, train = study.models[0].config, study.models[0].train
-    layers = {c.where.layer for c in study.conditions} - {None}
+    one, other = (larger.study(preset, name, seed=1) for name in ("cartesian", "smoe_share"))
+    (model,), (compared,) = one.models, other.models
+    assert (model.name, model.train_seed) == ("cartesian", 1)
+    layers = {c.where.layer for c in one.conditions} - {None}
     assert layers == {0}  # the second is not routed
-    assert all(config.is_moe(layer) for layer in layers)
-    assert train.precision == "bf16"
-    assert study.data.length == train.length
-    assert len({m.train.steps for m in study.models}) == 1
+    assert all(model.config.is_moe(layer) for layer in layers)
+    assert model.train.precision == "bf16"
+    assert one.data.length == model.train.length
+    assert model.train == compared.train
 
 
-def test_all_names_of_larger_models():
-    names = [m.name for m in larger.study("nano", list(larger.MODELS), seeds=1).models]
-    assert names[-2:] == ["parallel", "unshared"]
+def test_variants_of_larger_models():
+    parallel, unshared = (larger.config("nano", name) for name in ("parallel", "unshared"))
+    assert parallel.family == unshared.family == "cartesian"
+    assert parallel.composition == "parallel"
+    assert not unshared.shared_experts
+    assert parallel.d_model == 128
+
+
+def test_damage_of_a_larger_model_over_training(tmp_path, tiny_config):
+    recipe = TrainConfig(steps=4, batch_size=2, length=16, checkpoint_every=2, keep=2)
+    run = train(tiny_config("smoe", vocab_size=256), recipe, tmp_path / "run", progress=False)
+    found = larger.over_training(run)
+    assert set(found.label) == {"DropTop(1)", "RandomRouting(1)"}
+    assert found.groupby("step").tokens.first().to_dict() == {2: 64, 4: 128}
 
 
 def test_names_that_there_are_none_of():
     with pytest.raises(ValueError, match="names is 'x'; choose one of 'dense'"):
-        larger.study("nano", ["x"], seeds=1)
+        larger.study("nano", "x", seed=0)
     with pytest.raises(ValueError, match="preset is 'base'; choose one of 'nano', 'small'"):
-        larger.study("base", ["dense"], seeds=1)
+        larger.study("base", "dense", seed=0)
