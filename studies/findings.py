@@ -8,6 +8,7 @@ overlap    what experts have in common, and whether it says what dropping one co
 training   damage, saturation and overlap over the checkpoints of `make models`
 size       studies/size.py at three widths
 larger     studies/larger.py: models of preset nano, three seeds, and a pair of small, on a GPU
+repeated   studies/larger.py where the standard library came without its tests: many epochs
 recipe     learning rates, and twice the tokens
 """
 
@@ -29,6 +30,7 @@ from analysis.study.provenance import manifest
 from cartmoe.checkpoint import newest, read_meta
 from cartmoe.folders import write_folder
 from cartmoe.run import read_run
+from studies.recipe import learning_rates
 from studies.size import sizes, slopes
 
 HERE = Path(__file__).parents[1]
@@ -109,10 +111,20 @@ def size() -> Tables:
 
 
 def larger() -> Tables:
+    """Of studies/larger.py."""
+    return of_larger(RUNS / "larger")
+
+
+def repeated() -> Tables:
+    """The same on a standard library of a third of the text, so that every byte came nine times."""
+    return of_larger(RUNS / "repeated")
+
+
+def of_larger(runs: Path) -> Tables:
     """Damage of all models that were trained on a GPU; over training, and Cartesian less
     smoe_share of one seed at equal tokens."""
     damages, over, curves = [], [], []
-    for folder in (path.parent for path in larger_studies()):
+    for folder in sorted(path.parent for path in runs.glob("*/training.csv")):
         preset = read_plan(folder)["study"]["name"]
         training = pd.read_csv(folder / "training.csv").assign(preset=preset)
         made = dict(preset=preset, tokens=training.tokens.max())
@@ -128,12 +140,6 @@ def larger() -> Tables:
     return tables | {"pairs": pd.DataFrame(less).dropna().reset_index()}
 
 
-def larger_studies() -> list[Path]:
-    """The plans of what studies/larger.py has finished."""
-    finished = sorted(path.parent for path in RUNS.glob("larger/*/training.csv"))
-    return [folder / "plan.json" for folder in finished]
-
-
 def curve(run: Path) -> pd.DataFrame:
     """A training run, means of 50 steps."""
     metrics = pd.read_csv(run / "metrics.csv").drop(columns="worst_site")
@@ -143,29 +149,25 @@ def curve(run: Path) -> pd.DataFrame:
 
 def recipe() -> Tables:
     """Loss of every family at three learning rates after 600 steps; and of twice the tokens."""
-    rates = [pd.read_json(path, typ="series") for path in sorted((RUNS / "rates").glob("*.json"))]
-    runs = [*sorted((RUNS / "double").glob("cartesian-*")), RUNS / "models/models/cartesian-s0"]
-    doubled = pd.concat([clean_of(run) for run in runs if finished(run)], ignore_index=True)
-    return {"learning_rates": pd.DataFrame(rates), "tokens": doubled}
+    runs = RUNS / "recipe"
+    tokens = [clean_of(path) for path in (runs / "cartesian-half", "cartesian")]
+    return {
+        "learning_rates": learning_rates(runs),
+        "tokens": pd.concat(tokens, ignore_index=True),
+    }
 
 
-def finished(run: Path) -> bool:
-    """Whether the run has all of its steps."""
-    meta = read_meta(newest(run))
-    return meta["step"] == meta["steps"]
-
-
-def clean_of(run: Path) -> pd.DataFrame:
-    """Loss and damage of a run's newest checkpoint."""
-    model, train = an.load(run), read_run(run)["asked"]["train"]
+def clean_of(path: Path | str) -> pd.DataFrame:
+    """Loss and damage of a model."""
+    model = an.load(path)
     docs = an.documents("stdlib", model, length=256, limit=300, max_tokens_per_document=1024)
     asked = [an.DropTop(1), an.RandomRouting()]
     found = an.sweep(model, docs, asked, controls=False, progress=False).damage(full=True)
-    return found.assign(tokens=train["steps"] * train["batch_size"] * train["length"])
+    return found.assign(tokens=read_meta(newest(path))["tokens"])
 
 
 PARTS: dict[str, Callable[[], Tables]] = {
-    part.__name__: part for part in (trained, overlap, training, size, larger, recipe)
+    part.__name__: part for part in (trained, overlap, training, size, larger, repeated, recipe)
 }
 
 
@@ -173,7 +175,8 @@ PARTS: dict[str, Callable[[], Tables]] = {
 MEASURED = {
     "trained": RUNS / "trained",
     "size": RUNS / "size",
-    "larger": RUNS / "gpu" / "nano-cartesian-s0",
+    "larger": RUNS / "larger" / "cartesian-s0",
+    "repeated": RUNS / "repeated" / "cartesian-s0",
 }
 
 
