@@ -28,7 +28,7 @@ LAST = 100  # steps that the loss of training is the mean of
 def trials() -> dict[str, ModelSpec]:
     """By name of the run, "cartesian-0.002" and so on, and "cartesian-half"."""
     found = {}
-    for spec in Study.read(MODELS).models:
+    for spec in (s for s in Study.read(MODELS).models if s.train_seed == 0):
         # A checkpoint at the end alone: what is asked is the loss. Warm-up is a tenth again.
         short = replace(spec.train, steps=spec.train.steps // 10, milestones=(), **TENTH)
         for rate in RATES:
