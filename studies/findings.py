@@ -116,7 +116,7 @@ def larger() -> Tables:
 
 
 def repeated() -> Tables:
-    """The same on a standard library of a third of the text, so that every byte came nine times."""
+    """The same on a standard library without its tests: less text, seen more often."""
     return of_larger(RUNS / "repeated")
 
 
