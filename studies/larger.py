@@ -4,9 +4,9 @@
     python -m studies.larger --preset small --names cartesian,smoe_share --seeds 0 --out runs/small
 
 trains models of a preset in bf16, in batches large enough for a GPU, and measures them in fp32.
-Each has a study of its own in the directory, NAME-sSEED, where training.csv is its damage at every
-checkpoint. The same command goes on where it was; several with other names or seeds can run side
-by side, which one GPU gains from.
+Each has a study of its own in the directory, NAME-sSEED, where training.csv is the damage at every
+checkpoint of what has routers. The same command goes on where it was; several with other names or
+seeds can run side by side, which one GPU gains from.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def main(
         (model,) = one.models
         run = f"{model.name}-s{model.train_seed}"
         results = an.run(one, out / run)
-        over_training(out / run / "models" / run).to_csv(out / run / "training.csv", index=False)
+        table = out / run / "training.csv"
+        if model.config.family != "dense" and not table.exists():
+            over_training(out / run / "models" / run).to_csv(table, index=False)
         typer.echo(results.table().to_string())
 
 

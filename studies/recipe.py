@@ -21,7 +21,7 @@ from cartmoe.train import train
 
 MODELS = Path(__file__).parent / "models.toml"
 RATES = (2e-3, 4e-3, 8e-3)
-TENTH: dict[str, Any] = {"warmup": None}  # its default, of the steps that there are
+OWN_WARMUP: dict[str, Any] = {"warmup": None}  # a tenth of the steps that a trial has
 LAST = 100  # steps that the loss of training is the mean of
 
 
@@ -29,12 +29,12 @@ def trials() -> dict[str, ModelSpec]:
     """By name of the run, "cartesian-0.002" and so on, and "cartesian-half"."""
     found = {}
     for spec in (s for s in Study.read(MODELS).models if s.train_seed == 0):
-        # A checkpoint at the end alone: what is asked is the loss. Warm-up is a tenth again.
-        short = replace(spec.train, steps=spec.train.steps // 10, milestones=(), **TENTH)
+        # A checkpoint at the end alone: what is asked is the loss.
+        short = replace(spec.train, steps=spec.train.steps // 10, milestones=(), **OWN_WARMUP)
         for rate in RATES:
             found[f"{spec.name}-{rate}"] = replace(spec, train=replace(short, learning_rate=rate))
         if spec.name == "cartesian":
-            half = replace(short, steps=spec.train.steps // 2, **TENTH)
+            half = replace(short, steps=spec.train.steps // 2, **OWN_WARMUP)
             found["cartesian-half"] = replace(spec, train=half)
     return found
 
