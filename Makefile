@@ -41,7 +41,7 @@ catalogue: .venv/core
 
 # What their experts have in common, and whether it says what dropping one costs.
 overlap: .venv/dev
-	$(BIN)/python -m studies.findings overlap
+	$(BIN)/python -m studies.findings overlap --out runs/findings
 
 # The trained models that come with the project: hours. It goes on where it was stopped, on a CPU of
 # the same capability; those that are there stay.

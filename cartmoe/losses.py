@@ -16,9 +16,14 @@ IGNORE = -100  # a target that is not predicted: its loss is 0
 CHUNK_LOGITS, CHUNK_LOGITS_GPU = 2**21, 2**27
 
 
+def rows_at_once(device: torch.device, vocab_size: int) -> int:
+    """Of how many tokens the logits are held at once."""
+    held = CHUNK_LOGITS if device.type == "cpu" else CHUNK_LOGITS_GPU
+    return max(1, held // vocab_size)
+
+
 def _chunks(x_TD: Tensor, vocab_size: int) -> list[slice]:
-    held = CHUNK_LOGITS if x_TD.device.type == "cpu" else CHUNK_LOGITS_GPU
-    step = max(1, held // vocab_size)
+    step = rows_at_once(x_TD.device, vocab_size)
     return [slice(i, i + step) for i in range(0, len(x_TD), step)]
 
 

@@ -1,7 +1,7 @@
-"""What the trained models show, as tables: python -m studies.findings [PART ...]
+"""What the trained models show, as tables: python -m studies.findings [PART ...] --out results
 
-Each part is a folder of results/ with Parquet tables and a manifest. results/README.md says in
-words what they hold. Parts (default: all):
+Each part becomes a folder with Parquet tables and a manifest; results/README.md says in words what
+those of results/ hold. Parts (default: all):
 
 trained    what `make trained` measured
 overlap    what experts have in common, and whether it says what dropping one costs
@@ -14,12 +14,12 @@ recipe     learning rates, and twice the tokens
 
 from __future__ import annotations
 
-import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
+import typer
 from tqdm import tqdm
 
 import analysis as an
@@ -28,7 +28,7 @@ from analysis.stats import INDEX, SHARED
 from analysis.study.folder import read_plan
 from analysis.study.provenance import manifest
 from cartmoe.checkpoint import newest, read_meta
-from cartmoe.folders import write_folder
+from cartmoe.folders import remove_folder, write_folder
 from cartmoe.run import read_run
 from studies.recipe import learning_rates
 from studies.size import sizes, slopes
@@ -47,7 +47,7 @@ def trained() -> Tables:
 
 def overlap() -> Tables:
     """All metrics of all routed models, and the relation of pairs to what dropping costs."""
-    names = an.models().query("family != 'dense'").name
+    names = an.models().query("family != 'dense' and train_seed == 0").name
     models = [an.load(name) for name in names]
     docs = an.documents("stdlib", models[0], length=256, limit=96, max_tokens_per_document=256)
     found = an.Overlap.join([an.measure_overlap(m, docs, progress=False) for m in tqdm(models)])
@@ -180,29 +180,41 @@ MEASURED = {
 }
 
 
-def write(name: str, tables: Tables) -> None:
-    """results/NAME anew, with what made it."""
-    folder = RESULTS / name
-    shutil.rmtree(folder, ignore_errors=True)
+def write(folder: Path, tables: Tables) -> None:
+    """Part `folder.name` anew, with what made it; the old one stays until the new one is whole."""
+    name, new = folder.name, folder.with_name(f"{folder.name}.new")
 
-    def fill(new: Path) -> None:
+    def fill(path: Path) -> None:
         for table, frame in tables.items():
-            frame.to_parquet(new / f"{table}.parquet", index=False)
+            frame.to_parquet(path / f"{table}.parquet", index=False)
 
     measured = read_plan(MEASURED[name])["manifest"] if name in MEASURED else manifest()
     command = f"python -m studies.findings {name}"
-    write_folder(folder, fill, {"command": command, "measured_with": measured})
+    if new.exists():  # a crash left it
+        remove_folder(new)
+    write_folder(new, fill, {"command": command, "measured_with": measured})
+    if folder.exists():
+        remove_folder(folder)
+    new.rename(folder)
 
 
-def asked(words: list[str]) -> Iterator[str]:
-    """The parts that are named, or all; `SystemExit` with the choices."""
-    for word in words or PARTS:
+def asked(words: list[str]) -> list[str]:
+    """The parts that are named, or all; `typer.BadParameter` with the choices."""
+    for word in words:
         if word not in PARTS:
-            raise SystemExit(f"part is {word!r}; choose of {', '.join(PARTS)}")
-        yield word
+            raise typer.BadParameter(f"part is {word!r}; choose of {', '.join(PARTS)}")
+    return words or list(PARTS)
+
+
+def main(
+    parts: Annotated[list[str] | None, typer.Argument(help="Default: all.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the parts.")] = RESULTS,
+) -> None:
+    """Compute the parts that are named and write their tables."""
+    for part in asked(parts or []):
+        typer.echo(part)
+        write(out / part, PARTS[part]())
 
 
 if __name__ == "__main__":
-    for part in asked(sys.argv[1:]):
-        print(part, flush=True)
-        write(part, PARTS[part]())
+    typer.run(main)

@@ -84,14 +84,13 @@ def over_training(damage: pd.DataFrame, overlap: pd.DataFrame, settled: pd.DataF
     """A panel a quantity, a line a model, against the bytes that it was trained on."""
     styles = model_styles(damage)
     clean = damage.drop_duplicates(["model", "step"])
-    by = ["model", "tokens"]
     panels = {
         "loss, nats per byte": clean.assign(value=clean.clean_nats),
         "damage of DropTop(1), nats": of_label(damage, "DropTop(1)"),
         "damage of random routing, nats": of_label(damage, "RandomRouting(1)"),
-        "share of the final experts used": settled.groupby(by).value.mean().reset_index(),
-        "CKA of experts' outputs": means(overlap, "cka"),
-        "matched cosine of weights": means(overlap, "matched_cosine"),
+        "share of the final experts used": of_model(settled),
+        "CKA of experts' outputs": of_model(overlap[overlap.metric == "cka"]),
+        "matched cosine of weights": of_model(overlap[overlap.metric == "matched_cosine"]),
     }
     figure, axes = plt.subplots(2, 3, figsize=(7, 4.2), layout="constrained", sharex=True)
     for ax, (title, rows) in zip(axes.flat, panels.items(), strict=True):
@@ -112,9 +111,8 @@ def of_label(damage: pd.DataFrame, label: str) -> pd.DataFrame:
     return rows.assign(value=rows.delta_nats)
 
 
-def means(overlap: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Of a metric over the sites of each model."""
-    rows = overlap[overlap.metric == metric]
+def of_model(rows: pd.DataFrame) -> pd.DataFrame:
+    """The mean over the sites of each model."""
     return rows.groupby(["model", "tokens"]).value.mean().reset_index()
 
 

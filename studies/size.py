@@ -4,8 +4,8 @@ Experts with a shared expert, at several widths and equal tokens per parameter.
     python -m studies.size --out runs/size
 
 trains both at every width and seed (`--widths`, `--seeds`), measures them and writes, beside the
-study's own tables, `size.csv`: the families' difference at each width, and its slope over the
-logarithm of size.
+study's own tables, `size.csv`, the families' difference at each width, and `slopes.csv`, its slope
+over the logarithm of size.
 The same command goes on where it was.
 """
 

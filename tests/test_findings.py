@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import typer
 
 from cartmoe.folders import damage
 from studies.findings import PARTS, asked
@@ -39,6 +40,6 @@ def test_every_sentence_names_its_table():
 
 
 def test_a_part_that_is_none():
-    with pytest.raises(SystemExit, match="part is 'x'; choose of trained"):
-        list(asked(["x"]))
-    assert list(asked([])) == list(PARTS)
+    with pytest.raises(typer.BadParameter, match="part is 'x'; choose of trained"):
+        asked(["x"])
+    assert asked([]) == list(PARTS)

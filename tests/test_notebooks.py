@@ -93,7 +93,7 @@ def test_it_is_stored_as_executed(path):
 def study(tmp_path_factory):
     """The directory of a finished study with the conditions of the main one."""
     folder = tmp_path_factory.mktemp("study")
-    families = ["dense", "smoe_share", "top_p", "cartesian"]  # of each kind one
+    families = ["dense", "smoe_share", "top_p", "cartesian"]  # one of each kind
     text = tiny_study(corpus=write_corpus(folder / "corpus"), steps=20, families=families)
     (folder / "tiny.toml").write_text(text)
     with pytest.MonkeyPatch.context() as patch:

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from analysis.adapters import Adapter
 from cartmoe.hooks import RouterSite
-from cartmoe.losses import IGNORE
+from cartmoe.losses import IGNORE, rows_at_once
 
-CHUNK_LOGITS = 2**21  # logits held at once while losses are taken: 8 MiB in fp32
 KEEP_LOGITS = 2**25  # clean log probabilities kept for all conditions, at most: 128 MiB
 
 
 def _chunks(model: Adapter, targets_T: Tensor) -> Iterator[Tensor]:
     """Rows that have a target, so many at a time."""
     rows = (targets_T != IGNORE).nonzero()[:, 0]
-    yield from rows.split(max(1, CHUNK_LOGITS // model.vocab_size))
+    yield from rows.split(rows_at_once(rows.device, model.vocab_size))
 
 
 def _log_p(model: Adapter, hidden_TD: Tensor, targets_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

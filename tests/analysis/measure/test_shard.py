@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cartmoe.losses
 from analysis.adapters import DenseRouting, as_adapter
 from analysis.measure import losses
 from analysis.measure.calibrate import calibrate
@@ -109,7 +110,7 @@ def test_losses_in_small_chunks(model_of, calibration_of, shard, monkeypatch):
     """Logits are made a few rows at a time."""
     model = model_of("smoe_share")
     calibration = calibration_of(model)
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 40)
+    monkeypatch.setattr(cartmoe.losses, "CHUNK_LOGITS", 40)
     for kept in (0, 2**25):  # clean log probabilities made anew for each condition, or kept
         monkeypatch.setattr(losses, "KEEP_LOGITS", kept)
         for cell in measure(model, CONDITIONS[:2], shard, calibration=calibration):
