@@ -74,7 +74,8 @@ def run(
         raise ValueError("--workers and --dask: give one of them")
     read = studies.Study.read(study)
     executor = studies.dask(dask) if dask else None
-    if workers or (not dask and (free := studies.free_workers(read.models)) > 1):
+    each = threads or read.measure.threads or 1
+    if workers or (not dask and (free := studies.free_workers(read.models, each)) > 1):
         executor = studies.processes(workers or free)
     if dry_run:
         typer.echo(studies.dry_run(read, out, threads, executor))

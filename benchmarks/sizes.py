@@ -45,13 +45,10 @@ TRIALS: list[dict[str, Any]] = [
     {"batch_size": 32},
     {"num_experts": 8},
     {"ffn_width": 128},
-    {"ffn_width": 512},
-    {"num_layers": 3},
-    {"num_layers": 4, "moe_interval": 2},
-    {"d_model": 96, "ffn_width": 256},
-    {"d_model": 96, "ffn_width": 384, "num_layers": 2},
-    {"d_model": 128, "ffn_width": 256},
-    {"d_model": 128, "ffn_width": 256, "num_layers": 3},
+    {"ffn_width": 64},
+    {"ffn_width": 128, "d_model": 96},
+    {"ffn_width": 128, "num_layers": 3},
+    {"ffn_width": 128, "num_layers": 4, "moe_interval": 2},
 ]
 PROBE = 12  # steps that tell the speed
 

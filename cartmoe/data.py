@@ -235,6 +235,8 @@ def _sample(documents: pd.DataFrame, limit: int | None, max_tokens: int | None) 
     documents by their hashes."""
     if limit is not None:
         limit = check_whole("limit", limit, 1)
+    if max_tokens is not None:
+        max_tokens = check_whole("max_tokens_per_document", max_tokens, 1)
     documents = documents.iloc[np.argsort([_hash(id) for id in documents.document_id])]
     if "group" in documents:
         nth = documents.groupby(["domain", "group"]).cumcount()
@@ -255,7 +257,7 @@ def _places(
     edges = list(pairwise([*range(0, taken, length), taken]))
     if windows == "first" or taken == size:
         return [(start, stop, str(number)) for number, (start, stop) in enumerate(edges)]
-    # The tokens between them, cut at random: all placements are equally likely.
+    # The tokens between them, cut at random.
     rng = np.random.default_rng(_hash(document_id))
     gaps = np.sort(rng.integers(size - taken + 1, size=len(edges))).tolist()
     moved = [(start + gap, stop + gap) for (start, stop), gap in zip(edges, gaps, strict=True)]
@@ -270,8 +272,6 @@ def _cut(
     windows: Windows,
 ) -> Sequences:
     length = check_whole("length", length, 1)
-    if max_tokens is not None:
-        max_tokens = check_whole("max_tokens_per_document", max_tokens, 1)
     check_choice("windows", windows, get_args(Windows))
     columns: list[list] = [[] for _ in fields(Sequences)]
     for document_id, domain, ids in documents:

@@ -9,6 +9,7 @@ lock           held by the process that trains
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,23 @@ def read_run(out: str | Path) -> dict[str, Any]:
 def start_run(out: Path, asked: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> None:
     """Write run.json: `asked` (groups of settings that decide every weight) and `found`."""
     write_sealed(out / RUN, {"asked": asked, "found": found})
+
+
+def resumed(out: Path, cpu_capability: str) -> dict[str, Any]:
+    """What was found at the run's start. Another kind of CPU, which rounds otherwise, is noted
+    there, and warned of."""
+    there = read_run(out)
+    found = there["found"]
+    known = [found["cpu_capability"], *found.get("resumed_on", [])]
+    if cpu_capability not in known:
+        warnings.warn(
+            f"{out} was begun on a CPU with {known[0]} and goes on on one with {cpu_capability}: "
+            "its weights will not be those of a run on one kind",
+            stacklevel=2,
+        )
+        found["resumed_on"] = [*known[1:], cpu_capability]
+        start_run(out, there["asked"], found)
+    return found
 
 
 def check_same(

@@ -124,7 +124,7 @@ def _start(
     if (out / run.RUN).exists():
         there = run.read_run(out)
         run.check_same(out, there["asked"], asked, MAY_CHANGE)
-        return there["found"]
+        return run.resumed(out, torch.backends.cpu.get_cpu_capability())
     precision = {"precision": config.precision}
     if config.precision == "auto":
         precision = probe_precision(model_config, tokens, group.device)

@@ -30,6 +30,7 @@ from analysis.study.provenance import manifest
 from cartmoe.checkpoint import newest, read_meta
 from cartmoe.folders import remove_folder, write_folder
 from cartmoe.run import read_run
+from cartmoe.shipped import MODELS
 from studies.recipe import learning_rates
 from studies.size import sizes, slopes
 
@@ -81,16 +82,14 @@ def summary(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def training() -> Tables:
-    """At every checkpoint of the runs that the models come from."""
+    """At every checkpoint of the runs of seed 0 that the routed models come from."""
     damages, overlaps, settled = [], [], []
-    runs = [
-        run for run in sorted((RUNS / "models" / "models").iterdir()) if "dense" not in run.name
-    ]
-    for run in tqdm(runs, unit="run"):
+    runs = [RUNS / "models" / "models" / path.name for path in sorted(MODELS.glob("*-s0"))]
+    for run in tqdm([run for run in runs if run.name != "dense-s0"], unit="run"):
         model = an.load(run)
         docs = an.documents("stdlib", model, length=256, limit=96, max_tokens_per_document=256)
-        asked = [an.DropTop(1), an.RandomRouting()]
-        found = an.over_training(run, docs, asked, ["cka", "matched_cosine"], progress=False)
+        both = [an.DropTop(1), an.RandomRouting()]
+        found = an.over_training(run, docs, both, ["cka", "matched_cosine"], progress=False)
         train = read_run(run)["asked"]["train"]
         size = train["batch_size"] * train["length"]
         damages.append(found.damage.assign(tokens=found.damage.step * size))
@@ -124,6 +123,8 @@ def of_larger(runs: Path) -> Tables:
     """Damage of all models that were trained on a GPU; over training, and Cartesian less
     smoe_share of one seed at equal tokens."""
     damages, over, curves = [], [], []
+    if not any(runs.glob("*/training.csv")):
+        raise FileNotFoundError(f"{runs} has no models of studies/larger.py yet")
     for folder in sorted(path.parent for path in runs.glob("*/training.csv")):
         preset = read_plan(folder)["study"]["name"]
         training = pd.read_csv(folder / "training.csv").assign(preset=preset)
@@ -161,8 +162,8 @@ def clean_of(path: Path | str) -> pd.DataFrame:
     """Loss and damage of a model."""
     model = an.load(path)
     docs = an.documents("stdlib", model, length=256, limit=300, max_tokens_per_document=1024)
-    asked = [an.DropTop(1), an.RandomRouting()]
-    found = an.sweep(model, docs, asked, controls=False, progress=False).damage(full=True)
+    both = [an.DropTop(1), an.RandomRouting()]
+    found = an.sweep(model, docs, both, controls=False, progress=False).damage(full=True)
     return found.assign(tokens=read_meta(newest(path))["tokens"])
 
 

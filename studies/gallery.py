@@ -116,9 +116,10 @@ def of_model(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.groupby(["model", "tokens"]).value.mean().reset_index()
 
 
-def over_seeds(nano: pd.DataFrame, size: pd.DataFrame) -> Figure:
+def over_seeds(larger: pd.DataFrame, size: pd.DataFrame) -> Figure:
     """Cartesian less smoe_share of equal seed and equal tokens: over training, and over width."""
     keys = ["label", "tokens", "train_seed"]
+    nano = larger[larger.preset == "nano"]
     wide = nano.pivot(index=keys, columns="model", values="delta_nats").dropna()
     wide = wide.assign(difference=wide.cartesian - wide.smoe_share).reset_index()
     labels = {"DropTop(1)": "C1", "RandomRouting(1)": "C0"}

@@ -1,7 +1,8 @@
 """The study of the trained models (trained.toml) on larger ones, for a GPU.
 
     python -m studies.larger --out runs/nano
-    python -m studies.larger --preset small --names cartesian,smoe_share --seeds 0 --out runs/small
+    python -m studies.larger --preset small --name cartesian --name smoe_share --seed 0 \
+        --out runs/small
 
 trains models of a preset in bf16, in batches large enough for a GPU, and measures them in fp32.
 Each has a study of its own in the directory, NAME-sSEED, where training.csv is the damage at every
@@ -17,6 +18,7 @@ from typing import Annotated
 
 import pandas as pd
 import typer
+from click import Choice
 
 import analysis as an
 from analysis.perturb import Condition
@@ -24,7 +26,7 @@ from analysis.study.provenance import default_device
 from analysis.study.specs import ModelSpec
 from cartmoe import ModelConfig
 from cartmoe.checkpoint import run_checkpoints, step_of
-from cartmoe.config import check_choice
+from cartmoe.files import write_atomically
 from cartmoe.run import read_run
 from cartmoe.train import TrainConfig
 
@@ -66,8 +68,6 @@ def config(preset: str, name: str) -> ModelConfig:
 
 def study(preset: str, name: str, seed: int, steps: int | None = None) -> an.Study:
     """Of one model; `steps` instead of the recipe's, for a trial."""
-    check_choice("preset", preset, RECIPES)
-    check_choice("names", name, MODELS)
     recipe = RECIPES[preset]
     steps = steps or recipe.steps
     train = TrainConfig.preset(
@@ -114,21 +114,22 @@ def over_training(run: Path) -> pd.DataFrame:
 
 def main(
     out: Annotated[Path, typer.Option(help="Directory of models and results.")],
-    preset: Annotated[str, typer.Option(help=", ".join(RECIPES))] = "nano",
-    names: Annotated[str, typer.Option(help="Models, with commas.")] = ",".join(MODELS),
-    seeds: Annotated[str, typer.Option(help="Training seeds, with commas.")] = "0,1,2",
+    preset: Annotated[str, typer.Option(click_type=Choice(RECIPES))] = "nano",
+    name: Annotated[list[str], typer.Option(click_type=Choice(MODELS))] = [*MODELS],  # noqa: B006
+    seed: Annotated[list[int], typer.Option(help="Of training.", min=0)] = [0, 1, 2],  # noqa: B006
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
 ) -> None:
     """Train and measure."""
     # Seed by seed, so that what is interrupted has all models of the first ones.
-    studies = [study(preset, n, int(s), steps) for s in seeds.split(",") for n in names.split(",")]
+    studies = [study(preset, each, number, steps) for number in seed for each in name]
     for one in studies:
         (model,) = one.models
         run = f"{model.name}-s{model.train_seed}"
         results = an.run(one, out / run)
         table = out / run / "training.csv"
         if model.config.family != "dense" and not table.exists():
-            over_training(out / run / "models" / run).to_csv(table, index=False)
+            rows = over_training(out / run / "models" / run)
+            write_atomically(table, rows.to_csv(index=False))
         typer.echo(results.table().to_string())
 
 

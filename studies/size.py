@@ -3,10 +3,9 @@ Experts with a shared expert, at several widths and equal tokens per parameter.
 
     python -m studies.size --out runs/size
 
-trains both at every width and seed (`--widths`, `--seeds`), measures them and writes, beside the
-study's own tables, `size.csv`, the families' difference at each width, and `slopes.csv`, its slope
-over the logarithm of size.
-The same command goes on where it was.
+trains both at every width and seed (`--width 32 --width 64`, `--seeds 2`), measures them and
+writes, beside the study's own tables, `size.csv`, the families' difference at each width, and
+`slopes.csv`, its slope over the logarithm of size. The same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -88,13 +87,21 @@ def slopes(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def multiples(widths: list[int]) -> list[int]:
+    """The widths; `typer.BadParameter` for one that heads of 16 numbers do not divide evenly."""
+    for width in widths:
+        if width < 32 or width % 32:
+            raise typer.BadParameter(f"width is {width}; give multiples of 32")
+    return widths
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Directory of models and tables.")],
-    widths: Annotated[str, typer.Option(help="d_model, multiples of 32.")] = "32,64,96",
+    width: Annotated[list[int], typer.Option(help="d_model", callback=multiples)] = [32, 64, 96],  # noqa: B006
     seeds: Annotated[int, typer.Option(help="Training seeds.", min=1)] = 1,
 ) -> None:
     """Train, measure, write the tables."""
-    found = an.run(study([int(w) for w in widths.split(",")], seeds), out)
+    found = an.run(study(width, seeds), out)
     rows = sizes(found)
     rows.to_csv(out / "size.csv", index=False)
     slopes(rows).to_csv(out / "slopes.csv", index=False)

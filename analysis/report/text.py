@@ -12,8 +12,8 @@ from analysis.measure import Results
 
 LEAST = 1e-6  # routed weight or output that moved less did not: weights are rounded
 NOT_OF_SEEDS = (
-    "Intervals are of documents drawn again within their domains: another training run is not in "
-    "them, nor in anything that is said of one checkpoint"
+    "Intervals are of documents drawn again, each within the domain of most of its tokens: another "
+    "training run is not in them, nor in anything that is said of one checkpoint"
 )
 SETS = ("full", "selection", "no_refill", "part set")  # effects that let another set through
 # Tables of damage taken apart, each a method of `Results`, and their titles.

@@ -29,7 +29,7 @@ def damage(
     num_documents, num_tokens     of the clean run
     clean_nats, nats              per token
     delta_nats, low, high         sum(nll - clean nll) / sum(tokens), paired BCa over documents,
-        which are resampled within their domains
+        which are resampled within the domains that most of their tokens are of
     delta_bits_per_byte, bpb_low, bpb_high    the same per byte: tokenizers differ
     clean_perplexity, perplexity, perplexity_ratio, ratio_low, ratio_high    exp of the above
     kl, agreement                 KL(clean || perturbed) in nats, share of equal top-1 tokens

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from analysis.study.provenance import default_device
 from analysis.study.specs import ModelSpec
 from cartmoe.checkpoint import read_config
 from cartmoe.skeleton import skeleton
@@ -16,10 +18,13 @@ PARAMETER = 20  # bytes: its weight, its gradient, two moments, and a copy that 
 CGROUP = Path("/sys/fs/cgroup")  # of a container
 
 
-def free_workers(models: Iterable[ModelSpec]) -> int:
-    """As many as there are cores, and memory for the largest of the models in each."""
+def free_workers(models: Iterable[ModelSpec], threads: int = 1) -> int:
+    """As many as there are cores for, of so many threads each, and memory for the largest of the
+    models in each; one on a GPU."""
+    if default_device() != "cpu":
+        return 1
     fitting = free_memory() // (PROCESS + PARAMETER * max(map(_parameters, models)))
-    return max(1, min(cores(), fitting))
+    return max(1, min(cores() // threads, fitting))
 
 
 def _parameters(spec: ModelSpec) -> int:
@@ -42,15 +47,19 @@ def cores() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that may be used without swapping; half of all where the system does not say."""
+    """Bytes that may be used without swapping; half of all where the system does not say, and no
+    bound where it does not even know how much there is."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         kibibytes = dict(line.split(":", 1) for line in lines)["MemAvailable"].split()[0]
         free = 1024 * int(kibibytes)
     except (OSError, KeyError):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        sysconf = getattr(os, "sysconf", lambda name: sys.maxsize)  # Windows has none
+        free = sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES") // 2
     try:
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        return min(free, limit - used)
-    except (OSError, ValueError):
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        # Files that were read are counted as used, and go when their room is needed.
+        return min(free, limit - used + int(stat["inactive_file"]))
+    except (OSError, ValueError, KeyError):
         return free

@@ -38,7 +38,7 @@ def find(study: Study, spec: ModelSpec, corpus: Corpus, out: Path) -> Checkpoint
     tokens, and where a run of another configuration stands in the way of training.
     """
     if spec.path:
-        given = _last(Path(spec.path))
+        given = last_checkpoint(Path(spec.path))
         _check_tokens(study, spec, given, corpus)
         return Checkpoint.of(spec, given)
     path = _trained(spec, run_folder(out, spec), corpus)
@@ -72,7 +72,7 @@ def place_of(spec: ModelSpec) -> str:
     return f"models, path {spec.path}" if spec.path else f"model {spec.name!r}"
 
 
-def _last(directory: Path) -> Path:
+def last_checkpoint(directory: Path) -> Path:
     """The checkpoint itself, or the newest one of a run, damaged or not."""
     return [directory, *checkpoints.run_checkpoints(directory)][-1]
 
@@ -84,7 +84,7 @@ def _trained(spec: ModelSpec, folder: Path, corpus: Corpus) -> Path | None:
         "train": asdict(spec.train),
         "data": {"corpus_sha256": corpus.sha256},
     }
-    path = _last(folder)
+    path = last_checkpoint(folder)
     try:
         there = read_run(folder)["asked"]
     except (ValueError, KeyError, OSError):  # `train` begins, or says what is wrong

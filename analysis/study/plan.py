@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from analysis.adapters import Adapter, skeleton
 from analysis.measure import worth_reusing
 from analysis.perturb import CLEAN, Condition, Where
-from analysis.study.models import Checkpoint, find, place_of
+from analysis.study.models import Checkpoint, find, last_checkpoint, place_of
 from analysis.study.parse import note_sources
 from analysis.study.provenance import default_device, platform_identity
 from analysis.study.reading import Mistakes
@@ -21,9 +22,10 @@ from analysis.study.specs import ModelSpec
 from analysis.study.store import cell_key
 from analysis.study.study import Study
 from analysis.study.worker import PlannedCell, Source, Task
-from cartmoe.checkpoint import read_config
+from cartmoe.checkpoint import read_config, read_meta
 from cartmoe.corpora import is_built_in
 from cartmoe.data import Corpus, Sequences, prepare, sequences
+from cartmoe.tokenized import SPLITS
 
 TASKS_A_WORKER = 3  # at least so many, so that none waits long for the last one
 MOST_CELLS = 32  # of a task: what is lost when it is stopped; its clean pass is then 3 % of it
@@ -186,7 +188,7 @@ class Plan:
 def documents_of(study: Study) -> tuple[Corpus, Sequences]:
     """(the study's corpus, what of it is measured on). Warns if that is less than was asked for."""
     data = study.data
-    corpus = prepare(data.corpus, data.tokenizer)
+    corpus = _withholding(prepare(data.corpus, data.tokenizer), study.models)
     have = len(corpus.split(data.split))
     if data.documents is not None and data.documents > have:
         warnings.warn(
@@ -196,6 +198,19 @@ def documents_of(study: Study) -> tuple[Corpus, Sequences]:
         )
     docs = sequences(corpus, split=data.split, limit=data.documents, **_limits(study))
     return corpus, docs.by_group(corpus) if is_built_in(data.corpus) else docs
+
+
+def _withholding(corpus: Corpus, models: Sequence[ModelSpec]) -> Corpus:
+    """The corpus, what any given model was trained on being for training: under another Python
+    the standard library splits at another place."""
+    seen: set[str] = set()
+    for spec in models:
+        if spec.path:
+            with suppress(OSError, ValueError):  # which `find` tells
+                seen.update(read_meta(last_checkpoint(Path(spec.path))).get("groups", ()))
+    table = corpus.documents
+    held_in = table.group.isin(seen)
+    return replace(corpus, documents=table.assign(split=table.split.mask(held_in, SPLITS[0])))
 
 
 def _limits(study: Study) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from analysis.measure import Results, facts_of, key_columns
 from analysis.study.folder import PLAN, STORE, read
-from analysis.study.machine import cores
+from analysis.study.machine import free_workers
 from analysis.study.models import Checkpoint, check_bytes, trained
 from analysis.study.plan import Plan, Work
 from analysis.study.pool import Failure, InProcess, Pool
@@ -62,7 +62,7 @@ def run(
     plan = Plan.of(study, threads_of(study, executor, threads))
     with locked(out), Store(out / STORE) as store:
         finished = _undamaged(store)
-        work = _ready(plan, out, finished, trainers_of(executor), progress)
+        work = _ready(plan, out, finished, trainers_of(study, executor, plan.threads), progress)
         write_sealed(out / PLAN, _described(study, work))
         _measure_missing(plan, work, finished, store, executor, progress)
         try:
@@ -100,12 +100,12 @@ def threads_of(
     return threads or study.measure.threads or getattr(executor, "threads", None) or 1
 
 
-def trainers_of(executor: Callable[[], Executor] | None) -> int:
+def trainers_of(study: Study, executor: Callable[[], Executor] | None, threads: int) -> int:
     """How many models are trained at a time: on a GPU one, as many as processes of this machine
-    measure, or where others measure, as many as it has cores."""
+    measure, or where others measure, as many as it has cores and memory for."""
     if executor is None or default_device() != "cpu":
         return 1
-    return getattr(executor, "workers", None) or cores()
+    return getattr(executor, "workers", None) or free_workers(study.models, threads)
 
 
 def _ready(plan: Plan, out: Path, finished: set[str], workers: int, progress: bool) -> list[Work]:

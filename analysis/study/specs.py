@@ -43,8 +43,8 @@ class Measure:
 
     calibration   documents of the training split that RandomRouting and others draw from
     tokens        keep every token's loss, for quantiles and groups of tokens
-    threads       of each process on the CPU, which changes last bits; None: what the machine or
-                  the executor has
+    threads       of each process on the CPU, which changes last bits; None: what the executor
+                  has, or 1
     """
 
     batch_size: Positive = 16

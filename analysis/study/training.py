@@ -6,7 +6,7 @@ import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -38,7 +38,8 @@ def train_models(
     if min(workers, len(specs)) > 1:
         _Crew(out, threads, progress).train(specs, workers)
         return
-    for spec in specs:
+    whole = dict(desc=f"training {len(specs)} models", unit="model", position=1)
+    for spec in tqdm(specs, **whole, disable=not progress or len(specs) < 2):
         if progress:
             tqdm.write(f"{_name(spec)}: {run_folder(out, spec)}")
         train(spec.config, spec.train, run_folder(out, spec), threads=threads, progress=progress)
@@ -148,6 +149,7 @@ def _block_interrupts() -> None:
     """In this thread and in the processes that it starts: a Ctrl-C, which all of a terminal get, is
     the main thread's matter."""
     if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # the first start of a process would, and unblock it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 

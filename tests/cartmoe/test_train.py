@@ -31,6 +31,7 @@ from cartmoe.optim import clip_gradients, gradient_norm, learning_rate_factor, m
 from cartmoe.precision import probe_precision
 from cartmoe.recipe import RECIPES
 from cartmoe.routing import balance_loss, expert_counts, z_loss
+from cartmoe.run import read_run
 from cartmoe.train import TrainConfig, train
 
 ALONE = Ranks(0, 1, "cpu")
@@ -286,6 +287,16 @@ def test_the_precision_that_was_found_stays(tiny_run, tmp_path, monkeypatch):
     for _ in range(2):
         train(model_config, config, tmp_path / "run", progress=False)
         assert read_meta(tmp_path / "run")["precision"] == "bf16"
+
+
+def test_another_kind_of_cpu_is_noted(tiny_run, tmp_path, monkeypatch):
+    train(*tiny_run(steps=2), tmp_path / "run", progress=False)
+    assert "resumed_on" not in read_run(tmp_path / "run")["found"]
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "ABACUS")
+    with pytest.warns(UserWarning, match="goes on on one with ABACUS"):
+        train(*tiny_run(steps=2), tmp_path / "run", progress=False)
+    train(*tiny_run(steps=2), tmp_path / "run", progress=False)  # said once
+    assert read_run(tmp_path / "run")["found"]["resumed_on"] == ["ABACUS"]
 
 
 # What is refused -----------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from analysis.perturb.condition import Condition
 from analysis.perturb.decisions import NoRouted
 from analysis.perturb.logits import GaussianNoise, RandomRouting
 from analysis.perturb.masks import DropChosen, DropTop, KeepRanks
-from analysis.study.plan import conditions_for
+from analysis.study.plan import conditions_for, documents_of
 from analysis.study.specs import Contrasts, Data, Measure
 from analysis.study.study import Study, study_dict
+from cartmoe.checkpoint import load, save
 from cartmoe.config import FAMILIES
 
 QUICK = Path(__file__).parents[3] / "studies"
@@ -446,3 +447,22 @@ def test_a_preset_has_its_recipe():
     own = {"preset": "micro", "families": ["dense"], "learning_rate": 1e-3}
     (model,) = Study.from_dict({"train": own}).models
     assert (model.train.batch_size, model.train.learning_rate) == (16, 1e-3)
+
+
+def test_what_a_model_was_trained_on_is_not_measured(study_dict_of, checkpoint_of, tmp_path):
+    """Also where the corpus is split at another place than when it was trained."""
+    given = checkpoint_of("smoe")
+
+    def groups(path):
+        models = [{"path": str(path)}]
+        study = Study.from_dict(study_dict_of(models=models, train=None))
+        corpus, docs = documents_of(study)
+        return {*corpus.split("validation").group}, docs.sha256
+
+    held_out, digest = groups(given)
+    moved = min(held_out)
+    trained_on_more = tmp_path / "model"
+    save(load(given), trained_on_more, {"tokenizer": "bytes", "groups": [moved]})
+    others, other_digest = groups(trained_on_more)
+    assert others == held_out - {moved}
+    assert other_digest != digest

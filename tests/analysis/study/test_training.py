@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from analysis.study import machine
 from analysis.study.executors import processes
 from analysis.study.machine import cores, free_memory, free_workers
 from analysis.study.models import run_folder
@@ -104,7 +105,9 @@ def test_a_process_that_is_killed(study_of, tmp_path):
 def test_it_goes_on_exactly_after_any_end(write_study, tmp_path, end):
     """With all its processes gone; the same again has the weights of one that nobody stopped."""
     families = ["smoe_share", "cartesian"]
-    path = write_study(tmp_path / "s.toml", train=TRAIN | {"steps": 150, "families": families})
+    # Seldom enough for what it writes on a Ctrl-C to be told from what it had anyway.
+    train = TRAIN | {"steps": 150, "families": families, "checkpoint_every": 40}
+    path = write_study(tmp_path / "s.toml", train=train)
     study, out = Study.read(path), tmp_path / "out"
     command = [sys.executable, "-m", "analysis", "run", path, "--out", out, "--workers", "2"]
     process = subprocess.Popen(
@@ -124,6 +127,8 @@ def test_it_goes_on_exactly_after_any_end(write_study, tmp_path, end):
     assert process.returncode == (130 if end == signal.SIGINT else -signal.SIGKILL)
     reached = [step_of(newest(run_folder(out, spec))) for spec in study.models]
     assert all(0 < step < 150 for step in reached)
+    if end == signal.SIGINT:
+        assert all(step % 40 for step in reached)
     train_models(study.models, out, 2, 1, progress=False)
     train_models(study.models, tmp_path / "alone", 1, 1, progress=False)
     assert weights(study, out) == weights(study, tmp_path / "alone")
@@ -138,3 +143,23 @@ def test_free_workers():
     assert free_workers([tiny, huge]) == 1
     assert free_workers([ModelSpec("gone", path="/nowhere")]) >= 1
     assert free_memory() > 2**28
+
+
+def test_workers_share_the_cores(monkeypatch):
+    tiny = [ModelSpec("tiny", config=ModelConfig.preset("micro"))]
+    monkeypatch.setattr(machine, "cores", lambda: 8)
+    monkeypatch.setattr(machine, "free_memory", lambda: 2**40)
+    assert [free_workers(tiny, threads) for threads in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    monkeypatch.setattr(machine, "default_device", lambda: "cuda")
+    assert free_workers(tiny) == 1
+
+
+def test_files_that_were_read_are_free_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    for name, text in {
+        "max": "2000",
+        "current": "1500",
+        "stat": "anon 500\ninactive_file 900",
+    }.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_memory() == 1400
