@@ -153,7 +153,7 @@ def _training(spec: ModelSpec, folder: Path) -> tuple[int, float]:
 
 def _describe(plan: Plan, rows: pd.DataFrame, executor: Callable[[], Executor] | None) -> str:
     shards = len(plan.shards)
-    trainers = max(1, min(trainers_of(study, executor, plan.threads), (rows.steps > 0).sum()))
+    trainers = max(1, min(trainers_of(plan.study, executor, plan.threads), (rows.steps > 0).sum()))
     workers = getattr(executor, "workers", None) or 1
     table = rows.assign(
         cells=[f"{shards} shards x {cells // shards} = {cells}" for cells in rows.cells],
