@@ -52,6 +52,13 @@ def test_what_it_says_of_itself(name):
     assert (MODELS / name / "curve.csv").stat().st_size < 20_000
 
 
+@pytest.mark.parametrize("name", shipped_names())
+def test_what_is_said_of_it_is_json(name):
+    """NaN is none: other readers than Python's refuse it."""
+    text = (MODELS / name / "meta.json").read_text()
+    assert json.loads(text, parse_constant=lambda word: pytest.fail(word))["model"]
+
+
 def test_all_were_trained_alike():
     """For equally many tokens of one corpus, on machines of one capability."""
     metas = [read_meta(name) for name in shipped_names()]
