@@ -1,5 +1,6 @@
 """The trained models that come with the project."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
