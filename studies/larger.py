@@ -12,13 +12,13 @@ seeds can run side by side, which one GPU gains from.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from click import Choice
 
 import analysis as an
 from analysis.perturb import Condition
@@ -112,10 +112,22 @@ def over_training(run: Path) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
+def one_of(choices: Collection[str]) -> Callable[[Any], Any]:
+    """A check of an option, or of each of several."""
+
+    def check(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
+        for given in value if isinstance(value, list) else [value]:
+            if given not in choices:
+                raise typer.BadParameter(f"{given!r} is not one of {', '.join(choices)}")
+        return value
+
+    return check
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Directory of models and results.")],
-    preset: Annotated[str, typer.Option(click_type=Choice(RECIPES))] = "nano",
-    name: Annotated[list[str], typer.Option(click_type=Choice(MODELS))] = [*MODELS],  # noqa: B006
+    preset: Annotated[str, typer.Option(callback=one_of(RECIPES))] = "nano",
+    name: Annotated[list[str], typer.Option(callback=one_of(MODELS))] = [*MODELS],  # noqa: B006
     seed: Annotated[list[int], typer.Option(help="Of training.", min=0)] = [0, 1, 2],  # noqa: B006
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
 ) -> None:

@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from cartmoe import LanguageModel
 from cartmoe.train import TrainConfig, train
@@ -74,8 +76,20 @@ def test_damage_of_a_larger_model_over_training(tmp_path, tiny_config):
     assert found.groupby("step").tokens.first().to_dict() == {2: 64, 4: 128}
 
 
-def test_names_that_there_are_none_of():
-    with pytest.raises(ValueError, match="names is 'x'; choose one of 'dense'"):
-        larger.study("nano", "x", seed=0)
-    with pytest.raises(ValueError, match="preset is 'base'; choose one of 'nano', 'small'"):
-        larger.study("base", "dense", seed=0)
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        (larger, ["--name", "x"], "'x' is not one of dense, smoe"),
+        (larger, ["--preset", "base"], "'base' is not one of nano, small"),
+        (larger, ["--seed", "-1"], "-1 is not in the range"),
+        (size, ["--width", "48"], "width is 48; give multiples of 32"),
+    ],
+)
+def test_what_there_is_none_of(script, words, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    app = typer.Typer()
+    app.command()(script.main)
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out").exists()

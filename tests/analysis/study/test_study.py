@@ -455,7 +455,8 @@ def test_what_a_model_was_trained_on_is_not_measured(study_dict_of, checkpoint_o
 
     def groups(path):
         models = [{"path": str(path)}]
-        study = Study.from_dict(study_dict_of(models=models, train=None))
+        data = {"documents": 2}
+        study = Study.from_dict(study_dict_of(models=models, train=None, data=data))
         corpus, docs = documents_of(study)
         return {*corpus.split("validation").group}, docs.sha256
 
