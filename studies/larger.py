@@ -112,7 +112,7 @@ def over_training(run: Path) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def one_of(choices: Collection[str]) -> Callable[[Any], Any]:
+def one_of(choices: Collection[str]) -> Callable[..., Any]:
     """A check of an option, or of each of several."""
 
     def check(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
