@@ -106,6 +106,27 @@ def test_contrast_over_documents(tails, number, least):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "least"), [((21, 6, 3), 0.84), ((14, 10, 6), 0.85)])
+def test_ratio_within_domains(sizes, least):
+    """Domains that differ in damage, each with as many documents in every sample."""
+    domain_D = np.repeat(np.arange(3), sizes)
+    cost_S, number, kind = np.array([0.5, 0.75, 0.3]), sum(sizes), TAILS["measured"]
+    truth = cost_S @ sizes / number
+    rng = np.random.default_rng(number)
+
+    def trial(seed):
+        tokens, shared = kind.draw(rng, number)
+        delta = cost_S[domain_D] * tokens * shared * own(rng, number)
+        bootstrap = Bootstrap(resamples=RESAMPLES, seed=seed).within(domain_D)
+        found = bootstrap.intervals(delta[None], tokens[None])
+        return truth, found.low_M[0], found.high_M[0]
+
+    coverage = covered(map(trial, range(TRIALS)))
+    report(f"BCa, ratio, measured tails, domains of {sizes}", coverage)
+    assert least <= coverage <= 0.98
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [30, 100, 300])
 @pytest.mark.parametrize("runs", [3, 5])
 @pytest.mark.parametrize("spread", [0.05, 0.2])
