@@ -142,7 +142,9 @@ def newest(directory: str | Path) -> Path:
     directory = located(directory)
     if not directory.is_dir():
         names = f"; {', '.join(shipped_names())} come with the project" * bool(shipped_names())
-        raise FileNotFoundError(f"{directory} is no directory: there is no checkpoint{names}")
+        raise FileNotFoundError(
+            f"{directory} is no directory: there is no checkpoint, and none is fetched{names}"
+        )
     if not (directory / CHECKPOINTS).is_dir():
         _raise_damage(directory, damage(directory))
         return directory

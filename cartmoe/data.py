@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -131,13 +131,12 @@ class Sequences:
     def _each(self, change: Callable[[Any], Any]) -> Sequences:
         return Sequences(*(change(getattr(self, field.name)) for field in fields(self)))
 
-    def by_group(self, corpus: Corpus) -> Sequences:
-        """The same with a document's group of the corpus in the place of its id.
+    def by_group(self, group_of: Mapping[str, str]) -> Sequences:
+        """The same with a document's group in the place of its id.
 
         Statistics take what shares a document_id for one unit; in the standard library that is the
         package, since its files are not independent. Sequence ids stay.
         """
-        group_of = dict(zip(corpus.documents.document_id, corpus.documents.group, strict=True))
         return replace(self, document_id=[group_of[id] for id in self.document_id])
 
     @property

@@ -5,7 +5,8 @@ Shapes: T tokens, D model, E experts, K slots a token (top-k: the K chosen; top-
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -207,10 +208,10 @@ class Router(nn.Module):
         return f"num_experts={self.num_experts}, {chosen}, renormalize={self.renormalize}"
 
 
-def raise_nonfinite(routers: list[tuple[str, Router]]) -> None:
+def raise_nonfinite(routers: Iterable[tuple[str, Any]]) -> None:
     """Raise `FloatingPointError` if a gate's own output was NaN or infinite in the last forward.
 
-    routers   (where it stands, the router). One synchronisation for all of them.
+    routers   (where it stands, what has its `num_nonfinite`). One synchronisation for all of them.
     """
     seen = [(where, r.num_nonfinite) for where, r in routers if r.num_nonfinite is not None]
     if not seen:

@@ -48,6 +48,11 @@ class Corpus:
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
+    @property
+    def group_of(self) -> dict[str, str]:
+        """The group of each document, by its id."""
+        return dict(zip(self.documents.document_id, self.documents.group, strict=True))
+
     def split(self, name: str) -> pd.DataFrame:
         """Its documents. Raises `ValueError` for an unknown split or one without documents."""
         check_choice("split", name, SPLITS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,11 +65,13 @@ class ByteTokenizer:
 class JsonTokenizer:
     """A tokenizer of the tokenizers library, from the text of its JSON file (kept as `json`).
 
+    starts   tokens that may start a document, the best first, before those of `BOS_TOKENS`
+
     Special tokens are never read from a text: a document about <s> does not start another one.
-    Raises `ValueError` for text that defines no tokenizer, or one without any of `BOS_TOKENS`.
+    Raises `ValueError` for text that defines no tokenizer, or one without any of these tokens.
     """
 
-    def __init__(self, definition: str, name: str):
+    def __init__(self, definition: str, name: str, starts: Sequence[str] = ()):
         self.json, self.name = definition, name
         library = _library()
         with named(f"tokenizer {name!r} is not one of the tokenizers library"):
@@ -77,16 +79,17 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.identity = hashlib.sha256(definition.encode()).hexdigest()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        bos = next((token for token in BOS_TOKENS if token in vocabulary), None)
+        bos = next((token for token in (*starts, *BOS_TOKENS) if token in vocabulary), None)
         if bos is None:
             raise ValueError(
                 f"tokenizer {name!r} has no token that could start a document; it needs one of "
                 f"{', '.join(BOS_TOKENS)}"
             )
         self.bos_id = vocabulary[bos]
+        named_start = f"\n{bos}" if bos in starts else ""
+        self.identity = hashlib.sha256((definition + named_start).encode()).hexdigest()
         self._bytes_V = self._token_bytes(vocabulary)
         self._prefixed_V = self._prefixed_tokens(vocabulary)
         self._fallback_V = self._byte_tokens(vocabulary)

@@ -3,6 +3,10 @@
 base.py      the protocol: a model, and the router of a site
 running.py   running one by its segments; decisions as vectors
 cartmoe.py   the compact models; stand_in.py: functions in their experts' place
+transformers.py  pretrained models; pretrained.py: their directories, and tokenizers
+seams.py     where routers meet experts in anybody's code; attach.py: asked once, and checked
+seat.py      what sits there meanwhile; router.py, tap.py: a router asked through its own forward
+stream.py    layers run one by one; layouts.py: weights of experts however they are kept
 owned.py     one measures it at a time, undisturbed
 load.py      from a path or an object to a model under study, and documents that fit it
 """
@@ -28,7 +32,6 @@ from analysis.adapters.running import (
     branches,
     clean_routing,
     num_batches,
-    route,
     run,
     steps,
 )

@@ -62,6 +62,10 @@ class Router(Protocol):
         """(T, E) >= 0; a logit of -inf gives 0: point "scores" works on them."""
         ...
 
+    def route(self, logits_TE: Tensor) -> Routing:
+        """The decision that these logits lead to, whatever entered the router."""
+        ...
+
     def decide(self, logits_TE: Tensor, scores_TE: Tensor, k: int | None = None) -> Routing:
         """The decision that these scores lead to, never an expert of score 0 with weight; the
         logits are only kept beside it. k: experts to use in place of the router's own rule."""

@@ -13,6 +13,8 @@ import pandas as pd
 
 from analysis.adapters.base import Adapter, as_adapter
 from analysis.adapters.cartmoe import CartMoEAdapter
+from analysis.adapters.pretrained import as_tokenizer, is_pretrained
+from analysis.adapters.transformers import TransformersAdapter, load_pretrained
 from cartmoe.checkpoint import CHECKPOINTS, checkpoint_sha256, newest, read_meta, read_tokenizer
 from cartmoe.checkpoint import load as load_checkpoint
 from cartmoe.config import ModelConfig, check_choice
@@ -33,19 +35,25 @@ def load(
     train_seed: int | None = None,
     tokenizer: Tokenizer | None = None,
     device: str = "cpu",
-) -> CartMoEAdapter:
-    """The model of a checkpoint, or of the newest good checkpoint of a run.
+) -> CartMoEAdapter | TransformersAdapter:
+    """The model of a checkpoint, or of the newest good checkpoint of a run, or of a directory of
+    the transformers library (config.json, weights, tokenizer.json).
 
-    path   also a name of `analysis.models`, where no such path exists
+    path   also a name of `analysis.models`, where no such path exists; nothing is fetched
 
-    Weights that are stored in half precision are computed with in fp32.
+    Compact models that are stored in half precision are computed with in fp32, pretrained ones as
+    they are stored.
     Without a name it has that of the run's folder where a study trained it (NAME-sSEED), and that
     of its family elsewhere; without seed and tokenizer those that the checkpoint knows.
 
     Raises `FileNotFoundError` where there is none, `cartmoe.checkpoint.CheckpointError` naming the
-    file of a damaged one.
+    file of a damaged one, `ValueError` for a pretrained model that cannot be measured exactly,
+    saying why.
     """
-    path_of("path", path)
+    if is_pretrained(given := path_of("path", path)):
+        found = load_pretrained(given, as_tokenizer(tokenizer), name=name, device=device)
+        found.train_seed = train_seed or 0
+        return found
     folder = newest(path).resolve()
     meta = read_meta(folder)
     trained = meta.get("train_seed", 0)
@@ -74,13 +82,23 @@ def skeleton(
     return CartMoEAdapter(model_skeleton(config), name=name, train_seed=train_seed)
 
 
-def adapt(model: LanguageModel, tokenizer: Tokenizer | None = None, *, name: str | None = None):
-    """A model in memory as a model under study; `ValueError` for a class that is not supported."""
-    if not isinstance(model, LanguageModel):
+def adapt(
+    model: Any, tokenizer: Any = None, *, name: str | None = None
+) -> CartMoEAdapter | TransformersAdapter:
+    """A model in memory as a model under study: a `cartmoe.LanguageModel`, or a causal language
+    model of the transformers library, with its tokenizer.
+
+    Raises `ValueError` for other classes, and for a model that cannot be measured exactly, saying
+    why.
+    """
+    if isinstance(model, LanguageModel):
+        return CartMoEAdapter(model, tokenizer, name=name)
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
         raise ValueError(
-            f"model is a {type(model).__name__}; analysis.adapt takes a cartmoe.LanguageModel"
+            f"model is a {type(model).__name__}; analysis.adapt takes a cartmoe.LanguageModel, or "
+            "a causal language model of the transformers library"
         )
-    return CartMoEAdapter(model, tokenizer, name=name)
+    return TransformersAdapter(model, as_tokenizer(tokenizer), name=name)
 
 
 def documents(
@@ -109,11 +127,14 @@ def documents(
     """
     under_study = None if model is None else as_adapter(model)
     tokenizer: Any = (under_study and under_study.tokenizer) or ByteTokenizer()
+    if isinstance(under_study, TransformersAdapter) and under_study.tokenizer is None:
+        raise ValueError(f"{under_study.name} has no tokenizer: analysis.adapt(model, tokenizer)")
     if split is not None:
         check_choice("split", split, (*SPLITS, "all"))
     limits: dict[str, Any] = dict(length=length, limit=limit, windows=windows)
     limits["max_tokens_per_document"] = max_tokens_per_document
-    if is_built_in(corpus) and split != "all":
+    ours = tokenizer.name == "bytes" or tokenizer.name.startswith("bpe:")
+    if is_built_in(corpus) and split != "all" and ours:
         prepared = prepare(corpus, tokenizer.name)
         if prepared.tokenizer.identity != tokenizer.identity:
             raise ValueError(
@@ -125,17 +146,18 @@ def documents(
         if seen:
             table = table.assign(split=np.where(table.group.isin(seen), *SPLITS))
         chosen = replace(prepared, documents=table)
-        return sequences(chosen, split=split, **limits).by_group(prepared)
+        return sequences(chosen, split=split, **limits).by_group(prepared.group_of)
     source = open_source(corpus)
     found = list(source.documents)
     groups = [document.group for document in found]
     if split is None:
         saw = _groups_seen(under_study, groups) or _same_corpus(under_study, corpus)
-        split = "validation" if saw else "all"
+        split = "validation" if saw or is_built_in(corpus) else "all"
     seen = _check_seen(under_study, corpus, groups, split)
     if split != "all":
         found = documents_of(source._replace(documents=iter(found)), split, seen)
-    return sequences_from(found, tokenizer, **limits)
+    docs = sequences_from(found, tokenizer, **limits)
+    return docs.by_group({d.id: d.group for d in found}) if is_built_in(corpus) else docs
 
 
 def _check_seen(

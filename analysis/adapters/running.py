@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from analysis.adapters.base import Adapter, Experts, Router, Segment, State
+from analysis.adapters.base import Adapter, Experts, Segment, State
 from cartmoe.config import check_whole
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
@@ -49,11 +49,6 @@ def clean_routing(model: Adapter, tokens_BL: Tensor) -> dict[RouterSite, Routing
     """What every router decides on these tokens when nobody disturbs it, in order of depth."""
     with torch.no_grad():
         return dict(zip(model.sites(), run(model.segments(), tokens_BL).decisions, strict=True))
-
-
-def route(router: Router, logits_TE: Tensor) -> Routing:
-    """The decision that these logits lead to."""
-    return router.decide(logits_TE, router.score(logits_TE))
 
 
 class DenseRouting:

@@ -18,7 +18,6 @@ from analysis.adapters import (
     check_documents,
     num_batches,
     owning,
-    route,
     routed_adapter,
     run,
 )
@@ -62,7 +61,7 @@ class Alternative(Perturbation):
 
     def decide(self, routing: Routing, router: Router, ctx: RouterContext) -> Routing:
         """Only the draw is noisy, not the weights."""
-        ids_TK = route(router, GumbelNoise(self.tau)(routing.logits_TE, ctx)).ids_TK
+        ids_TK = router.route(GumbelNoise(self.tau)(routing.logits_TE, ctx)).ids_TK
         count_T1 = (routing.weights_TK != 0).sum(-1, keepdim=True)
         used_TK = torch.arange(ids_TK.shape[-1], device=ids_TK.device) < count_T1
         weights_TK = router.weigh(routing.scores_TE, ids_TK, used_TK)

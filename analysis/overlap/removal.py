@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from analysis.adapters import Adapter, DenseRouting, Router, batches, num_batches, owning, route
+from analysis.adapters import Adapter, DenseRouting, Router, batches, num_batches, owning
 from analysis.measure import measure
 from analysis.overlap.metrics import Sums, UnitSums, usage
 from analysis.overlap.probes import by_document, decisions, of_tokens
@@ -161,7 +161,7 @@ def gains(routing: Routing, router: Router) -> Tensor:
         uses_T = weights_TE[:, dropped] != 0
         logits_TE = routing.logits_TE[uses_T].clone()
         logits_TE[:, dropped] = -torch.inf
-        after_TE = DenseRouting(route(router, logits_TE)).weights_TE
+        after_TE = DenseRouting(router.route(logits_TE)).weights_TE
         gained_EE[dropped] = (after_TE - weights_TE[uses_T]).clamp(min=0).double().sum(0).cpu()
     return gained_EE
 

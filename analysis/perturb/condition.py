@@ -10,7 +10,7 @@ import torch
 from pydantic import SkipValidation
 from torch import Tensor
 
-from analysis.adapters import Router, route
+from analysis.adapters import Router
 from analysis.perturb.base import POINTS, Identity, Perturbation, canonical, parts_of
 from analysis.perturb.catalogue import PERTURBATIONS, perturbation_from_dict
 from analysis.perturb.compound import Compose
@@ -149,7 +149,7 @@ class Condition:
             return p.decide(base, router, ctx)
         if self.point == "logits":
             logits_TE = _checked(p, base.logits_TE, ctx)
-            return base if logits_TE is base.logits_TE else route(router, logits_TE)
+            return base if logits_TE is base.logits_TE else router.route(logits_TE)
         if ctx.stats:
             ctx = replace(ctx, stats=after_score(ctx.stats, router))
         scores_TE = perturb_scores(p, base.scores_TE, ctx)

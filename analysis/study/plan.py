@@ -197,7 +197,7 @@ def documents_of(study: Study) -> tuple[Corpus, Sequences]:
             stacklevel=2,
         )
     docs = sequences(corpus, split=data.split, limit=data.documents, **_limits(study))
-    return corpus, docs.by_group(corpus) if is_built_in(data.corpus) else docs
+    return corpus, docs.by_group(corpus.group_of) if is_built_in(data.corpus) else docs
 
 
 def _withholding(corpus: Corpus, models: Sequence[ModelSpec]) -> Corpus:

@@ -251,7 +251,7 @@ class TestStdlib:
 
     def test_packages_are_the_units_and_take_turns(self, stdlib):
         files = sequences(stdlib, 256, limit=40, max_tokens_per_document=256)
-        units = files.by_group(stdlib)
+        units = files.by_group(stdlib.group_of)
         assert torch.equal(units.sequence_id_S, files.sequence_id_S)
         groups = stdlib.split("validation").groupby("domain").group.nunique()
         for domain, packages in groups.items():

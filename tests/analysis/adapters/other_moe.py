@@ -93,6 +93,9 @@ class OtherRouter:
     def score(self, logits_TE):
         return logits_TE.sigmoid()
 
+    def route(self, logits_TE):
+        return self.decide(logits_TE, self.score(logits_TE))
+
     def decide(self, logits_TE, scores_TE, k=None):
         ids_TK, valid_TK = self.block.pick(scores_TE, k)
         return Routing(logits_TE, scores_TE, ids_TK, self.weigh(scores_TE, ids_TK, valid_TK))

@@ -1,0 +1,149 @@
+"""What a model of anybody's is asked once, on a few tokens: where its seats are, and that they do
+what is said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analysis.adapters.router import TappedRouter
+from analysis.adapters.seams import PROBE, Call, Event, Places, argument, places
+from analysis.adapters.seat import Seat
+from analysis.adapters.tap import Roles, Watching
+from cartmoe.hooks import RouterSite
+from cartmoe.routing import Routing
+
+TOKENS = PROBE[0] * PROBE[1]
+# What configurations call the number of experts.
+SAID = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def probe_tokens(vocab_size: int, device: torch.device) -> Tensor:
+    """(B, L) ids, all different where there are enough of them."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randperm(vocab_size, generator=generator)[:TOKENS]
+    return ids.repeat(-(-TOKENS // len(ids)))[:TOKENS].view(PROBE).to(device)
+
+
+def seats_of(model: nn.Module, events: Sequence[Event]) -> list[Seat]:
+    """Every router and its experts, in the order in which they ran on the probe.
+
+    Raises `ValueError` where experts are found and what chose them is not.
+    """
+    found: list[Seat] = []
+    last = 0
+    for i, event in enumerate(events):
+        where = places(event.args, event.kwargs, TOKENS)
+        if where and _holds(event.module, argument(event.args, event.kwargs, where.ids)):
+            found.append(_seat(model, where, events[last:i], events[i:], len(found)))
+            last = i + 1
+    return found
+
+
+def check_coverage(model: Any, seats: Sequence[Seat]) -> None:
+    """Raise `ValueError` naming experts that were not found where others are, or in a model whose
+    configuration speaks of some."""
+    seen = {part for seat in seats for part in seat.experts.modules()}
+    missed = [
+        name
+        for name, part in model.named_modules()
+        if "Experts" in type(part).__name__ and part not in seen and [*part.parameters()]
+    ]
+    text = model.config.get_text_config()
+    said = {key: value for key in SAID if isinstance(value := getattr(text, key, None), int)}
+    if missed:
+        raise ValueError(
+            f"{len(missed)} modules with experts ({missed[0]}) are not called with hidden states, "
+            "ids and weights of the chosen, or did not run: what they receive cannot be told"
+        )
+    if not seats and max(said.values(), default=0) > 1:
+        raise ValueError(
+            f"its configuration says {said}, and nothing in it is called with ids and weights of "
+            "experts: what they receive cannot be told"
+        )
+
+
+def _holds(module: nn.Module, ids_TK: Tensor) -> bool:
+    """Whether a parameter of its own has a part for each of these experts."""
+    least = int(ids_TK.max()) + 1
+    return any(p.ndim == 3 and len(p) >= least for p in module.parameters(recurse=False))
+
+
+def _seat(
+    model: nn.Module, where: Places, before: Sequence[Event], behind: Sequence[Event], number: int
+) -> Seat:
+    event = behind[0]
+    ids_TK, weights_TK, x = (
+        argument(event.args, event.kwargs, key) for key in (where.ids, where.weights, where.hidden)
+    )
+    decided = [(e, at) for e in before if (at := _outputs(e.result, ids_TK, weights_TK))]
+    if not decided:
+        raise ValueError(
+            f"{event.name} is called with ids and weights that no module returned: what chooses "
+            "experts stands in one that does more"
+        )
+    router, (ids_at, weights_at) = decided[-1]
+    with Watching() as watching:
+        router.module(*router.args, **router.kwargs)
+    roles = Roles.of(watching.ops, int(ids_TK.max()) + 1)
+    if roles is None:
+        raise ValueError(f"{router.name} has no linear operation that gives logits of its experts")
+    numbers = [int(part) for part in event.name.split(".") if part.isdecimal()]
+    width = watching.ops[roles.logits].width
+    layer = numbers[0] if numbers else number
+    site = RouterSite(router.name, layer, 0, width, ids_TK.shape[-1])
+
+    def read(result: Any) -> tuple[Tensor, Tensor]:
+        parts = _flat(result)
+        ids, weights = parts[ids_at], parts[weights_at]
+        return ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
+
+    tapped = TappedRouter(site, router.module, Call.of(router.args, router.kwargs), roles, read)
+    block = model.get_submodule(event.name.rpartition(".")[0])
+    around = next(e for e in behind if e.module is block)
+    how = Call.of(around.args, around.kwargs)
+    return Seat(site, tapped, event.module, block, how, where, batched=x.ndim == 3)
+
+
+def _outputs(result: Any, ids_TK: Tensor, weights_TK: Tensor) -> tuple[int, int] | None:
+    """Which parts of what a module returned are these ids and weights; None where none are."""
+    parts = _flat(result)
+    ids = [i for i, part in enumerate(parts) if _equal(part, ids_TK)]
+    weights = [i for i, part in enumerate(parts) if _equal(part, weights_TK)]
+    return (ids[0], weights[0]) if ids and weights else None
+
+
+def _flat(result: Any) -> list[Any]:
+    if isinstance(result, tuple | list):
+        return [leaf for part in result for leaf in _flat(part)]
+    return [result]
+
+
+def _equal(found: Any, wanted: Tensor) -> bool:
+    if not isinstance(found, Tensor) or found.is_floating_point() != wanted.is_floating_point():
+        return False
+    if not found.ndim or found.numel() != wanted.numel() or found.shape[-1] != wanted.shape[-1]:
+        return False
+    return torch.equal(found.reshape(wanted.shape).to(wanted.dtype), wanted)
+
+
+def check_router(router: TappedRouter, taken: Routing) -> None:
+    """Raise `ValueError` unless the router, asked with the logits that it had, decides what it did,
+    and never chooses what is masked."""
+    name, logits_TE = router.site.name, taken.logits_TE
+    again = router.route(logits_TE)
+    for what, now, then in zip(("ids", "weights"), again[2:], taken[2:], strict=True):
+        if not torch.equal(now, then):
+            raise ValueError(
+                f"{name} decides by more than its logits: asked with the same ones again, it gives "
+                f"other {what}"
+            )
+    first_T1 = taken.ids_TK[:, :1]
+    masked = router.route(logits_TE.scatter(-1, first_T1, -torch.inf))
+    if ((masked.ids_TK == first_T1) & (masked.weights_TK != 0)).any():
+        raise ValueError(f"{name} uses an expert whose logit is -inf: it cannot be masked")
+    if torch.equal(masked.ids_TK, taken.ids_TK):
+        raise ValueError(f"{name} does not choose by its logits: a mask changes nothing")

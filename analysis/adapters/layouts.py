@@ -1,0 +1,77 @@
+"""Weights of experts, however a model keeps them: stacked, transposed, interleaved or one by one.
+
+Shapes: E experts, F width, D model. Biases are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+Weights = tuple[Tensor, Tensor, Tensor]
+# What gate, up and down projection are called where each is one linear map.
+NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+def expert_weights(experts: nn.Module, num_experts: int) -> Weights:
+    """gate (E, F, D), up (E, F, D), down (E, D, F); a gate of zeros where experts have none.
+
+    Raises `ValueError` for another layout, and for numbers that are packed.
+    """
+    parameters: dict[str, Tensor] = dict(experts.named_parameters(recurse=False))
+    down = parameters.get("down_proj")
+    up = parameters.get("gate_up_proj", parameters.get("up_proj"))
+    if up is not None and down is not None:
+        _check_plain(experts, up, down)
+        return _stacked(experts, up, down, gated="gate_up_proj" in parameters)
+    for part in experts.modules():
+        if isinstance(part, nn.ModuleList) and len(part) >= num_experts:
+            found = [mlp_weights(one) for one in part]
+            if all(found):
+                gate_EFD, up_EFD, down_EDF = map(torch.stack, zip(*found, strict=True))
+                return gate_EFD, up_EFD, down_EDF
+    have = ", ".join(parameters) or "no parameters of its own"
+    raise ValueError(
+        f"{type(experts).__name__} has {have}: no layout of experts that is known here"
+    )
+
+
+def _stacked(experts: nn.Module, up: Tensor, down: Tensor, gated: bool) -> Weights:
+    if getattr(experts, "is_transposed", False):
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    if not gated:
+        return torch.zeros_like(up), up, down
+    if getattr(experts, "is_concatenated", True):
+        gate, up = up.chunk(2, dim=1)
+    else:
+        gate, up = up[:, ::2], up[:, 1::2]
+    return gate[: len(down)], up[: len(down)], down
+
+
+def _check_plain(experts: nn.Module, *weights: Tensor) -> None:
+    for weight in weights:
+        if not weight.is_floating_point() or weight.ndim != 3 or weight.itemsize < 2:
+            raise ValueError(
+                f"{type(experts).__name__} keeps its weights packed ({weight.dtype}, "
+                f"{tuple(weight.shape)}): metrics of weights need them dequantized"
+            )
+
+
+def mlp_weights(module: nn.Module) -> Weights | None:
+    """gate (F, D), up (F, D), down (D, F) of one gated feed-forward network; None for others."""
+    for names in NAMES:
+        parts = [getattr(module, name, None) for name in names]
+        if all(isinstance(part, nn.Linear) for part in parts):
+            gate, up, down = (part.weight for part in parts)  # type: ignore[union-attr]
+            return gate, up, down
+    return None
+
+
+def shared_weights(block: nn.Module, routed: Sequence[nn.Module]) -> Weights | None:
+    """Those of what stands beside the router and experts and computes on every token."""
+    for part in block.children():
+        if part not in routed and (found := mlp_weights(part)):
+            return found
+    return None

@@ -1,0 +1,150 @@
+"""What sits where a router meets its experts while somebody watches or disturbs them.
+
+The decision is captured, and replaced, where experts are called: it is what they really receive.
+Shapes: T tokens, D model, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from analysis.adapters.base import Experts, ExpertsFunction, RouterFunction
+from analysis.adapters.router import TappedRouter
+from analysis.adapters.seams import Call, Places, argument, replaced
+from analysis.adapters.tap import Tap
+from cartmoe.hooks import Hook, RouterSite
+from cartmoe.routing import Routing
+
+
+class Functions(NamedTuple):
+    """What a block brings (see `Adapter.hooked`); the decision at last is added to `taken`."""
+
+    router: RouterFunction | None = None
+    experts: ExpertsFunction | None = None
+    taken: list[Routing] | None = None
+
+
+class _Forward(Hook):
+    """Stands where an instance's `forward` does; a copy of the module has its class's."""
+
+    def __init__(self, fn: Callable, module: nn.Module):
+        super().__init__(fn)
+        self.module = module
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.check()
+        return self.fn(*args, **kwargs)
+
+    def __reduce__(self):
+        return _own_forward, (self.module,)
+
+
+def _own_forward(module: nn.Module) -> Callable:
+    return type(module).forward.__get__(module)
+
+
+@dataclass
+class Seat:
+    """One router and its experts.
+
+    block    holds both;  block_call: how it is called on hidden states
+    places   of what the experts are called with;  batched: hidden states as (B, L, D)
+    """
+
+    site: RouterSite
+    router: TappedRouter
+    experts: nn.Module
+    block: nn.Module
+    block_call: Call
+    places: Places
+    batched: bool
+    functions: dict[object, Functions] = field(default_factory=dict)
+    tap: Tap | None = None
+    num_nonfinite: Tensor | None = None  # tokens, of the last forward; see raise_nonfinite
+
+    @contextmanager
+    def taken(self, functions: Functions) -> Iterator[None]:
+        """Within the block these functions act, behind those that are there already."""
+        key, router = object(), self.router.module
+        if not self.functions:
+            for module, stand_in in ((router, self._route), (self.experts, self._compute)):
+                forward = _Forward(partial(stand_in, module.forward), module)
+                module.forward = forward  # type: ignore[method-assign]
+        self.functions[key] = functions
+        try:
+            yield
+        finally:
+            del self.functions[key]
+            if not self.functions:
+                del router.forward, self.experts.forward
+
+    def _route(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        with Tap(self.router.roles) as self.tap:
+            result = forward(*args, **kwargs)
+        self.tap.check(self.site.name)
+        return result
+
+    def _compute(self, forward: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        tap, self.tap = self.tap, None
+        if tap is None:
+            raise RuntimeError(f"experts of {self.site.name} were called without it")
+        x, ids_TK, weights_TK = (argument(args, kwargs, key) for key in self.places)
+        given = self.router.routing(tap, ids_TK, weights_TK)
+        self.num_nonfinite = (~given.logits_TE.isfinite()).any(-1).sum()
+
+        def own(x_TD: Tensor, routing: Routing) -> Tensor:
+            if routing is given:
+                return forward(*args, **kwargs).reshape(x_TD.shape)
+            weights = routing.weights_TK.to(weights_TK.dtype)
+            new = dict(zip(self.places, (x_TD.view(x.shape), routing.ids_TK, weights), strict=True))
+            changed, named = replaced(args, kwargs, new)
+            return forward(*changed, **named).reshape(x_TD.shape)
+
+        x_TD, routing, compute = x.reshape(-1, x.shape[-1]), given, own
+        for functions in self.functions.values():
+            if functions.router is not None:
+                routing = functions.router(routing, self.router, self.site, x_TD) or routing
+            if functions.experts is not None:
+                compute = partial(_answer, functions.experts, self.site, compute)
+        for functions in self.functions.values():
+            if functions.taken is not None:
+                functions.taken.append(routing)
+        return compute(x_TD, routing).view(x.shape)
+
+    def outputs(self, x_TD: Tensor, ids: Iterable[int]) -> Tensor:
+        """(len(ids), T, D): what the experts make of all tokens, one of them at a time; zeros for
+        what is chosen like an expert and is none."""
+        real = max(len(p) for p in self.experts.parameters(recurse=False) if p.ndim == 3)
+        one_T1 = torch.ones(len(x_TD), 1, dtype=x_TD.dtype, device=x_TD.device)
+        x, found = x_TD[None] if self.batched else x_TD, []
+        for e in ids:
+            args, kwargs = self.places.arguments(x, one_T1.long() * min(e, real - 1), one_T1)
+            output_TD = _own_forward(self.experts)(*args, **kwargs).view(x_TD.shape)
+            found.append(output_TD if e < real else torch.zeros_like(x_TD))
+        return torch.stack(found)
+
+    def combine(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
+        """(T, D): what the block makes of it when its experts give this."""
+        with self.taken(Functions(experts=lambda *_: routed_TD)):
+            result = self.block_call.again(self.block, len(x_TD), x_TD)
+        return stream_of(result).view(x_TD.shape)
+
+
+def stream_of(result: Any) -> Tensor:
+    """Of what a module returned, the hidden states."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _answer(
+    fn: ExpertsFunction, site: RouterSite, own: Experts, x_TD: Tensor, routing: Routing
+) -> Tensor:
+    output_TD = fn(x_TD, routing, site, own)
+    return own(x_TD, routing) if output_TD is None else output_TD
