@@ -21,6 +21,9 @@ from analysis.measure.shard import Cell
 from analysis.study.store import Store, cell_key
 
 
+LINE = 67  # bytes of a line of LOG: a SHA-256 in hexadecimal, a space, a digit, its end
+
+
 def cell(number: int, sequences: int = 40) -> Cell:
     """Its number stands in every row."""
     rows = pd.DataFrame({"document_id": "d", "sequence_id": range(sequences), "num_tokens": 5})
@@ -79,10 +82,18 @@ def at_once(path: str, log: str, numbers: list) -> int:
     return max(os.waitpid(child, 0)[1] for child in children)
 
 
+def size(log: str) -> int:
+    return os.path.getsize(log) if os.path.exists(log) else 0
+
+
 def killed(path: str, log: str, kills: int, seed: int) -> int:
+    """Every second one has added some cells before its time runs, however slow the machine is."""
     draw, alive = random.Random(seed), 0
     for kill in range(kills):
+        noted = size(log)
         child = fork(path, log, [kill * 10_000 + i for i in range(10_000)])
+        while kill % 2 and size(log) < noted + 3 * LINE:
+            select.select([], [], [], 0.001)
         select.select([], [], [], draw.uniform(0.02, 0.25))
         os.kill(child, signal.SIGKILL)
         alive += os.waitpid(child, 0)[1] != signal.SIGKILL
