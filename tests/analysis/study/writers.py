@@ -20,7 +20,6 @@ import pandas as pd
 from analysis.measure.shard import Cell
 from analysis.study.store import Store, cell_key
 
-
 LINE = 67  # bytes of a line of LOG: a SHA-256 in hexadecimal, a space, a digit, its end
 
 
