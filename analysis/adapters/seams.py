@@ -115,6 +115,14 @@ class Call:
         """From a call on the probe."""
         return cls(tuple(map(_row, args)), {key: _row(value) for key, value in kwargs.items()})
 
+    @property
+    def of_hidden_alone(self) -> bool:
+        """Whether one argument has a row a token, and no other is a tensor."""
+        given = [*self.args, *self.kwargs.values()]
+        tensors = [value for value in given if isinstance(value, Rows | Tensor | list)]
+        tensors += [value for value in given if type(value) is tuple]  # of tensors
+        return len(tensors) == 1
+
     def again(self, module: Callable, tokens: int, x_TD: Tensor | None = None) -> Any:
         """On as many rows; `ValueError` where x alone does not make them."""
         given = [*self.args, *self.kwargs.values()]

@@ -70,6 +70,12 @@ class Seat:
     tap: Tap | None = None
     num_nonfinite: Tensor | None = None  # tokens, of the last forward; see raise_nonfinite
 
+    @property
+    def stage(self) -> nn.Module:
+        """What adds to the stream: the block, or, where that is called with more than hidden states
+        (it may be the whole layer), the experts alone."""
+        return self.block if self.block_call.of_hidden_alone else self.experts
+
     @contextmanager
     def taken(self, functions: Functions) -> Iterator[None]:
         """Within the block these functions act, behind those that are there already."""
@@ -132,7 +138,9 @@ class Seat:
         return torch.stack(found)
 
     def combine(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
-        """(T, D): what the block makes of it when its experts give this."""
+        """(T, D): what the stage makes of it when its experts give this."""
+        if self.stage is self.experts:
+            return routed_TD
         with self.taken(Functions(experts=lambda *_: routed_TD)):
             result = self.block_call.again(self.block, len(x_TD), x_TD)
         return stream_of(result).view(x_TD.shape)

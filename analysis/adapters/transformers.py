@@ -104,10 +104,14 @@ class TransformersAdapter:
         return list(self.seats)
 
     def segments(self) -> list[Segment]:
-        """embed, layer_0, ..., norm; or, where layers cannot be called again, the body at once."""
+        """embed, layer_0, ..., norm; or, where layers cannot be called again, the body at once,
+        before which the stream is not known."""
         layers = self.layers
         if layers is None:
-            return [self._segment("body", [*self.seats.values()], self._body)]
+            return [
+                self._segment("start", [], lambda _, tokens_BL: tokens_BL[..., None] * torch.nan),
+                self._segment("body", [*self.seats.values()], self._body),
+            ]
         steps = [self._segment("embed", [], lambda _, tokens_BL: layers.first(tokens_BL))]
         for number, layer in enumerate(layers.layers):
             inside = set(layer.modules())
@@ -115,7 +119,7 @@ class TransformersAdapter:
             steps.append(self._segment(f"layer_{number}", seats, partial(layers.run, number)))
         return [*steps, self._segment("norm", [], layers.last)]
 
-    def _body(self, _: None, tokens_BL: Tensor) -> Tensor:
+    def _body(self, _: Tensor, tokens_BL: Tensor) -> Tensor:
         return self.body(input_ids=tokens_BL, use_cache=False).last_hidden_state
 
     def _segment(
@@ -167,7 +171,7 @@ class TransformersAdapter:
             for seat in chosen:
                 if output:
                     hook = Hook(partial(_leaves, output, seat.site))
-                    stack.callback(seat.block.register_forward_hook(hook).remove)
+                    stack.callback(seat.stage.register_forward_hook(hook).remove)
                 if router or experts is not None:
                     stack.enter_context(seat.taken(Functions(router, experts)))
             yield
@@ -196,7 +200,7 @@ class TransformersAdapter:
         raise ValueError(f"{self.name} has no Cartesian layers: there are no composed experts")
 
     def combine(self, site: RouterSite, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
-        """(T, D): what its block makes of it."""
+        """(T, D): what its stage makes of it; see `Seat.stage`."""
         return self.seats[site].combine(x_TD, routed_TD)
 
 

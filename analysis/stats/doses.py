@@ -27,10 +27,11 @@ DOSES = ["mass_moved", "flips", "flips_total", "changed", "mass_lost", "active",
 
 
 def doses(routing: pd.DataFrame) -> pd.DataFrame:
-    """Per checkpoint and condition the columns `DOSES`: means over tokens and perturbed sites."""
+    """Per checkpoint and condition the columns `DOSES`: means over tokens and perturbed sites; NaN
+    where one is not known at any."""
     check_columns("routing", routing, [*KEY, "num_tokens", *DOSES])
     rows = routing[routing.perturbation != "clean"]
-    sums = rows.groupby(KEY, dropna=False, sort=False)[["num_tokens", *DOSES]].sum()
+    sums = rows.groupby(KEY, dropna=False, sort=False)[["num_tokens", *DOSES]].sum(min_count=1)
     return sums[DOSES].div(sums.num_tokens, axis=0).reset_index()
 
 
@@ -41,7 +42,8 @@ def dose_by_document(p: Pairs, routing: pd.DataFrame, dose: str) -> np.ndarray:
     mine = of_checkpoint(routing, p.checkpoint)
     mine = mine[mine.perturbation != "clean"]
     # A token of a document counts once for each site and eval_seed.
-    sums = mine.groupby([*CONDITION, "document_id"], dropna=False)[[dose, "num_tokens"]].sum()
+    by_document = mine.groupby([*CONDITION, "document_id"], dropna=False)
+    sums = by_document[[dose, "num_tokens"]].sum(min_count=1)
     means = (sums[dose] / sums.num_tokens).unstack("document_id").reindex(columns=p.documents_D)
     rows = pd.MultiIndex.from_frame(p.conditions[CONDITION])
     return means.reindex(rows).to_numpy() * p.tokens_D

@@ -177,7 +177,7 @@ CONDITIONS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "gemma4_text"])
 def test_a_sweep(family, adapted):
     model = adapted(family)
     docs = an.documents("stdlib", model, length=24, limit=3, max_tokens_per_document=48)
