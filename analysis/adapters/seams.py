@@ -119,9 +119,7 @@ class Call:
     def of_hidden_alone(self) -> bool:
         """Whether one argument has a row a token, and no other is a tensor."""
         given = [*self.args, *self.kwargs.values()]
-        tensors = [value for value in given if isinstance(value, Rows | Tensor | list)]
-        tensors += [value for value in given if type(value) is tuple]  # of tensors
-        return len(tensors) == 1
+        return sum(isinstance(value, Tensor | tuple | list) for value in given) == 1
 
     def again(self, module: Callable, tokens: int, x_TD: Tensor | None = None) -> Any:
         """On as many rows; `ValueError` where x alone does not make them."""
