@@ -105,7 +105,12 @@ def _seat(
     block = model.get_submodule(event.name.rpartition(".")[0])
     around = next(e for e in behind if e.module is block)
     how = Call.of(around.args, around.kwargs)
-    return Seat(site, tapped, event.module, block, how, where, batched=x.ndim == 3)
+    seat = Seat(site, tapped, event.module, block, how, where, batched=x.ndim == 3)
+    try:
+        seat.outputs(x.reshape(TOKENS, -1), [0])
+    except ValueError:
+        seat.fewest = 2
+    return seat
 
 
 def _outputs(result: Any, ids_TK: Tensor, weights_TK: Tensor) -> tuple[int, int] | None:

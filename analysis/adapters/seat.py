@@ -57,6 +57,7 @@ class Seat:
 
     block    holds both;  block_call: how it is called on hidden states
     places   of what the experts are called with;  batched: hidden states as (B, L, D)
+    fewest   slots that they can be called with
     """
 
     site: RouterSite
@@ -66,6 +67,7 @@ class Seat:
     block_call: Call
     places: Places
     batched: bool
+    fewest: int = 1
     functions: dict[object, Functions] = field(default_factory=dict)
     tap: Tap | None = None
     num_nonfinite: Tensor | None = None  # tokens, of the last forward; see raise_nonfinite
@@ -129,10 +131,13 @@ class Seat:
         """(len(ids), T, D): what the experts make of all tokens, one of them at a time; zeros for
         what is chosen like an expert and is none."""
         real = max(len(p) for p in self.experts.parameters(recurse=False) if p.ndim == 3)
-        one_T1 = torch.ones(len(x_TD), 1, dtype=x_TD.dtype, device=x_TD.device)
+        # A slot more, without weight: longcat_flash cannot do with one.
+        one_T2 = torch.tensor([1, 0], dtype=x_TD.dtype, device=x_TD.device).expand(len(x_TD), 2)
+        one_TK = one_T2[:, : self.fewest]
         x, found = x_TD[None] if self.batched else x_TD, []
         for e in ids:
-            args, kwargs = self.places.arguments(x, one_T1.long() * min(e, real - 1), one_T1)
+            ids_TK = torch.full_like(one_TK, min(e, real - 1), dtype=torch.int64)
+            args, kwargs = self.places.arguments(x, ids_TK, one_TK)
             output_TD = _own_forward(self.experts)(*args, **kwargs).view(x_TD.shape)
             found.append(output_TD if e < real else torch.zeros_like(x_TD))
         return torch.stack(found)

@@ -114,7 +114,9 @@ def test_a_dropped_expert_is_as_if_it_were_cut_out(family, adapted):
         dropped = logits_of(model, tokens_BL)
     cut = copy.deepcopy(model.model)
     for seat in model.seats.values():
-        for part in (cut.get_submodule(seat.site.name), cut.get_submodule(name_of(model, seat))):
+        router, experts = cut.get_submodule(seat.site.name), cut.get_submodule(name_of(model, seat))
+        block = cut.get_submodule(name_of(model, seat).rpartition(".")[0])  # may hold a bias
+        for part in (*router.modules(), *experts.modules(), block):
             without(part, seat.site.num_experts, e)
     with torch.no_grad():
         expected = cut(input_ids=tokens_BL, use_cache=False).logits
@@ -125,22 +127,17 @@ def name_of(model, seat):
     return next(name for name, part in model.model.named_modules() if part is seat.experts)
 
 
-def without(module, num_experts, e):
-    """The module's tensors of so many experts, without one of them."""
-    for part in module.modules():
-        for name, tensor in (part._parameters | part._buffers).items():
-            if tensor is None:
-                continue
-            axes = [i for i, size in enumerate(tensor.shape) if size == num_experts]
-            if axes:
-                keep = [i for i in range(num_experts) if i != e]
-                cut = tensor.data.index_select(axes[0], torch.tensor(keep))
-                delattr(part, name)
-                setattr(part, name, torch.nn.Parameter(cut, requires_grad=False))
-        if getattr(part, "num_experts", None) == num_experts:
-            part.num_experts -= 1
-        if getattr(part, "out_features", None) == num_experts:
-            part.out_features -= 1
+def without(part, num_experts, e):
+    """The module's own tensors of so many experts, without one of them."""
+    keep = torch.tensor([i for i in range(num_experts) if i != e])
+    for name, tensor in (part._parameters | part._buffers).items():
+        if tensor is not None and num_experts in tensor.shape:
+            cut = tensor.data.index_select(tensor.shape.index(num_experts), keep)
+            delattr(part, name)
+            setattr(part, name, torch.nn.Parameter(cut, requires_grad=False))
+    for name in ("num_experts", "out_features", "num_local_experts"):
+        if getattr(part, name, None) == num_experts:
+            setattr(part, name, num_experts - 1)
 
 
 @pytest.mark.parametrize("family", EVERY)
