@@ -51,6 +51,6 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer | None:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # which whoever reads it tells
         return {}
     return found if isinstance(found, dict) else {}
