@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -13,7 +14,7 @@ FAMILIES = [
     "granitemoe", "granitemoeshared", "granitemoehybrid", "ernie4_5_moe", "hunyuan_v1_moe",
     "minimax", "minimax_m2", "longcat_flash", "jamba", "nemotron_h", "afmoe", "lfm2_moe",
     "cohere2_moe", "kimi_linear", "bailing_hybrid", "laguna", "mellum", "exaone_moe", "solar_open",
-    "zaya", "gemma4_text",
+    "zaya", "gemma4_text", "mistral4",
 ]
 NOT_EXPERTS = ["zaya", "longcat_flash"]  # classes that are none stand among theirs
 
@@ -46,6 +47,7 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "zaya": {"num_experts_per_tok": 1},
     "gemma4_text": {"enable_moe_block": True},
+    "mistral4": {"num_key_value_heads": 4, "head_dim": 16},
     "llama4_text": {"interleave_moe_layer_step": 1},
 }
 
@@ -58,7 +60,13 @@ def tiny(family: str, **changes: Any) -> Any:
     shape = {name: value for name, value in SHRUNK.items() if name in have}
     config = config_class(**shape | OWN.get(family, {}) | changes)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+    except ValueError:  # not every family is listed there
+        model = getattr(transformers, config_class.__name__.replace("Config", "ForCausalLM"))(
+            config
+        )
+    model.eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
