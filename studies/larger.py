@@ -26,6 +26,7 @@ from analysis.study.provenance import default_device
 from analysis.study.specs import ModelSpec
 from cartmoe import ModelConfig
 from cartmoe.checkpoint import run_checkpoints, step_of
+from cartmoe.config import check_choice
 from cartmoe.files import write_atomically
 from cartmoe.run import read_run
 from cartmoe.train import TrainConfig
@@ -117,8 +118,10 @@ def one_of(choices: Collection[str]) -> Callable[..., Any]:
 
     def check(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
         for given in value if isinstance(value, list) else [value]:
-            if given not in choices:
-                raise typer.BadParameter(f"{given!r} is not one of {', '.join(choices)}")
+            try:
+                check_choice(option.name or "option", given, choices)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from error
         return value
 
     return check

@@ -79,8 +79,8 @@ def test_damage_of_a_larger_model_over_training(tmp_path, tiny_config):
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [
-        (larger, ["--name", "x"], "'x' is not one of dense, smoe"),
-        (larger, ["--preset", "base"], "'base' is not one of nano, small"),
+        (larger, ["--name", "x"], "name is 'x'; choose one of 'dense'"),
+        (larger, ["--preset", "base"], "preset is 'base'; choose one of 'nano', 'small'"),
         (larger, ["--seed", "-1"], "greater than or equal to 0"),
         (size, ["--width", "48"], "width is 48; give multiples of 32"),
     ],

@@ -47,7 +47,7 @@ def _stacked(experts: nn.Module, up: Tensor, down: Tensor, gated: bool) -> Weigh
         gate, up = up.chunk(2, dim=1)
     else:
         gate, up = up[:, ::2], up[:, 1::2]
-    return gate[: len(down)], up[: len(down)], down
+    return gate[: len(down)], up[: len(down)], down  # longcat_flash has rows for no expert, too
 
 
 def _check_plain(experts: nn.Module, *weights: Tensor) -> None:

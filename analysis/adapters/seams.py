@@ -19,13 +19,13 @@ PROBE = (2, 11)  # B, L of the tokens that a model is watched on: no dimension o
 
 
 class Event(NamedTuple):
-    """A module was called, or returned."""
+    """A module was called with this and returned that."""
 
     name: str
     module: nn.Module
     args: tuple
     kwargs: dict
-    result: Any = None
+    result: Any
 
 
 def watch(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Event], Any]:

@@ -32,11 +32,23 @@ class Functions(NamedTuple):
 
 
 class _Forward(Hook):
-    """Stands where an instance's `forward` does; a copy of the module has its class's."""
+    """Stands where an instance's `forward` does, which it calls.
 
-    def __init__(self, fn: Callable, module: nn.Module):
-        super().__init__(fn)
-        self.module = module
+    own      that forward
+    before   the same where the instance had it of its own, None for its class's: what it has again
+             at the end, and what a copy of the module has
+    """
+
+    def __init__(self, stand_in: Callable, module: nn.Module):
+        super().__init__(partial(stand_in, module.forward))
+        self.module, self.own = module, module.forward
+        self.before = vars(module).get("forward")
+
+    def leave(self) -> None:
+        """The module is as it was."""
+        del self.module.forward
+        if self.before is not None:
+            self.module.forward = self.before
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,11 +56,11 @@ class _Forward(Hook):
         return self.fn(*args, **kwargs)
 
     def __reduce__(self):
-        return _own_forward, (self.module,)
+        return _own_forward, (self.module, self.before)
 
 
-def _own_forward(module: nn.Module) -> Callable:
-    return type(module).forward.__get__(module)
+def _own_forward(module: nn.Module, before: Callable | None) -> Callable:
+    return before or type(module).forward.__get__(module)
 
 
 @dataclass
@@ -69,6 +81,7 @@ class Seat:
     batched: bool
     fewest: int = 1
     functions: dict[object, Functions] = field(default_factory=dict)
+    standing: list[_Forward] = field(default_factory=list)
     tap: Tap | None = None
     num_nonfinite: Tensor | None = None  # tokens, of the last forward; see raise_nonfinite
 
@@ -81,18 +94,20 @@ class Seat:
     @contextmanager
     def taken(self, functions: Functions) -> Iterator[None]:
         """Within the block these functions act, behind those that are there already."""
-        key, router = object(), self.router.module
+        key = object()
         if not self.functions:
-            for module, stand_in in ((router, self._route), (self.experts, self._compute)):
-                forward = _Forward(partial(stand_in, module.forward), module)
-                module.forward = forward  # type: ignore[method-assign]
+            parts = (self.router.module, self._route), (self.experts, self._compute)
+            self.standing = [_Forward(stand_in, module) for module, stand_in in parts]
+            for forward in self.standing:
+                forward.module.forward = forward  # type: ignore[method-assign]
         self.functions[key] = functions
         try:
             yield
         finally:
             del self.functions[key]
             if not self.functions:
-                del router.forward, self.experts.forward
+                for forward in self.standing:
+                    forward.leave()
 
     def _route(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         with Tap(self.router.roles) as self.tap:
@@ -134,11 +149,12 @@ class Seat:
         # A slot more, without weight: longcat_flash cannot do with one.
         one_T2 = torch.tensor([1, 0], dtype=x_TD.dtype, device=x_TD.device).expand(len(x_TD), 2)
         one_TK = one_T2[:, : self.fewest]
+        own = self.standing[1].own if self.functions else self.experts.forward
         x, found = x_TD[None] if self.batched else x_TD, []
         for e in ids:
             ids_TK = torch.full_like(one_TK, min(e, real - 1), dtype=torch.int64)
             args, kwargs = self.places.arguments(x, ids_TK, one_TK)
-            output_TD = _own_forward(self.experts)(*args, **kwargs).view(x_TD.shape)
+            output_TD = own(*args, **kwargs).view(x_TD.shape)
             found.append(output_TD if e < real else torch.zeros_like(x_TD))
         return torch.stack(found)
 

@@ -27,7 +27,9 @@ class Layers:
         self._known: tuple[Tensor, list[tuple[tuple, dict]], Tensor] | None = None
 
     def first(self, tokens_BL: Tensor) -> Tensor:
-        """(B, L, D): the stream before the first layer."""
+        """(B, L, D): the stream before the first layer; here a forward begins, and nothing of
+        another one is kept."""
+        self._known = None
         return self._calls(tokens_BL)[2]
 
     def run(self, number: int, hidden_BLD: Tensor, tokens_BL: Tensor) -> Tensor:

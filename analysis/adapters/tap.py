@@ -114,12 +114,8 @@ class Tap(TorchFunctionMode):
     ):
         super().__init__()
         self.roles, self.until_logits, self.count = roles, until_logits, 0
-        self.new_logits_TE, self.new_scores_TE, self.ids_TK, self.k = (
-            logits_TE,
-            scores_TE,
-            ids_TK,
-            k,
-        )
+        self.new_logits_TE, self.new_scores_TE = logits_TE, scores_TE
+        self.ids_TK, self.k = ids_TK, k
         self.logits: Any = None
         self.scores: Any = None
         self.choosing: Any = None

@@ -27,7 +27,7 @@ from analysis.adapters.router import TappedRouter
 from analysis.adapters.running import run as run_segments
 from analysis.adapters.seams import watch
 from analysis.adapters.seat import Functions, Seat, stream_of
-from analysis.adapters.stream import in_place_of, layers_of
+from analysis.adapters.stream import Layers, in_place_of, layers_of
 from cartmoe.foreign import named
 from cartmoe.hooks import Hook, RouterSite
 from cartmoe.interrupt import restoring
@@ -117,10 +117,19 @@ class TransformersAdapter:
             inside = set(layer.modules())
             seats = [seat for seat in self.seats.values() if seat.experts in inside]
             steps.append(self._segment(f"layer_{number}", seats, partial(layers.run, number)))
-        return [*steps, self._segment("norm", [], layers.last)]
+        return [*steps, self._segment("norm", [], partial(self._norm, layers))]
 
     def _body(self, _: Tensor, tokens_BL: Tensor) -> Tensor:
-        return self.body(input_ids=tokens_BL, use_cache=False).last_hidden_state
+        hidden_BLD = self.body(input_ids=tokens_BL, use_cache=False).last_hidden_state
+        self._check_finite()
+        return hidden_BLD
+
+    def _norm(self, layers: Layers, hidden_BLD: Tensor, tokens_BL: Tensor) -> Tensor:
+        self._check_finite()
+        return layers.last(hidden_BLD, tokens_BL)
+
+    def _check_finite(self) -> None:
+        raise_nonfinite([(site.name, seat) for site, seat in self.seats.items()])
 
     def _segment(
         self, name: str, seats: list[Seat], forward: Callable[[Any, Tensor], Tensor]
@@ -131,8 +140,6 @@ class TransformersAdapter:
                 for seat in seats:
                     stack.enter_context(seat.taken(Functions(taken=taken)))
                 hidden_BLD = forward(state.hidden_BLD, state.tokens_BL)
-            if name in ("norm", "body"):  # the last one
-                raise_nonfinite([(site.name, seat) for site, seat in self.seats.items()])
             return State(hidden_BLD, state.tokens_BL, (*state.decisions, *taken))
 
         return Segment(name, run, tuple(seat.site for seat in seats))

@@ -1,9 +1,12 @@
 """Pretrained families, each as a tiny random model of its own config class: exact, or refused."""
 
 import copy
+from contextlib import ExitStack
 
 import pytest
+import tokenizers
 import torch
+import torch.nn.functional as F
 
 import analysis as an
 from analysis.adapters import adapt, steps
@@ -51,15 +54,10 @@ def decisions_under(model, perturbation, tokens_BL):
     with torch.no_grad():
         clean = run(model.segments(), tokens_BL).decisions
         taken = []
-        with an.perturbed(model, perturbation):
+        with an.perturbed(model, perturbation), ExitStack() as stack:
             for seat in model.seats.values():
-                stack = seat.taken(Functions(taken=taken))
-                stack.__enter__()
-                model.open = [*getattr(model, "open", []), stack]
-            logits = model.model(input_ids=tokens_BL, use_cache=False).logits
-            for stack in model.open:
-                stack.__exit__(None, None, None)
-            model.open = []
+                stack.enter_context(seat.taken(Functions(taken=taken)))
+            logits = logits_of(model, tokens_BL)
     return clean, taken, logits
 
 
@@ -186,7 +184,64 @@ def test_a_sweep(family, adapted):
     assert same.flips["DropTop(1)"] == pytest.approx(0.5)  # one of two
 
 
-def test_a_model_in_another_dtype(adapted):
+def test_another_forward_of_an_instance_comes_back():
+    """As accelerate has them."""
+    model = adapt(tiny("olmoe", vocab_size=256), ByteTokenizer())
+    plain, calls = logits_of(model, tokens_of()), []
+    for seat in model.seats.values():
+        for part in (seat.router.module, seat.experts):
+
+            def forward(*args, part=part, own=part.forward, **kwargs):
+                calls.append(part)
+                return own(*args, **kwargs)
+
+            part.forward = forward
+    before = [vars(part).get("forward") for part in model.model.modules()]
+    with an.perturbed(model, an.Identity()):
+        assert torch.equal(logits_of(model, tokens_of()), plain)
+    assert len(calls) == 6
+    assert [vars(part).get("forward") for part in model.model.modules()] == before
+
+
+def test_changed_weights_are_seen_on_the_same_tokens():
+    model, tokens_BL = adapt(tiny("olmoe", vocab_size=256), ByteTokenizer()), tokens_of()
+    with torch.no_grad():
+        before = run(model.segments(), tokens_BL).hidden_BLD
+        identity = model.identity
+        model.model.get_input_embeddings().weight.mul_(1.5)
+        after = run(model.segments(), tokens_BL).hidden_BLD
+        body = model.body(input_ids=tokens_BL, use_cache=False).last_hidden_state
+    assert model.identity != identity
+    assert not torch.equal(after, before)
+    assert torch.equal(after, body)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_its_identity(family, adapted):
+    assert len(adapted(family).identity) == 64
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "granitemoe", "gpt_oss"])
+def test_weights_of_experts(family, adapted):
+    """They make the outputs."""
+    model = adapted(family)
+    site = model.sites()[0]
+    gate_EFD, up_EFD, down_EDF = model.expert_weights(site)
+    x_TD = torch.randn(5, down_EDF.shape[1])
+    experts = model.seats[site].experts
+    for e, output_TD in enumerate(model.expert_outputs(site, x_TD)):
+        gate, up = F.linear(x_TD, gate_EFD[e]), F.linear(x_TD, up_EFD[e])
+        if family == "gpt_oss":
+            bias = experts.gate_up_proj_bias[e]
+            gate, up = (gate + bias[::2]).clamp(max=7), (up + bias[1::2]).clamp(-7, 7)
+            made = F.linear((up + 1) * gate * (1.702 * gate).sigmoid(), down_EDF[e])
+            made = made + experts.down_proj_bias[e]
+        else:
+            made = F.linear(F.silu(gate) * up, down_EDF[e])
+        torch.testing.assert_close(made, output_TD, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_in_another_dtype():
     model = adapt(tiny("olmoe", vocab_size=256).bfloat16(), ByteTokenizer())
     docs = an.documents("stdlib", model, length=24, limit=2, max_tokens_per_document=24)
     found = an.sweep(model, docs, [an.DropTop(1)], progress=False).damage(full=True)
@@ -215,12 +270,11 @@ def test_what_cannot_be_exact_is_refused(family, message):
 
 
 def test_a_directory(tmp_path):
-    tokenizer = pytest.importorskip("tokenizers")
-    made = tokenizer.Tokenizer(tokenizer.models.BPE(byte_fallback=False))
-    made.pre_tokenizer = tokenizer.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizer.decoders.ByteLevel()
-    alphabet = tokenizer.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizer.trainers.BpeTrainer(
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<|start|>"], initial_alphabet=alphabet
     )
     made.train_from_iterator(["a text, and another text"], trainer)
