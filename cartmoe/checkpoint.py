@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 CHECKPOINTS, STEP = "checkpoints", "step-"
+META = "meta.json"
 
 
 class CheckpointError(ValueError):
@@ -75,7 +76,7 @@ def save(
 
     def fill(folder: Path) -> None:
         _write_json(folder / "config.json", model.config.to_dict())
-        _write_json(folder / "meta.json", meta)
+        _write_json(folder / META, meta)
         with named(directory):
             save_file(_tensors(model), folder / "model.safetensors")
             if optimizer is not None:
@@ -200,7 +201,7 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 def read_meta(directory: str | Path) -> dict[str, Any]:
     """What `save` was given as meta, and "family"."""
-    path = _checked(directory, "meta.json") / "meta.json"
+    path = _checked(directory, META) / META
     meta = read_object(path, CheckpointError)
     with named(path, CheckpointError):
         for name in ("family", "corpus", "tokenizer"):
@@ -227,7 +228,7 @@ def _raise_damage(directory: Path, problem: str | None) -> None:
 
 def read_tokenizer(directory: str | Path) -> Tokenizer | None:
     """The tokenizer that the model was trained with, as far as the checkpoint knows it."""
-    folder = _checked(directory, "meta.json")
+    folder = _checked(directory, META)
     name = read_meta(folder).get("tokenizer")
     if "tokenizer.json" in read_manifest(folder):
         path = _checked(folder, "tokenizer.json") / "tokenizer.json"

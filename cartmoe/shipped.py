@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 MODELS = Path(__file__).parent / "models"
+PRETRAINED = MODELS / "hf"  # those of the transformers library
 TABLE = "models.csv"  # what was measured of each; see `analysis.models`
 BASELINES = "baselines.csv"  # bits per byte of simpler models on the same text
 CHECK, CHECKED = "check.txt", "check.json"  # a text, and the nats per byte of each model on it

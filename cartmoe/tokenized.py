@@ -63,12 +63,15 @@ class Corpus:
 
 
 def prepare(
-    corpus: str | Path, tokenizer: str | Path = "bytes", cache_dir: str | Path | None = None
+    corpus: str | Path,
+    tokenizer: str | Path | Tokenizer = "bytes",
+    cache_dir: str | Path | None = None,
 ) -> Corpus:
     """The tokenized corpus, from the cache or made now.
 
     corpus     "stdlib", "factorial" or the path of files; `cartmoe.corpora` tells which
-    tokenizer  "bytes", "bpe:8192" or the path of a JSON file, as `load_tokenizer` takes it
+    tokenizer  "bytes", "bpe:8192", the path of a JSON file or a tokenizer, as `load_tokenizer`
+               takes it
     cache_dir  default: $CARTMOE_CACHE, or cartmoe in $XDG_CACHE_HOME or ~/.cache
 
     Near-duplicates are dropped; about a tenth of the bytes is for validation, whole groups of
@@ -84,7 +87,7 @@ def prepare(
     }
     cache = path_of("cache_dir", cache_dir or _default_cache())
     folder = cached_folder(cache, source.name, key, lambda new: _write(new, source, tokenizer))
-    return _open(folder, source, Path(tokenizer).stem)
+    return _open(folder, source, tokenizer)
 
 
 def documents_of(source: Source, split: str, trained: Collection[str] = ()) -> list[Document]:
@@ -119,7 +122,7 @@ def _default_cache() -> str:
     return os.environ.get("CARTMOE_CACHE") or f"{cache}/cartmoe"
 
 
-def _write(folder: Path, source: Source, tokenizer_spec: str | Path) -> None:
+def _write(folder: Path, source: Source, tokenizer_spec: str | Path | Tokenizer) -> None:
     documents = drop_near_duplicates(source.documents)
     split = _split(documents)
     # Those to train on first: a training window is then one slice of the tokens.
@@ -145,11 +148,12 @@ def _write(folder: Path, source: Source, tokenizer_spec: str | Path) -> None:
     table.to_csv(folder / "documents.csv", index=False, quoting=quoting)
 
 
-def _open(folder: Path, source: Source, tokenizer_name: str) -> Corpus:
-    tokenizer = load_tokenizer()
-    if (folder / "tokenizer.json").exists():
+def _open(folder: Path, source: Source, tokenizer_spec: str | Path | Tokenizer) -> Corpus:
+    if isinstance(tokenizer_spec, str | Path) and (folder / "tokenizer.json").exists():
         json = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        tokenizer = JsonTokenizer(json, tokenizer_name)
+        tokenizer: Tokenizer = JsonTokenizer(json, Path(tokenizer_spec).stem)
+    else:
+        tokenizer = load_tokenizer(tokenizer_spec)
     text = dict.fromkeys(["document_id", "group", "domain", "split"], str)
     # A document may be called "NA".
     documents = pd.read_csv(folder / "documents.csv", dtype=text, keep_default_na=False)

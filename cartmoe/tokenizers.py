@@ -72,7 +72,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, definition: str, name: str, starts: Sequence[str] = ()):
-        self.json, self.name = definition, name
+        self.json, self.name, self.starts = definition, name, tuple(starts)
         library = _library()
         with named(f"tokenizer {name!r} is not one of the tokenizers library"):
             self._tokenizer = library.Tokenizer.from_str(definition)
@@ -94,6 +94,9 @@ class JsonTokenizer:
         self._prefixed_V = self._prefixed_tokens(vocabulary)
         self._fallback_V = self._byte_tokens(vocabulary)
         self._letter = [id for token, id in vocabulary.items() if token == "<0x41>"]
+
+    def __reduce__(self):
+        return JsonTokenizer, (self.json, self.name, self.starts)
 
     def _token_bytes(self, vocabulary: dict[str, int]) -> np.ndarray | None:
         """Bytes each id stands for, where every character of a token stands for one byte."""
@@ -152,15 +155,17 @@ class JsonTokenizer:
 
 
 def load_tokenizer(
-    spec: str | Path = "bytes", training_texts: Iterable[str] | None = None
+    spec: str | Path | Tokenizer = "bytes", training_texts: Iterable[str] | None = None
 ) -> Tokenizer:
-    """ "bytes", "bpe:8192" (a byte-level BPE of that size, trained on the texts), or the path of a
-    JSON file of the tokenizers library.
+    """ "bytes", "bpe:8192" (a byte-level BPE of that size, trained on the texts), the path of a
+    JSON file of the tokenizers library, or a tokenizer itself.
 
     `prepare` hands over a corpus' training split, and keeps what was trained. Raises `ValueError`
     for a BPE without texts or smaller than its alphabet, `FileNotFoundError` for a path that does
     not exist, `ImportError` without the tokenizers library.
     """
+    if not isinstance(spec, str | Path):
+        return spec
     if spec == "bytes":
         return ByteTokenizer()
     size = _bpe_size(spec)
@@ -182,9 +187,9 @@ def load_tokenizer(
         return JsonTokenizer(text, path.stem)
 
 
-def tokenizer_key(spec: str | Path) -> str:
+def tokenizer_key(spec: str | Path | Tokenizer) -> str:
     """Which tokenizer a spec means, known before it is trained. Errors as `load_tokenizer`."""
-    if _bpe_size(spec) is None:
+    if not isinstance(spec, str | Path) or _bpe_size(spec) is None:
         return load_tokenizer(spec).identity
     return f"{spec} of tokenizers {_library().__version__}"
 

@@ -4,6 +4,7 @@ base.py      the protocol: a model, and the router of a site
 running.py   running one by its segments; decisions as vectors
 cartmoe.py   the compact models; stand_in.py: functions in their experts' place
 transformers.py  pretrained models; pretrained.py: their directories, and tokenizers
+body.py      such a model up to its head, by segments
 seams.py     where routers meet experts in anybody's code; attach.py: asked once, and checked
 seat.py      what sits there meanwhile; router.py, tap.py: a router asked through its own forward
 stream.py    layers run one by one; layouts.py: weights of experts however they are kept
@@ -24,6 +25,12 @@ from analysis.adapters.base import (
 from analysis.adapters.cartmoe import CartMoEAdapter
 from analysis.adapters.load import adapt, documents, load, models, skeleton
 from analysis.adapters.owned import owned, owning, using
+from analysis.adapters.pretrained import (
+    is_pretrained,
+    pretrained_sha256,
+    tokenizer_in,
+    weight_files,
+)
 from analysis.adapters.running import (
     DenseRouting,
     RoutedFlow,

@@ -43,27 +43,64 @@ def seats_of(model: nn.Module, events: Sequence[Event]) -> list[Seat]:
     return found
 
 
-def check_coverage(model: Any, seats: Sequence[Seat]) -> None:
-    """Raise `ValueError` naming experts that were not found where others are, or in a model whose
-    configuration speaks of some."""
-    seen = {part for seat in seats for part in seat.experts.modules()}
-    missed = [
-        name
-        for name, part in model.named_modules()
-        if "Experts" in type(part).__name__ and part not in seen and [*part.parameters()]
-    ]
+def check_coverage(model: Any, seats: Sequence[Seat], events: Sequence[Event]) -> None:
+    """Raise `ValueError` naming experts that took part in a forward unseen, or if there are none in
+    a model whose configuration speaks of some."""
+    ran = {event.module for event in events}
+    missed = [name for name in _unseen(model, seats) if _around(model, name) in ran]
     text = model.config.get_text_config()
     said = {key: value for key in SAID if isinstance(value := getattr(text, key, None), int)}
     if missed:
         raise ValueError(
             f"{len(missed)} modules with experts ({missed[0]}) are not called with hidden states, "
-            "ids and weights of the chosen, or did not run: what they receive cannot be told"
+            f"ids and weights of the chosen: what they receive cannot be told{_unpacked(model)}"
         )
     if not seats and max(said.values(), default=0) > 1:
         raise ValueError(
             f"its configuration says {said}, and nothing in it is called with ids and weights of "
-            "experts: what they receive cannot be told"
+            f"experts: what they receive cannot be told{_unpacked(model)}"
         )
+
+
+def coverage_of(model: nn.Module, seats: Sequence[Seat]) -> str:
+    """How much of the model's experts is seen; the others take no part in a forward."""
+    seen = sum(_size(seat.experts) for seat in seats)
+    unseen = [_size(model.get_submodule(name)) for name in _unseen(model, seats)]
+    share = seen / max(1, seen + sum(unseen))
+    layers = f"{len(seats)} of {len(seats) + len(unseen)} MoE layers"
+    return f"{layers}; {share:.0%} of the parameters of experts".replace("%", " %")
+
+
+def _unseen(model: nn.Module, seats: Sequence[Seat]) -> list[str]:
+    """Modules with experts that no seat has, by name."""
+    seen = {part for seat in seats for part in seat.experts.modules()}
+    return [
+        name
+        for name, part in model.named_modules()
+        if "Experts" in type(part).__name__ and part not in seen and _size(part)
+    ]
+
+
+def _around(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _unpacked(model: Any) -> str:
+    """What a user can do about weights that are packed."""
+    how = getattr(model.config, "quantization_config", None)
+    method = (
+        how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+    )
+    if getattr(method, "value", method) == "mxfp4":
+        return (
+            ". It is packed in MXFP4, whose kernel routes by itself: load it with "
+            "quantization_config=Mxfp4Config(dequantize=True)"
+        )
+    return f". It is quantized by {method}; load it dequantized" if method else ""
 
 
 def _holds(module: nn.Module, ids_TK: Tensor) -> bool:

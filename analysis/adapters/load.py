@@ -133,14 +133,8 @@ def documents(
         check_choice("split", split, (*SPLITS, "all"))
     limits: dict[str, Any] = dict(length=length, limit=limit, windows=windows)
     limits["max_tokens_per_document"] = max_tokens_per_document
-    ours = tokenizer.name == "bytes" or tokenizer.name.startswith("bpe:")
-    if is_built_in(corpus) and split != "all" and ours:
-        prepared = prepare(corpus, tokenizer.name)
-        if prepared.tokenizer.identity != tokenizer.identity:
-            raise ValueError(
-                f"the model's tokenizer {tokenizer.name!r} is not the one of that name trained on "
-                f"{corpus!r} here; give documents as a path"
-            )
+    if is_built_in(corpus) and split != "all":
+        prepared = prepare(corpus, tokenizer)
         split, table = split or "validation", prepared.documents
         seen = _check_seen(under_study, corpus, table.group, split)
         if seen:

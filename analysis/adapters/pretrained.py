@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cartmoe.checkpoint import META, read_meta
+from cartmoe.folders import MANIFEST, fingerprint
 from cartmoe.foreign import read_text
 from cartmoe.tokenizers import JsonTokenizer, Tokenizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+WEIGHTS = ("*.safetensors", "*.bin")
 STARTS = ("bos_token", "cls_token", "eos_token")  # what may start a text, the best first
 
 
 def is_pretrained(folder: Path) -> bool:
     """Whether the directory has a config.json that names a family of the transformers library."""
     return "model_type" in _json(folder / CONFIG)
+
+
+def pretrained_sha256(folder: Path) -> str:
+    """The identity of a directory's model: of its configuration, its weights and the version of the
+    library that runs it, whatever else lies there. Reads every byte.
+
+    Raises `ValueError` for a directory that holds none.
+    """
+    if not is_pretrained(folder):
+        raise ValueError(
+            f"{folder} is no directory with a model of the transformers library: it has no "
+            f"{CONFIG} that names its model_type. Nothing is fetched from a hub; download it first"
+        )
+    weights = weight_files(folder)
+    if not weights:
+        raise ValueError(f"{folder} has no weights ({', '.join(WEIGHTS)})")
+    files = {path.name: fingerprint(path)["sha256"] for path in (folder / CONFIG, *weights)}
+    said = json.dumps([files, transformers_version()])
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """What a directory that this project made says of how its model was trained; {} of others."""
+    ours = (folder / MANIFEST).is_file() and (folder / META).is_file()
+    return read_meta(folder) if ours else {}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those of a directory with such a model."""
+    return sorted(path for end in WEIGHTS for path in folder.glob(end))
+
+
+def transformers_version() -> str:
+    """That which is installed."""
+    try:
+        return version("transformers")
+    except PackageNotFoundError as error:
+        raise ImportError('a pretrained model needs pip install "cartmoe[hf]"') from error
 
 
 def tokenizer_in(folder: Path) -> JsonTokenizer:

@@ -3,7 +3,8 @@ own code."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,25 +14,28 @@ import torch
 from torch import Tensor
 
 from analysis.adapters import layouts
-from analysis.adapters.attach import check_coverage, check_router, probe_tokens, seats_of
-from analysis.adapters.base import (
-    ExpertsFunction,
-    OutputFunction,
-    RouterFunction,
-    Segment,
-    State,
+from analysis.adapters.attach import (
+    check_coverage,
+    check_router,
+    coverage_of,
+    probe_tokens,
+    seats_of,
 )
+from analysis.adapters.base import ExpertsFunction, OutputFunction, RouterFunction, Segment
+from analysis.adapters.body import Body
 from analysis.adapters.cartmoe import tensors_sha256
-from analysis.adapters.pretrained import tokenizer_in
+from analysis.adapters.pretrained import (
+    origin_of,
+    pretrained_sha256,
+    tokenizer_in,
+    transformers_version,
+)
 from analysis.adapters.router import TappedRouter
-from analysis.adapters.running import run as run_segments
 from analysis.adapters.seams import watch
-from analysis.adapters.seat import Functions, Seat, stream_of
-from analysis.adapters.stream import Layers, in_place_of, layers_of
+from analysis.adapters.seat import Functions, stream_of
 from cartmoe.foreign import named
 from cartmoe.hooks import Hook, RouterSite
 from cartmoe.interrupt import restoring
-from cartmoe.routing import Routing, raise_nonfinite
 from cartmoe.tokenizers import Tokenizer
 
 
@@ -43,16 +47,28 @@ class TransformersAdapter:
     than its logits, or whose choice no mask changes; other logits layer by layer.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, name: str | None = None):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        identity: str | None = None,
+        trained_on: Mapping[str, Any] | None = None,
+    ):
+        """identity, trained_on: those of the directory that it was loaded from, its "meta"."""
         self.model, self.tokenizer, self.train_seed = model, tokenizer, 0
+        self.trained_on, self._loaded = trained_on or {}, {}
         text = model.config.get_text_config()
         self.family, self.vocab_size = text.model_type, text.vocab_size
         self.name = name or self.family
         with torch.no_grad():
             self._attach()
+        if identity:  # for as long as the model is the one that was read from there
+            self._loaded = {self.identity: identity}
 
     def __repr__(self) -> str:
-        size = f"{self.model.num_parameters():,} parameters, {len(self.seats)} routers"
+        size = f"{self.model.num_parameters():,} parameters, {self.coverage}"
         return f"TransformersAdapter({self.name}: {self.family}, {size})"
 
     def _attach(self) -> None:
@@ -60,29 +76,11 @@ class TransformersAdapter:
         run = partial(self.model, input_ids=tokens_BL, use_cache=False)
         events, result = watch(self.model, run)
         seats = seats_of(self.model, events)
-        check_coverage(self.model, seats)
+        check_coverage(self.model, seats, events)
         self.seats = {seat.site: seat for seat in seats}
-        self.layers = layers_of(self.model, events, [seat.experts for seat in seats])
-        self.body = self.layers.owner if self.layers else self.model.base_model
-        self._output = next(e.result for e in reversed(events) if e.module is self.body)
-        taken = self._decisions(tokens_BL, result.logits)
-        if taken is None and self.layers:  # they cannot be called again; all at once they can
-            self.layers = None
-            taken = self._decisions(tokens_BL, result.logits)
-        if taken is None:
-            raise ValueError(
-                f"{self.name} gives other logits from its body and head alone: it does something "
-                "before or behind them that is not seen here"
-            )
-        for seat, routing in zip(seats, taken, strict=True):
+        self.body = Body(self.model, seats, events, tokens_BL, result.logits)
+        for seat, routing in zip(seats, self.body.decisions, strict=True):
             check_router(seat.router, routing)
-
-    def _decisions(self, tokens_BL: Tensor, logits_BLV: Tensor) -> Sequence[Routing] | None:
-        """Those of a forward by segments, if it gives these logits to the last bit."""
-        state = run_segments(self.segments(), tokens_BL)
-        logits_TV = self.logits(state.hidden_BLD.flatten(0, 1))
-        same = torch.equal(logits_TV, logits_BLV.flatten(0, 1).float())
-        return state.decisions if same else None
 
     @property
     def module(self) -> torch.nn.Module:
@@ -91,8 +89,22 @@ class TransformersAdapter:
 
     @property
     def identity(self) -> str:
-        """SHA-256 of its tensors."""
-        return tensors_sha256(self.model)
+        """Of the directory that it was loaded from, or else of its tensors, its configuration, the
+        library and which of its implementations computes experts."""
+        config = self.model.config
+        how = [
+            transformers_version(),
+            *(getattr(config, f"_{part}_implementation", None) for part in ("experts", "attn")),
+            config.to_json_string(use_diff=False),
+        ]
+        said = tensors_sha256(self.model) + "\n".join(map(str, how))
+        found = hashlib.sha256(said.encode()).hexdigest()
+        return self._loaded.get(found, found)
+
+    @property
+    def coverage(self) -> str:
+        """ "48 of 48 MoE layers; 97 % of the parameters of experts"."""
+        return coverage_of(self.model, [*self.seats.values()])
 
     @property
     def device(self) -> torch.device:
@@ -104,52 +116,12 @@ class TransformersAdapter:
         return list(self.seats)
 
     def segments(self) -> list[Segment]:
-        """embed, layer_0, ..., norm; or, where layers cannot be called again, the body at once,
-        before which the stream is not known."""
-        layers = self.layers
-        if layers is None:
-            return [
-                self._segment("start", [], lambda _, tokens_BL: tokens_BL[..., None] * torch.nan),
-                self._segment("body", [*self.seats.values()], self._body),
-            ]
-        steps = [self._segment("embed", [], lambda _, tokens_BL: layers.first(tokens_BL))]
-        for number, layer in enumerate(layers.layers):
-            inside = set(layer.modules())
-            seats = [seat for seat in self.seats.values() if seat.experts in inside]
-            steps.append(self._segment(f"layer_{number}", seats, partial(layers.run, number)))
-        return [*steps, self._segment("norm", [], partial(self._norm, layers))]
-
-    def _body(self, _: Tensor, tokens_BL: Tensor) -> Tensor:
-        hidden_BLD = self.body(input_ids=tokens_BL, use_cache=False).last_hidden_state
-        self._check_finite()
-        return hidden_BLD
-
-    def _norm(self, layers: Layers, hidden_BLD: Tensor, tokens_BL: Tensor) -> Tensor:
-        self._check_finite()
-        return layers.last(hidden_BLD, tokens_BL)
-
-    def _check_finite(self) -> None:
-        raise_nonfinite([(site.name, seat) for site, seat in self.seats.items()])
-
-    def _segment(
-        self, name: str, seats: list[Seat], forward: Callable[[Any, Tensor], Tensor]
-    ) -> Segment:
-        def run(state: State) -> State:
-            taken: list[Routing] = []
-            with ExitStack() as stack:
-                for seat in seats:
-                    stack.enter_context(seat.taken(Functions(taken=taken)))
-                hidden_BLD = forward(state.hidden_BLD, state.tokens_BL)
-            return State(hidden_BLD, state.tokens_BL, (*state.decisions, *taken))
-
-        return Segment(name, run, tuple(seat.site for seat in seats))
+        """See `Body.segments`."""
+        return self.body.segments()
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """(T, V) fp32: what the model makes of them where its body returns them."""
-        made = type(self._output)(last_hidden_state=hidden_TD[None])
-        tokens = torch.zeros(1, len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
-        with in_place_of([self.body], lambda *args, **kwargs: made):
-            return self.model(input_ids=tokens, use_cache=False).logits[0].float()
+        return self.body.logits(hidden_TD)
 
     @restoring
     def hooked(
@@ -231,7 +203,10 @@ def load_pretrained(
     with named(folder):
         load: Any = AutoModelForCausalLM.from_pretrained
         model = load(folder, local_files_only=True, dtype="auto").to(device).eval()
-    return TransformersAdapter(model, tokenizer, name=name or folder.resolve().name)
+    meta = origin_of(folder)
+    name = name or folder.resolve().name
+    identity = pretrained_sha256(folder)
+    return TransformersAdapter(model, tokenizer, name=name, identity=identity, trained_on=meta)
 
 
 def _leaves(output: OutputFunction, site: RouterSite, module: Any, args: tuple, result: Any) -> Any:

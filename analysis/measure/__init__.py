@@ -19,7 +19,7 @@ from analysis.measure.intervene import perturbed
 from analysis.measure.losses import loss_gradient, output_slopes
 from analysis.measure.margins import flip_prediction
 from analysis.measure.regret import regret
-from analysis.measure.results import FACTS, Results, facts_of, key_columns
+from analysis.measure.results import FACTS, MODELS, Description, Results, describe, key_columns
 from analysis.measure.reuse import worth_reusing
 from analysis.measure.saved import is_saved
 from analysis.measure.shard import Cell, measure

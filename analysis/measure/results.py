@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -20,6 +20,7 @@ from cartmoe.files import path_of
 
 TOKENS = ["document_id", "sequence_id", *BYTES]
 FACTS = ["model", "train_seed", "layer", "stage", "metric", "value"]
+MODELS = ["model", "train_seed", "coverage"]
 # Columns of damage that a reader needs first.
 SHORT = [
     *("model", "train_seed", "label", "num_documents", "num_touched"),
@@ -38,6 +39,7 @@ class Results:
     """Tables: `losses` and `routing` hold sums, everything else is derived.
 
     facts      model, train_seed, layer, stage, metric, value: what is fixed by the architecture
+    models     model, train_seed, coverage: of a pretrained model how much of its experts is seen
     finished, planned   cells; a half-finished study can be read like a finished one
     cells      a row a finished cell: the columns that name it, shard, seconds
     failed     a row a cell that killed its workers: the columns that name it, shard, reason
@@ -52,6 +54,7 @@ class Results:
     planned: int
     cells: pd.DataFrame = field(default_factory=pd.DataFrame)
     failed: pd.DataFrame = field(default_factory=pd.DataFrame)
+    models: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=MODELS))
     tokens: Callable[[str, int, str], pd.DataFrame] | None = None
 
     def __repr__(self) -> str:
@@ -170,14 +173,26 @@ class Results:
         return stats.damage_by(self.losses, by, self.tokens, conditions)
 
 
-def facts_of(model: Adapter) -> list[dict[str, Any]]:
-    """Rows of `Results.facts` for one model."""
-    return [
-        dict(model=model.name, train_seed=model.train_seed, layer=site.layer, stage=site.stage,
-             metric=metric, value=value)
+class Description(NamedTuple):
+    """What results say of a model: what tables call it, and rows of `Results.facts`, `models`."""
+
+    name: str
+    family: str
+    train_seed: int
+    facts: list[dict[str, Any]]
+    model: dict[str, Any]
+
+
+def describe(model: Adapter) -> Description:
+    """Of this model."""
+    named = dict(model=model.name, train_seed=model.train_seed)
+    facts = [
+        named | dict(layer=site.layer, stage=site.stage, metric=metric, value=value)
         for site in model.sites()
         for metric, value in model.router(site).facts.items()
-    ]  # fmt: skip
+    ]
+    covered = named | {"coverage": getattr(model, "coverage", "")}
+    return Description(model.name, model.family, model.train_seed, facts, covered)
 
 
 def join(measured: Sequence[tuple[Adapter, Sequence[Cell]]]) -> Results:
@@ -193,12 +208,14 @@ def join(measured: Sequence[tuple[Adapter, Sequence[Cell]]]) -> Results:
             if cell.tokens is not None:
                 tokens[model.name, model.train_seed, columns["condition"]] = cell.tokens
     frames = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
-    facts = [row for model, _ in measured for row in facts_of(model)]
+    described = [describe(model) for model, _ in measured]
+    facts = [row for one in described for row in one.facts]
     return Results(
         **frames,
         facts=pd.DataFrame(facts, columns=FACTS),
         finished=len(rows),
         planned=len(rows),
         cells=pd.DataFrame(rows),
+        models=pd.DataFrame([one.model for one in described], columns=MODELS),
         tokens=(lambda *key: tokens[key]) if tokens else None,
     )

@@ -20,7 +20,7 @@ from cartmoe.folders import damage, write_folder
 
 KIND = "results"  # the manifest's key, so that another folder is not taken for one
 META = "results.json"
-TABLES = ("losses", "routing", "facts", "cells", "failed")
+TABLES = ("losses", "routing", "facts", "cells", "failed", "models")
 KEY = ["model", "train_seed", "condition"]
 BYTES = ["nll", "targets"]  # columns of tokens
 

@@ -2,7 +2,7 @@
 
 specs.py, study.py          what a study is made of; the grid
 parse.py, reading.py        written as TOML; schema.py: its JSON schema
-models.py, training.py      its models, found or trained side by side
+models.py, training.py      its models, found or trained side by side; texts.py: what they read
 plan.py                     its cells, each with its whole identity (provenance.py)
 worker.py, pool.py, executors.py   cells computed here, in processes, on a cluster
 machine.py                  how many processes there may be
@@ -14,9 +14,9 @@ from analysis.study.estimate import dry_run
 from analysis.study.executors import dask, processes
 from analysis.study.folder import STORE, progress_of, read, read_plan
 from analysis.study.machine import free_workers
-from analysis.study.plan import documents_of
 from analysis.study.provenance import manifest, source_sha256
 from analysis.study.run import run, threads_of
 from analysis.study.schema import study_schema
 from analysis.study.store import Store
 from analysis.study.study import Study
+from analysis.study.texts import documents_of

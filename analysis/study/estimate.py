@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from analysis.adapters import Adapter, adapt, load
+from analysis.adapters import Adapter, adapt
 from analysis.measure import calibrate, measure
 from analysis.perturb import CLEAN, Condition
 from analysis.study.folder import STORE
@@ -31,8 +31,9 @@ from analysis.study.run import check_executor, threads_of, trainers_of
 from analysis.study.specs import ModelSpec
 from analysis.study.store import Store
 from analysis.study.study import Study
+from analysis.study.texts import Texts
 from analysis.study.unlike import why_others
-from analysis.study.worker import autocast, numerics
+from analysis.study.worker import autocast, numerics, opened
 from cartmoe.checkpoint import read_meta, run_checkpoints
 from cartmoe.distributed import Ranks
 from cartmoe.files import path_of
@@ -79,31 +80,33 @@ def _estimate(
 ) -> dict[str, Any]:
     """Of one model: cells, and seconds in one process; steps that are left to train, and seconds of
     all of them."""
-    arms, tokenizer = plan.arms(spec, checkpoint)[1], plan.corpus.tokenizer
+    arms, text = plan.subject(spec, checkpoint).arms, plan.text(spec)
     seconds, steps, training = 0.0, 0, 0.0
     if checkpoint:
         planned = plan.work(checkpoint).cells
         missing = [(cell.shard, cell.condition) for cell in planned if cell.key not in finished]
     else:
-        missing = list(itertools.product(range(len(plan.shards)), arms))
+        missing = list(itertools.product(range(len(text.shards)), arms))
         steps, training = _training(spec, run_folder(out, spec))
     if missing:
         if checkpoint:
-            model = load(checkpoint.path, tokenizer=tokenizer, device=default_device())
+            model = opened(checkpoint.path.resolve(), checkpoint.identity, spec.name)
         else:
-            model = adapt(LanguageModel(spec.config).to(default_device()).eval(), tokenizer)
-        once, each = _probe(plan, model, arms)
-        seconds = once + sum(each[arm] * len(plan.shards[shard]) for shard, arm in missing)
-    cells, name = len(plan.shards) * len(arms), f"{spec.name} (seed {spec.train_seed})"
+            model = adapt(LanguageModel(spec.config).to(default_device()).eval())
+        model.tokenizer = text.corpus.tokenizer
+        once, each = _probe(plan, text, model, arms)
+        seconds = once + sum(each[arm] * len(text.shards[shard]) for shard, arm in missing)
+    cells, name = len(text.shards) * len(arms), f"{spec.name} (seed {spec.train_seed})"
     left = {"finished": cells - len(missing), "missing": len(missing), "measuring": seconds}
-    return {"model": name, "cells": cells, **left, "steps": steps, "training": training}
+    of = {"model": name, "shards": len(text.shards), "cells": cells}
+    return {**of, **left, "steps": steps, "training": training}
 
 
 def _probe(
-    plan: Plan, model: Adapter, arms: dict[Condition, bool]
+    plan: Plan, text: Texts, model: Adapter, arms: dict[Condition, bool]
 ) -> tuple[float, dict[Condition, float]]:
     """(seconds of calibration, seconds a sequence of every arm)."""
-    batch = plan.shards[0][: min(PROBE, plan.study.measure.batch_size)]
+    batch = text.shards[0][: min(PROBE, plan.study.measure.batch_size)]
     depth = {site: i for i, segment in enumerate(model.segments()) for site in segment.sites}
 
     def kind(arm: Condition) -> tuple:
@@ -115,8 +118,8 @@ def _probe(
     measure(model, [], batch, batch_size=len(batch))  # warms up
     calibration, start = None, time.perf_counter()
     if depth:
-        calibration = calibrate(model, plan.calibration[: len(batch)], batch_size=len(batch))
-    once = (time.perf_counter() - start) * len(plan.calibration) / len(batch)
+        calibration = calibrate(model, text.calibration[: len(batch)], batch_size=len(batch))
+    once = (time.perf_counter() - start) * len(text.calibration) / len(batch)
     cells = measure(
         model,
         list(of_kind.values()),
@@ -152,14 +155,16 @@ def _training(spec: ModelSpec, folder: Path) -> tuple[int, float]:
 
 
 def _describe(plan: Plan, rows: pd.DataFrame, executor: Callable[[], Executor] | None) -> str:
-    shards = len(plan.shards)
     trainers = max(1, min(trainers_of(plan.study, executor, plan.threads), (rows.steps > 0).sum()))
     workers = getattr(executor, "workers", None) or 1
     table = rows.assign(
-        cells=[f"{shards} shards x {cells // shards} = {cells}" for cells in rows.cells],
+        cells=[
+            f"{shards} shards x {cells // shards} = {cells}"
+            for shards, cells in zip(rows.shards, rows.cells, strict=True)
+        ],
         measuring=rows.measuring.map(spoken),
         training=rows.training.map(spoken),
-    )
+    ).drop(columns="shards")
     return f"""\
 Study {plan.study.name!r}: {len(rows)} models, {rows.cells.sum()} cells, \
 {rows.finished.sum()} finished, {rows.missing.sum()} missing

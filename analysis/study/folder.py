@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.measure import FACTS, Results, is_saved
+from analysis.measure import FACTS, MODELS, Results, is_saved
 from analysis.stats import CHECKPOINT
 from analysis.study.store import Store
 from cartmoe.files import path_of
@@ -66,6 +66,7 @@ def read(out: str | Path) -> Results:
         planned=len(planned),
         cells=finished.assign(seconds=finished.key.map(seconds)).drop(columns="key"),
         failed=failed.drop(columns="key"),
+        models=pd.DataFrame(plan["models"], columns=MODELS),
         tokens=partial(_tokens, out, paired) if plan["study"]["measure"]["tokens"] else None,
     )
 

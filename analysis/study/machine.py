@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from analysis.adapters import weight_files
 from analysis.study.provenance import default_device
 from analysis.study.specs import ModelSpec
 from cartmoe.checkpoint import read_config
@@ -28,6 +29,8 @@ def free_workers(models: Iterable[ModelSpec], threads: int = 1) -> int:
 
 
 def _parameters(spec: ModelSpec) -> int:
+    if spec.hf:  # as it is stored; a process computes with it and keeps no gradient
+        return sum(path.stat().st_size for path in weight_files(Path(spec.hf))) // (PARAMETER // 2)
     try:
         config = read_config(spec.path) if spec.path else spec.config
     except (OSError, ValueError):  # which planning tells, with all other mistakes

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from analysis.adapters import pretrained_sha256
 from analysis.study.specs import ModelSpec
 from analysis.study.study import Study
 from cartmoe import checkpoint as checkpoints
@@ -27,8 +28,9 @@ class Checkpoint:
 
     @classmethod
     def of(cls, spec: ModelSpec, path: Path) -> Checkpoint:
-        """By what its manifest says."""
-        return cls(spec, path, checkpoints.checkpoint_sha256(path))
+        """By what its manifest says; of a pretrained one by its files."""
+        sha256 = pretrained_sha256 if spec.hf else checkpoints.checkpoint_sha256
+        return cls(spec, path, sha256(path))
 
 
 def find(study: Study, spec: ModelSpec, corpus: Corpus, out: Path) -> Checkpoint | None:
@@ -37,6 +39,8 @@ def find(study: Study, spec: ModelSpec, corpus: Corpus, out: Path) -> Checkpoint
     Raises `ValueError` or `OSError` for a given one that is damaged, or cannot read the study's
     tokens, and where a run of another configuration stands in the way of training.
     """
+    if spec.hf:
+        return Checkpoint.of(spec, Path(spec.hf))
     if spec.path:
         given = last_checkpoint(Path(spec.path))
         _check_tokens(study, spec, given, corpus)
@@ -51,6 +55,8 @@ def check_bytes(study: Study, checkpoint: Checkpoint) -> Checkpoint:
     Raises as `find` does.
     """
     spec = checkpoint.spec
+    if spec.hf:
+        return checkpoint  # all were read for its identity
     try:
         return Checkpoint.of(spec, checkpoints.newest(spec.path or checkpoint.path.parent.parent))
     except (ValueError, OSError) as error:
@@ -69,7 +75,8 @@ def run_folder(out: Path, spec: ModelSpec) -> Path:
 
 def place_of(spec: ModelSpec) -> str:
     """Where the study speaks of the model, for what is wrong with it."""
-    return f"models, path {spec.path}" if spec.path else f"model {spec.name!r}"
+    given = f"path {spec.path}" if spec.path else f"hf {spec.hf}"
+    return f"models, {given}" if spec.given else f"model {spec.name!r}"
 
 
 def last_checkpoint(directory: Path) -> Path:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from analysis.adapters import is_pretrained
 from analysis.perturb import Condition, of_one_name, perturbation_class
 from analysis.stats import ALL, CONDITION, label_of
 from analysis.study.reading import Mistakes, TableReader
@@ -25,6 +26,7 @@ from cartmoe.train import TrainConfig
 
 NAME = r"[\w+-]{1,100}"  # of a variant and its directory
 SECTIONS = ("name", "data", "measure", "train", "models", "conditions", "contrasts")
+GIVEN = {"path": "checkpoint or run", "hf": "model"}  # of [[models]], and what directory each is
 RUNS = ("preset", "families", "seeds", "model", "variants")  # of [train], beside its settings
 OF_DATA = {"corpus", "tokenizer", "length"}  # settings of a run that [data] says
 SETTINGS = {f.name for f in fields(TrainConfig)} - OF_DATA - {"seed"}
@@ -63,7 +65,7 @@ def study_fields(table: Mapping[str, Any], origin: str, default_name: str) -> di
     reader.names(models, only)
     contrasts = reader.contrasts(table, models, only)
     if not models and not reader.mistakes:
-        reader.mistakes.append("no models: give [train] with families, or [[models]] with path")
+        reader.mistakes.append("no models: give [train] with families, or [[models]] with path, hf")
     if reader.mistakes:  # then these too; else who measures needs them, not who reads
         note_sources(reader, data)
     reader.finish(origin)
@@ -111,7 +113,7 @@ class _Reader(TableReader):
         for preset, (where, name, family, model) in itertools.product(presets[:1], asked):
             config = self.attempt(where, ModelConfig.preset, preset, family, **model)
             for run in filter(None, runs if config else ()):
-                yield ModelSpec(name, run.seed, None, config, run)
+                yield ModelSpec(name, run.seed, config=config, train=run)
 
     def variants(self, tables: Mapping, options: Mapping) -> Iterator[tuple[str, str, Any, dict]]:
         """(where, name, family, fields of ModelConfig) for each table of [train.variants]."""
@@ -127,21 +129,37 @@ class _Reader(TableReader):
                 )
 
     def given(self, study: Mapping) -> Iterable[ModelSpec]:
-        """[[models]] with path, or several, and, to tell them apart, name and train_seed."""
+        """[[models]] with path or hf, or several, and, to tell them apart, name and train_seed."""
         for where, table in self.tables("models", study):
-            known = self.known(f"{where}.", table, ("path", "name", "train_seed"))
-            for text in self.items(f"{where}.path", known.pop("path", "")):
-                is_text = text and isinstance(text, str)
-                path = self.attempt(f"{where}.path", located, text) if is_text else None
-                if path is None or not path.is_dir():
-                    self.mistakes.append(
-                        f"{where}.path: {text!r} is no checkpoint or run directory"
-                    )
-                    continue
-                own = named_by(path) or {"name": path.resolve().name}
-                spec = self.attempt(where, ModelSpec, path=str(path), **own | known)
-                if spec:
-                    yield spec
+            known = self.known(f"{where}.", table, ("path", "hf", "name", "train_seed"))
+            kinds = [kind for kind in GIVEN if kind in known]
+            if len(kinds) != 1:
+                self.mistakes.append(f"{where}: give one of {', '.join(GIVEN)}")
+                continue
+            (kind,) = kinds
+            for text in self.items(f"{where}.{kind}", known.pop(kind)):
+                path = self._place(f"{where}.{kind}", kind, text)
+                if path:
+                    own = named_by(path) or {"name": path.resolve().name}
+                    given = own | {kind: str(path)} | known
+                    yield from filter(None, [self.attempt(where, ModelSpec, **given)])
+
+    def _place(self, where: str, kind: str, text: Any) -> Path | None:
+        """Where such a model is; None with the mistake noted."""
+        is_text = text and isinstance(text, str)
+        path = self.attempt(where, located, text) if is_text else None
+        if path is None or not path.is_dir():
+            fetched = "; nothing is fetched from a hub" if kind == "hf" else ""
+            self.mistakes.append(f"{where}: {text!r} is no {GIVEN[kind]} directory{fetched}")
+            return None
+        if is_pretrained(path) != (kind == "hf"):
+            is_one = "holds no" if kind == "hf" else "holds a"
+            other = "path" if kind == "hf" else "hf"
+            self.mistakes.append(
+                f"{where}: {text!r} {is_one} model of the transformers library; write {other} = ..."
+            )
+            return None
+        return path
 
     def conditions(self, study: Mapping, models: list[ModelSpec]) -> dict[Condition, Only]:
         """The product over all values that stand for several, and which models it is for."""

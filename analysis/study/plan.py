@@ -3,43 +3,51 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from analysis.adapters import Adapter, skeleton
-from analysis.measure import worth_reusing
+from analysis.measure import Description, describe, worth_reusing
 from analysis.perturb import CLEAN, Condition, Where
-from analysis.study.models import Checkpoint, find, last_checkpoint, place_of
+from analysis.study.models import Checkpoint, find, place_of
 from analysis.study.parse import note_sources
 from analysis.study.provenance import default_device, platform_identity
 from analysis.study.reading import Mistakes
 from analysis.study.specs import ModelSpec
 from analysis.study.store import cell_key
 from analysis.study.study import Study
-from analysis.study.worker import PlannedCell, Source, Task
-from cartmoe.checkpoint import read_config, read_meta
-from cartmoe.corpora import is_built_in
-from cartmoe.data import Corpus, Sequences, prepare, sequences
-from cartmoe.tokenized import SPLITS
+from analysis.study.texts import Texts, tokenizer_of
+from analysis.study.worker import PlannedCell, Source, Task, opened
+from cartmoe.checkpoint import read_config
+from cartmoe.hooks import RouterSite
 
 TASKS_A_WORKER = 3  # at least so many, so that none waits long for the last one
 MOST_CELLS = 32  # of a task: what is lost when it is stopped; its clean pass is then 3 % of it
 
 
 @dataclass(frozen=True)
-class Work:
-    """The cells of one model, shard by shard.
+class Subject:
+    """A model as far as a plan needs it, which is without its weights.
 
-    model   without weights
+    described  what results say of it (see `analysis.measure.describe`)
+    arms          what it is measured under: the clean run, and every condition that it has a router
+                  for -> whether experts' outputs come from a table
     """
 
+    described: Description
+    sites: list[RouterSite]
+    arms: dict[Condition, bool]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The cells of one model, shard by shard."""
+
     checkpoint: Checkpoint
-    model: Adapter
+    described: Description
     cells: list[PlannedCell]
 
 
@@ -47,27 +55,34 @@ class Work:
 class Plan:
     """What is measured, on what, and how.
 
+    texts     what the study's models read; that of pretrained ones by their directory
     threads   of whoever computes a cell
     """
 
     study: Study
-    corpus: Corpus
-    shards: list[Sequences]
-    calibration: Sequences
+    texts: dict[str | None, Texts]
     threads: int
+    _subjects: dict[tuple, Subject] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, study: Study, threads: int) -> Plan:
         """Raises `ValueError` or `OSError` for documents that cannot be read."""
         noted = Mistakes()
         note_sources(noted, study.data)
+        kinds = {spec.hf: noted.attempt(place_of(spec), tokenizer_of, study, spec)
+                 for spec in study.models}  # fmt: skip
         noted.finish(study.origin)
-        corpus, docs = documents_of(study)
-        size = study.data.shard
-        shards = [docs[i : i + size] for i in range(0, len(docs), size)]
-        limit = study.measure.calibration
-        calibration = sequences(corpus, split="train", limit=limit, **_limits(study))
-        return cls(study, corpus, shards, calibration, threads)
+        texts = {hf: Texts.of(study, kind) for hf, kind in kinds.items()}
+        if study.contrasts and len({text.corpus.tokenizer.identity for text in texts.values()}) > 1:
+            raise ValueError(
+                f"{study.origin}: contrasts are of nats per token, and the study's models read "
+                "other tokens; compare those that share them in a study of their own"
+            )
+        return cls(study, texts, threads)
+
+    def text(self, spec: ModelSpec) -> Texts:
+        """What this model reads."""
+        return self.texts[spec.hf]
 
     def find(self, out: Path) -> list[Checkpoint | None]:
         """Every model's checkpoint that is there, given or trained in `out`.
@@ -77,18 +92,20 @@ class Plan:
         """
         noted = Mistakes()
         found = [
-            noted.attempt(place_of(spec), find, self.study, spec, self.corpus, out)
+            noted.attempt(place_of(spec), find, self.study, spec, self.text(spec).corpus, out)
             for spec in self.study.models
         ]
         noted.finish(self.study.origin)
         layers: set[int] = set()
         for spec, checkpoint in zip(self.study.models, found, strict=True):
             noted.attempt(f"model {spec.name!r}", self._check_vocabulary, spec)
-            model, arms = self.arms(spec, checkpoint)
-            for condition in arms:
-                p, sites = condition.perturbation, filter(condition.where, model.sites())
-                noted.attempt(f"conditions: {p.label}, model {model.name!r}", p.check, list(sites))
-            layers |= {site.layer for site in model.sites()}
+            subject = noted.attempt(f"model {spec.name!r}", self.subject, spec, checkpoint)
+            if subject is None:
+                continue
+            for condition in subject.arms:
+                p, sites = condition.perturbation, filter(condition.where, subject.sites)
+                noted.attempt(f"conditions: {p.label}, model {spec.name!r}", p.check, list(sites))
+            layers |= {site.layer for site in subject.sites}
         have = ", ".join(map(str, sorted(layers))) or "none: all are dense"
         for where in (condition.where for condition in self.study.conditions):
             if where.layer is not None and where.layer not in layers:
@@ -100,8 +117,8 @@ class Plan:
 
     def _check_vocabulary(self, spec: ModelSpec) -> None:
         """Of one that is to be trained."""
-        needed = self.corpus.vocab_size
-        if not spec.path and spec.config.vocab_size < needed:
+        needed = self.text(spec).corpus.vocab_size
+        if not spec.given and spec.config.vocab_size < needed:
             raise ValueError(
                 f"vocab_size is {spec.config.vocab_size}; data.tokenizer "
                 f"{self.study.data.tokenizer!r} needs {needed}"
@@ -112,46 +129,56 @@ class Plan:
         """What of this machine changes bits."""
         return platform_identity(default_device(), self.threads)
 
-    def arms(
-        self, spec: ModelSpec, checkpoint: Checkpoint | None
-    ) -> tuple[Adapter, dict[Condition, bool]]:
-        """(the model without weights, what it is measured under: the clean run, and every
-        condition that it has a router for -> whether experts' outputs come from a table).
+    def subject(self, spec: ModelSpec, checkpoint: Checkpoint | None) -> Subject:
+        """The model of this specification.
 
-        The latter is decided here, by all conditions of the study, so that it does not depend on
-        which of them are measured together.
+        Which tables are made is decided here, by all conditions of the study, so that it does not
+        depend on which of them are measured together. Raises as `analysis.load` does.
         """
+        key = spec.name, spec.train_seed, checkpoint
+        if key not in self._subjects:
+            self._subjects[key] = self._subject(self._model(spec, checkpoint), spec)
+        return self._subjects[key]
+
+    def _model(self, spec: ModelSpec, checkpoint: Checkpoint | None) -> Adapter:
+        """Without weights, where what is fixed by the architecture can be told without them."""
+        if spec.hf and checkpoint:
+            return opened(checkpoint.path.resolve(), checkpoint.identity, spec.name)
         config = read_config(checkpoint.path) if checkpoint else spec.config
-        model = skeleton(config, name=spec.name, train_seed=spec.train_seed)
+        return skeleton(config, name=spec.name, train_seed=spec.train_seed)
+
+    def _subject(self, model: Adapter, spec: ModelSpec) -> Subject:
+        model.train_seed = spec.train_seed
         conditions = conditions_for(model, self.study.conditions_of(spec))
         tokens = self.study.measure.batch_size * self.study.data.length
         reuses = worth_reusing(model, conditions, tokens)
-        return model, {c: c in reuses for c in (CLEAN, *conditions)}
+        arms = {c: c in reuses for c in (CLEAN, *conditions)}
+        return Subject(describe(model), model.sites(), arms)
 
     def work(self, checkpoint: Checkpoint) -> Work:
         """The cells of one model."""
-        model, arms = self.arms(checkpoint.spec, checkpoint)
-        measure = self.study.measure
-        calibration = {"sequences": self.calibration.sha256, "batch_size": measure.batch_size}
+        subject, measure = self.subject(checkpoint.spec, checkpoint), self.study.measure
+        text = self.text(checkpoint.spec)
+        calibration = {"sequences": text.calibration.sha256, "batch_size": measure.batch_size}
         # The clean run has neither.
         own: dict[Condition, dict[str, Any]] = {
-            c: {"condition": c.to_dict(), "calibration": calibration} for c in arms
+            c: {"condition": c.to_dict(), "calibration": calibration} for c in subject.arms
         }
         own[CLEAN] = {"condition": None, "calibration": None}
         common = self.platform | {
             "model": checkpoint.identity,
-            "tokenizer": self.corpus.tokenizer.identity,
+            "tokenizer": text.corpus.tokenizer.identity,
             "batch_size": measure.batch_size,
             "precision": measure.precision,
             "keep_tokens": measure.tokens,
         }
         cells = []
-        for number, shard in enumerate(self.shards):
-            for condition, reuses in arms.items():
+        for number, shard in enumerate(text.shards):
+            for condition, reuses in subject.arms.items():
                 identity = common | own[condition] | {"data": shard.sha256, "reuses": reuses}
                 key = cell_key(identity)
                 cells.append(PlannedCell(key, number, condition, reuses, identity))
-        return Work(checkpoint, model, cells)
+        return Work(checkpoint, subject.described, cells)
 
     def tasks(self, work: Sequence[Work], keys: Collection[str], workers: int) -> list[Task]:
         """These cells in tasks: those of one model and shard together, since they share a clean
@@ -165,57 +192,24 @@ class Plan:
         pieces = math.ceil(TASKS_A_WORKER * workers / max(1, len(together))) if workers > 1 else 1
         keep = self.study.measure.tokens
         return [
-            Task(self._source(checkpoint), self.shards[shard], part, keep)
+            Task(self._source(checkpoint), self.text(checkpoint.spec).shards[shard], part, keep)
             for (checkpoint, shard), cells in together.items()
             for part in _cut(cells, max(pieces, math.ceil(len(cells) / MOST_CELLS)))
         ]
 
     def _source(self, checkpoint: Checkpoint) -> Source:
-        tokenizer, measure = self.corpus.tokenizer, self.study.measure
+        text, measure = self.text(checkpoint.spec), self.study.measure
         return Source(
             checkpoint=checkpoint.path.resolve(),
             identity=checkpoint.identity,
             name=checkpoint.spec.name,
-            tokenizer=(tokenizer.name, getattr(tokenizer, "json", None)),
-            calibration=self.calibration,
-            calibration_sha256=self.calibration.sha256,
+            tokenizer=text.corpus.tokenizer,
+            calibration=text.calibration,
+            calibration_sha256=text.calibration.sha256,
             batch_size=measure.batch_size,
             precision=measure.precision,
             platform=tuple(self.platform.items()),
         )
-
-
-def documents_of(study: Study) -> tuple[Corpus, Sequences]:
-    """(the study's corpus, what of it is measured on). Warns if that is less than was asked for."""
-    data = study.data
-    corpus = _withholding(prepare(data.corpus, data.tokenizer), study.models)
-    have = len(corpus.split(data.split))
-    if data.documents is not None and data.documents > have:
-        warnings.warn(
-            f"corpus {corpus.name!r} has only {have} {data.split} documents (at most "
-            f"{data.documents} were asked for), and all of them are taken",
-            stacklevel=2,
-        )
-    docs = sequences(corpus, split=data.split, limit=data.documents, **_limits(study))
-    return corpus, docs.by_group(corpus.group_of) if is_built_in(data.corpus) else docs
-
-
-def _withholding(corpus: Corpus, models: Sequence[ModelSpec]) -> Corpus:
-    """The corpus, what any given model was trained on being for training: under another Python
-    the standard library splits at another place."""
-    seen: set[str] = set()
-    for spec in models:
-        if spec.path:
-            with suppress(OSError, ValueError):  # which `find` tells
-                seen.update(read_meta(last_checkpoint(Path(spec.path))).get("groups", ()))
-    table = corpus.documents
-    held_in = table.group.isin(seen)
-    return replace(corpus, documents=table.assign(split=table.split.mask(held_in, SPLITS[0])))
-
-
-def _limits(study: Study) -> dict[str, Any]:
-    data = study.data
-    return dict(length=data.length, max_tokens_per_document=data.max_tokens, windows=data.windows)
 
 
 def _cut(cells: list[PlannedCell], pieces: int) -> Iterator[tuple[PlannedCell, ...]]:

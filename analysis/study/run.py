@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from analysis.measure import Results, facts_of, key_columns
+from analysis.measure import Results, key_columns
 from analysis.study.folder import PLAN, STORE, read
 from analysis.study.machine import free_workers
 from analysis.study.models import Checkpoint, check_bytes, trained
@@ -167,11 +167,11 @@ def _described(study: Study, work: Sequence[Work]) -> dict[str, Any]:
         "study": study_dict(study),
         "contrasts": study.contrasts and asdict(study.contrasts),
         "manifest": manifest(),
-        "facts": [row for w in work for row in facts_of(w.model)],
+        "facts": [row for w in work for row in w.described.facts],
+        "models": [w.described.model for w in work],
         # A list: one checkpoint under two names has the same cells twice.
         "cells": [
-            {"key": cell.key, "shard": cell.shard}
-            | key_columns(w.model.name, w.model.family, w.model.train_seed, cell.condition)
+            {"key": cell.key, "shard": cell.shard} | key_columns(*w.described[:3], cell.condition)
             for w in work
             for cell in w.cells
         ],

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
 from analysis.perturb import PERTURBATIONS, Condition, Where
-from analysis.study.parse import OPTIONS, SETTINGS
+from analysis.study.parse import GIVEN, OPTIONS, SETTINGS
 from analysis.study.specs import Contrasts, Data, Measure, ModelSpec, Only
 from cartmoe.config import FAMILIES, PRESETS, ModelConfig
 from cartmoe.train import TrainConfig
@@ -29,13 +29,13 @@ def study_schema() -> Schema:
     }
     settings = {key: of for key, of in _fields(TrainConfig).items() if key in SETTINGS}
     given = {key: of for key, of in _fields(ModelSpec).items() if key not in ("config", "train")}
-    given["path"] = _one_or_several({"type": "string"})
+    given |= {kind: _one_or_several({"type": "string"}) for kind in GIVEN}
     sections = {
         "name": {"type": "string", "minLength": 1},
         "data": _table(_fields(Data)),
         "measure": _table(_fields(Measure)),
         "train": _table(settings | runs),
-        "models": {"type": "array", "items": _table(given, "path")},
+        "models": {"type": "array", "items": _table(given) | {"oneOf": _each_required(GIVEN)}},
         "conditions": {"type": "array", "items": {"anyOf": list(_conditions())}},
         "contrasts": _table(_fields(Contrasts)),
     }
@@ -75,6 +75,10 @@ class _Schema(GenerateJsonSchema):
     def dataclass_schema(self, schema: Any) -> Schema:
         """As it is written where it is a field: `Where` is a text."""
         return {"type": "string"} if schema["cls"] is Where else super().dataclass_schema(schema)
+
+
+def _each_required(keys: Iterable[str]) -> list[Schema]:
+    return [{"required": [key]} for key in keys]
 
 
 def _one_or_several(of: Schema) -> Schema:

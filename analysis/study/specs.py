@@ -70,13 +70,23 @@ class Contrasts:
 
 @declared
 class ModelSpec:
-    """One model of a study: a checkpoint that is there, or a run that `config`, `train` make."""
+    """One model of a study.
+
+    path   of a checkpoint or a run;  hf   of a directory with a model of the transformers library
+    config, train   where neither is given: how it is trained
+    """
 
     name: Text
     train_seed: Count = 0
     path: str | None = None
+    hf: str | None = None
     config: ModelConfig = None  # type: ignore[assignment]
     train: TrainConfig = None  # type: ignore[assignment]
+
+    @property
+    def given(self) -> str | None:
+        """Where it is, of one that is not to be trained."""
+        return self.path or self.hf
 
 
 @dataclass(frozen=True)

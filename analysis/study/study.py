@@ -15,6 +15,8 @@
     composition = "parallel"
     [[models]]              # and, or instead, checkpoints there are, or a list of them
     path = "runs/mine"
+    [[models]]              # or directories with models of the transformers library
+    hf = "downloads/OLMoE-1B-7B-0924"
     [measure]               # the fields of `Measure`
     tokens = true
     [contrasts]             # the fields of `Contrasts`

@@ -24,7 +24,7 @@ from analysis.measure import Cell, calibrate, measure
 from analysis.perturb import CLEAN, Calibration, Condition
 from analysis.study.provenance import default_device, platform_identity
 from cartmoe.data import Sequences
-from cartmoe.tokenizers import ByteTokenizer, JsonTokenizer
+from cartmoe.tokenizers import Tokenizer
 
 # Threads of one process share model and hooks, so one task at a time.
 _ONE_AT_A_TIME = threading.Lock()
@@ -34,7 +34,7 @@ _ONE_AT_A_TIME = threading.Lock()
 class Source:
     """A model and the calibration slice: what a worker keeps from one task to the next.
 
-    tokenizer     (name, JSON) of the study's, which tells kinds of tokens
+    tokenizer     that of the documents, which tells kinds of tokens
     calibration   sequences, whose routing is recorded `batch_size` at a time, and their hash
     platform      items of `platform_identity` where the study was planned
     """
@@ -42,7 +42,7 @@ class Source:
     checkpoint: Path
     identity: str
     name: str
-    tokenizer: tuple[str, str | None]
+    tokenizer: Tokenizer = field(compare=False, repr=False)
     calibration: Sequences = field(compare=False, repr=False)
     calibration_sha256: str
     batch_size: int
@@ -108,22 +108,26 @@ def compute_pickled(task: bytes) -> list[Cell]:
 def forget() -> None:
     """Let go of the models that this process keeps."""
     _prepared.cache_clear()
+    opened.cache_clear()
 
 
 @lru_cache(maxsize=1)
 def _prepared(source: Source) -> tuple[Adapter, Calibration | None]:
-    name, json = source.tokenizer
-    model = load(
-        source.checkpoint,
-        name=source.name,
-        tokenizer=JsonTokenizer(json, name) if json else ByteTokenizer(),
-        device=default_device(),
-    )
-    if model.identity != source.identity:
-        raise ValueError(f"{source.checkpoint} is not the checkpoint that was planned anymore")
+    model = opened(source.checkpoint, source.identity, source.name)
+    model.tokenizer = source.tokenizer
     if not model.sites():
         return model, None
     return model, calibrate(model, source.calibration, batch_size=source.batch_size)
+
+
+@lru_cache(maxsize=1)
+def opened(checkpoint: Path, identity: str, name: str) -> Adapter:
+    """The model of a checkpoint, where a study measures. Raises `ValueError` if it is another one
+    than that of this identity."""
+    model = load(checkpoint, name=name, device=default_device())
+    if model.identity != identity:
+        raise ValueError(f"{checkpoint} is not the checkpoint that was planned anymore")
+    return model
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Tiny random models of the transformers library, made from their own config classes."""
 
+from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -72,3 +74,20 @@ def tiny(family: str, **changes: Any) -> Any:
             if p.ndim > 1:
                 p.normal_(0, 0.3)
     return model
+
+
+def save_directory(folder: Path, family: str, **changes: Any) -> None:
+    """A model of that family with a tokenizer, as people download them."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|start|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["a text, and another text"], trainer)
+    tiny(family, vocab_size=300, **changes).save_pretrained(folder)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": {"content": "<|start|>"}}')

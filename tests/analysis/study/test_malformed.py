@@ -99,7 +99,7 @@ def mutate(study: dict, draw: random.Random) -> tuple[str, str, str]:
         return kind, wrong + others, section
     if kind == "model":
         study["models"] = [draw.choice([{}, {"path": "/not/there"}, {"path": 3}, {"name": "x"}])]
-        return kind, to_toml(study), "models[0].path"
+        return kind, to_toml(study), "models[0]"
     if kind == "empty":
         return kind, draw.choice(["", "\n\n", "# nothing\n", "\x00", 'name = "x"\n']), ""
     lines = to_toml(study).splitlines()

@@ -206,14 +206,14 @@ def test_tasks(study_of, tmp_path, workers):
     """Every missing cell is in one task, of one shard; no worker is left without."""
     study = study_of()
     plan = Plan.of(study, 1)
-    work = [plan.work(find(study, spec, plan.corpus, tmp_path)) for spec in study.models]
+    work = [plan.work(find(study, spec, plan.text(spec).corpus, tmp_path)) for spec in study.models]
     cells = [cell.key for w in work for cell in w.cells]
     missing = set(cells[5:])
     tasks = plan.tasks(work, missing, workers)
     assert sorted(cell.key for task in tasks for cell in task.cells) == sorted(missing)
     assert all(len({cell.shard for cell in task.cells}) == 1 for task in tasks)
     if workers == 1:
-        places = {(w.model.family, c.shard) for w in work for c in w.cells if c.key in missing}
+        places = {(w.described.family, c.shard) for w in work for c in w.cells if c.key in missing}
         assert len(tasks) == len(places) == 2 * SHARDS
     else:
         assert len(tasks) >= min(TASKS_A_WORKER * workers, len(missing) / 2)
@@ -278,7 +278,9 @@ def test_failed_cells_are_tried_again(study_of, tmp_path):
         data={"shard": 100},
     )  # fmt: skip
     plan = Plan.of(study, 1)
-    (work,) = [plan.work(find(study, spec, plan.corpus, tmp_path)) for spec in study.models]
+    (work,) = [
+        plan.work(find(study, spec, plan.text(spec).corpus, tmp_path)) for spec in study.models
+    ]
     with Store(tmp_path / "results.sqlite") as store:
         store.fail(work.cells[1].identity, "it died", 3)
     results = run(study, tmp_path, progress=False)

@@ -87,7 +87,9 @@ class World:
         study = Study.from_dict(self.sections)
         plan = Plan.of(study, self.threads)
         self.edit(plan)
-        (checkpoint,) = [find(study, spec, plan.corpus, self.folder) for spec in study.models]
+        (checkpoint,) = [
+            find(study, spec, plan.text(spec).corpus, self.folder) for spec in study.models
+        ]
         return {
             (cell.shard, cell.condition.perturbation.label): cell
             for cell in plan.work(checkpoint).cells
@@ -144,7 +146,11 @@ CHANGES = {
     "calibration": (section("measure", calibration=3), {"calibration"}, {"clean"}),
     "length": (section("data", length=33), {"data", "calibration"}, set()),
     "tokens a document": (section("data", max_tokens=63), {"data", "calibration"}, set()),
-    "calibration document": (edit(lambda plan: plan.calibration), {"calibration"}, {"clean"}),
+    "calibration document": (
+        edit(lambda plan: plan.texts[None].calibration),
+        {"calibration"},
+        {"clean"},
+    ),
     "weight": (lambda w, p: w.rewrite_model(), {"model", "condition"}, set()),
     "torch": (lambda w, p: p.setattr(torch, "__version__", "9.9"), {"torch"}, set()),
     "capability": (
@@ -232,7 +238,7 @@ def test_every_field_was_changed(world):
 def test_an_edited_document(world, monkeypatch):
     """Only its own shard is measured again."""
     before = world.cells()
-    edit(lambda plan: plan.shards[1])(world, monkeypatch)
+    edit(lambda plan: plan.texts[None].shards[1])(world, monkeypatch)
     for place, cell in world.cells().items():
         assert (cell.key == before[place].key) == (place[0] != 1)
 

@@ -12,9 +12,10 @@ from analysis.perturb.condition import Condition
 from analysis.perturb.decisions import NoRouted
 from analysis.perturb.logits import GaussianNoise, RandomRouting
 from analysis.perturb.masks import DropChosen, DropTop, KeepRanks
-from analysis.study.plan import conditions_for, documents_of
+from analysis.study.plan import conditions_for
 from analysis.study.specs import Contrasts, Data, Measure
 from analysis.study.study import Study, study_dict
+from analysis.study.texts import documents_of
 from cartmoe.checkpoint import load, save
 from cartmoe.config import FAMILIES
 
@@ -314,10 +315,11 @@ MISTAKES = [
         for name in ("a/b", "..", "", " ", "x, y", "a\0b", "n" * 101, "all")
     ),
     # models
-    ({"models": [{}]}, "models[0].path: '' is no checkpoint or run directory"),
+    ({"models": [{}]}, "models[0]: give one of path, hf"),
+    ({"models": [{"path": ""}]}, "models[0].path: '' is no checkpoint or run directory"),
     ({"models": [{"path": "/none"}]}, "models[0].path: '/none' is no checkpoint or run directory"),
     ({"models": [{"path": 3}]}, "models[0].path: 3 is no checkpoint or run directory"),
-    ({"models": [{"path": ".", "seed": 3}]}, "models[0].seed: no such key; choose one of name"),
+    ({"models": [{"path": ".", "seed": 3}]}, "models[0].seed: no such key; choose one of hf, name, path"),
     ({"models": [{"path": ".", "name": 3}]}, "models[0]: name is 3; it must be a text"),
     ({"models": [{"path": ".", "train_seed": "a"}]}, "models[0]: train_seed is 'a'; it must be a "),
     ({"models": [{"path": "."}, {"path": "."}]}, "models: "),

@@ -1,0 +1,106 @@
+"""A pretrained model up to its head, run by segments, and the head on any rows.
+
+Shapes: B batch, L length, T = B * L tokens, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analysis.adapters.base import Segment, State
+from analysis.adapters.running import run as run_segments
+from analysis.adapters.seams import Event
+from analysis.adapters.seat import Functions, Seat
+from analysis.adapters.stream import Layers, in_place_of, layers_of
+from cartmoe.routing import Routing, raise_nonfinite
+
+
+class Body:
+    """What makes hidden states of tokens, layer by layer where layers can be called again.
+
+    Raises `ValueError` if neither way gives the logits of the model's own forward to the last bit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        seats: Sequence[Seat],
+        events: Sequence[Event],
+        tokens_BL: Tensor,
+        logits_BLV: Tensor,
+    ):
+        """events: all modules' calls in the forward of these tokens, which gave these logits."""
+        self.model, self.seats = model, seats
+        self.layers = layers_of(model, events, [seat.experts for seat in seats])
+        self.module = self.layers.owner if self.layers else model.base_model
+        self._output = next(e.result for e in reversed(events) if e.module is self.module)
+        taken = self._decisions(tokens_BL, logits_BLV)
+        if taken is None and self.layers:  # they cannot be called again; all at once they can
+            self.layers = None
+            taken = self._decisions(tokens_BL, logits_BLV)
+        if taken is None:
+            raise ValueError(
+                f"{type(model).__name__} gives other logits from its body and head alone: it does "
+                "something before or behind them that is not seen here"
+            )
+        self.decisions = taken
+
+    def _decisions(self, tokens_BL: Tensor, logits_BLV: Tensor) -> Sequence[Routing] | None:
+        """Those of a forward by segments, if it gives these logits to the last bit."""
+        state = run_segments(self.segments(), tokens_BL)
+        logits_TV = self.logits(state.hidden_BLD.flatten(0, 1))
+        same = torch.equal(logits_TV, logits_BLV.flatten(0, 1).float())
+        return state.decisions if same else None
+
+    def segments(self) -> list[Segment]:
+        """embed, layer_0, ..., norm; or, where layers cannot be called again, the body at once,
+        before which the stream is not known."""
+        layers = self.layers
+        if layers is None:
+            return [
+                _segment("start", [], lambda _, tokens_BL: tokens_BL[..., None] * torch.nan),
+                _segment("body", self.seats, self._at_once),
+            ]
+        steps = [_segment("embed", [], lambda _, tokens_BL: layers.first(tokens_BL))]
+        for number, layer in enumerate(layers.layers):
+            inside = set(layer.modules())
+            seats = [seat for seat in self.seats if seat.experts in inside]
+            steps.append(_segment(f"layer_{number}", seats, partial(layers.run, number)))
+        return [*steps, _segment("norm", [], partial(self._norm, layers))]
+
+    def _at_once(self, _: Tensor, tokens_BL: Tensor) -> Tensor:
+        hidden_BLD = self.module(input_ids=tokens_BL, use_cache=False).last_hidden_state
+        self._check_finite()
+        return hidden_BLD
+
+    def _norm(self, layers: Layers, hidden_BLD: Tensor, tokens_BL: Tensor) -> Tensor:
+        self._check_finite()
+        return layers.last(hidden_BLD, tokens_BL)
+
+    def _check_finite(self) -> None:
+        raise_nonfinite([(seat.site.name, seat) for seat in self.seats])
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """(T, V) fp32: what the model makes of them where its body returns them."""
+        made = type(self._output)(last_hidden_state=hidden_TD[None])
+        tokens = torch.zeros(1, len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
+        with in_place_of([self.module], lambda *args, **kwargs: made):
+            return self.model(input_ids=tokens, use_cache=False).logits[0].float()
+
+
+def _segment(name: str, seats: Sequence[Seat], forward: Callable[[Any, Tensor], Tensor]) -> Segment:
+    def run(state: State) -> State:
+        taken: list[Routing] = []
+        with ExitStack() as stack:
+            for seat in seats:
+                stack.enter_context(seat.taken(Functions(taken=taken)))
+            hidden_BLD = forward(state.hidden_BLD, state.tokens_BL)
+        return State(hidden_BLD, state.tokens_BL, (*state.decisions, *taken))
+
+    return Segment(name, run, tuple(seat.site for seat in seats))

@@ -1,0 +1,119 @@
+"""Studies of pretrained models."""
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import analysis as an
+from analysis.study import dry_run, processes
+from tests.analysis.adapters.families import save_directory
+
+COVERED = "3 of 3 MoE layers; 100 % of the parameters of experts"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    save_directory(folder, "olmoe")
+    return folder
+
+
+@pytest.fixture
+def study(folder, texts, environment):
+    return {
+        "name": "mine",
+        "data": {"corpus": str(texts), "length": 32, "max_tokens": 64, "documents": None},
+        "models": [{"hf": str(folder)}],
+        "conditions": [{"perturbation": ["Identity", "DropTop", "RandomRouting"]}],
+    }
+
+
+def run(study, out, **how):
+    return an.run(an.Study.from_dict(study), out, progress=False, **how)
+
+
+def test_beside_a_compact_one(study, checkpoint_of, tmp_path):
+    """Each reads the same documents in tokens of its own."""
+    study["models"].append({"path": str(checkpoint_of("smoe")), "name": "smoe"})
+    found = run(study, tmp_path / "out")
+    damage = found.damage(full=True).set_index(["model", "label"]).delta_nats
+    assert damage["tiny", "Identity"] == damage["smoe", "Identity"] == 0
+    assert damage["tiny", "DropTop(1)"] * damage["smoe", "DropTop(1)"] != 0
+    assert dict(found.models[["model", "coverage"]].values) == {"tiny": COVERED, "smoe": ""}
+    clean = found.losses[found.losses.condition == "clean"]
+    sizes = clean.groupby(["model", "document_id"])[["num_tokens"]].sum().unstack("model")
+    assert sizes.notna().all(axis=None)
+    assert set(found.facts.model) == {"tiny", "smoe"}
+    assert found.models.equals(an.read(tmp_path / "out").models)
+
+
+def test_as_a_sweep_of_the_same(study, folder, tmp_path):
+    found = run(study, tmp_path / "out").damage(full=True)
+    model = an.load(folder)
+    docs = an.documents(
+        study["data"]["corpus"], model, length=32, max_tokens_per_document=64, split="validation"
+    )
+    swept = an.sweep(model, docs, [an.DropTop(1)], batch_size=16, progress=False)
+    both = [f.set_index("label").delta_nats["DropTop(1)"] for f in (found, swept.damage(full=True))]
+    assert both[0] == pytest.approx(both[1], rel=1e-9)
+    assert swept.models.coverage.tolist() == [COVERED]
+
+
+def test_in_processes_the_same(study, tmp_path):
+    here, there = run(study, tmp_path / "a"), run(study, tmp_path / "b", executor=processes(2))
+    assert here.losses.equals(there.losses)
+
+
+def test_only_other_weights_are_measured_again(study, folder, tmp_path, monkeypatch):
+    first = run(study, tmp_path / "out")
+    monkeypatch.setattr("analysis.study.worker.measure", None)  # nothing is left to measure
+    assert run(study, tmp_path / "out").losses.equals(first.losses)
+    monkeypatch.undo()
+    other = tmp_path / "tiny"
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(other / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    study["models"] = [{"hf": str(other)}]
+    assert not run(study, tmp_path / "out").losses.equals(first.losses)
+
+
+def test_what_it_would_take(study, tmp_path):
+    said = dry_run(an.Study.from_dict(study), tmp_path / "out")
+    assert "tiny (seed 0)" in said
+    assert "4 missing" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ({"hf": "/nowhere"}, "is no model directory; nothing is fetched from a hub"),
+        ({"hf": "SMOE"}, "holds no model of the transformers library; write path"),
+        ({"path": "TINY"}, "holds a model of the transformers library; write hf"),
+        ({"hf": "TINY", "path": "SMOE"}, "give one of path, hf"),
+        ({}, "give one of path, hf"),
+    ],
+)
+def test_what_is_wrong_with_it(study, folder, checkpoint_of, models, message):
+    places = {"SMOE": str(checkpoint_of("smoe")), "TINY": str(folder)}
+    study["models"] = [{kind: places.get(text, text) for kind, text in models.items()}]
+    with pytest.raises(ValueError, match=message):
+        an.Study.from_dict(study)
+
+
+def test_no_contrasts_of_other_tokens(study, checkpoint_of, tmp_path):
+    study["models"].append({"path": str(checkpoint_of("smoe")), "name": "smoe"})
+    study["contrasts"] = {"reference": "smoe"}
+    with pytest.raises(ValueError, match="read other tokens"):
+        run(study, tmp_path / "out")
+
+
+def test_a_directory_without_weights(study, folder, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    for path in folder.glob("*.json"):
+        (tmp_path / "tiny" / path.name).write_bytes(path.read_bytes())
+    study["models"] = [{"hf": str(tmp_path / "tiny")}]
+    with pytest.raises(ValueError, match="has no weights"):
+        run(study, tmp_path / "out")
