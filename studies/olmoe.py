@@ -193,7 +193,7 @@ def ship(recipe: Recipe, checkpoint: Path) -> None:
 
     def fill(folder: Path) -> None:
         OlmoeForCausalLM.from_pretrained(checkpoint).save_pretrained(folder)
-        (folder / "tokenizer.json").write_text(str(corpus.tokenizer.json), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         curve.to_csv(folder / "curve.csv", index=False, float_format="%.5g")
 

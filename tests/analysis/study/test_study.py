@@ -319,7 +319,7 @@ MISTAKES = [
     ({"models": [{"path": ""}]}, "models[0].path: '' is no checkpoint or run directory"),
     ({"models": [{"path": "/none"}]}, "models[0].path: '/none' is no checkpoint or run directory"),
     ({"models": [{"path": 3}]}, "models[0].path: 3 is no checkpoint or run directory"),
-    ({"models": [{"path": ".", "seed": 3}]}, "models[0].seed: no such key; choose one of hf, name, path"),
+    ({"models": [{"path": ".", "seed": 3}]}, "models[0].seed: no such key; choose one of hf"),
     ({"models": [{"path": ".", "name": 3}]}, "models[0]: name is 3; it must be a text"),
     ({"models": [{"path": ".", "train_seed": "a"}]}, "models[0]: train_seed is 'a'; it must be a "),
     ({"models": [{"path": "."}, {"path": "."}]}, "models: "),
