@@ -123,7 +123,8 @@ def _stages(model: nn.Module) -> dict[RouterSite, RoutedStage]:
     return found
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise `ValueError` if it, or a part of it, is compiled."""
     compiled = [
         name or "model"
         for name, module in model.named_modules()
@@ -141,7 +142,7 @@ def select_sites(
     model: nn.Module, where: Callable[[RouterSite], bool] | None
 ) -> dict[RouterSite, RoutedStage]:
     """The routed stages whose site satisfies `where` (None: all); `ValueError` if none does."""
-    _refuse_compiled(model)
+    refuse_compiled(model)
     stages = _stages(model)
     if not stages:
         raise ValueError("model has no router to hook: it is dense")

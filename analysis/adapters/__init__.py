@@ -4,6 +4,7 @@ base.py      the protocol: a model, and the router of a site
 running.py   running one by its segments; decisions as vectors
 cartmoe.py   the compact models; stand_in.py: functions in their experts' place
 transformers.py  pretrained models; pretrained.py: their directories, and tokenizers
+given.py     what tokens a forward of such a model is given
 body.py      such a model up to its head, by segments
 seams.py     where routers meet experts in anybody's code; attach.py: asked once, and checked
 seat.py      what sits there meanwhile; router.py, tap.py: a router asked through its own forward
@@ -15,6 +16,7 @@ load.py      from a path or an object to a model under study, and documents that
 from analysis.adapters.base import (
     Adapter,
     Experts,
+    Given,
     Router,
     Segment,
     State,

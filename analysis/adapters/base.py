@@ -82,6 +82,28 @@ class Router(Protocol):
         ...
 
 
+class Given(NamedTuple):
+    """The tokens that one forward of the whole model is given.
+
+    position_BL   of each in its sequence, which padding before it does not count in
+    real_BL       which are no padding; None: all
+    past          how many a row earlier forwards have left in a cache
+    surely_BL     which cannot be padding; None: those of real_BL
+    """
+
+    tokens_BL: Tensor
+    position_BL: Tensor
+    real_BL: Tensor | None = None
+    past: int = 0
+    surely_BL: Tensor | None = None
+
+    @classmethod
+    def whole(cls, tokens_BL: Tensor) -> Given:
+        """Sequences from their beginning, no padding among them."""
+        position_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+        return cls(tokens_BL, position_L.expand_as(tokens_BL))
+
+
 # (decision, router, site, what enters the router (T, D)) -> another decision; None: as it is.
 RouterFunction = Callable[[Routing, Router, RouterSite, Tensor], Routing | None]
 # (what enters the routed experts (T, D), decision) -> the weighted sum of their outputs (T, D).
@@ -134,7 +156,7 @@ class Adapter(Protocol):
     def hooked(
         self,
         *,
-        forward: Callable[[Tensor | None], None] | None = None,
+        forward: Callable[[Given | None], None] | None = None,
         router: RouterFunction | None = None,
         experts: ExpertsFunction | None = None,
         output: OutputFunction | None = None,
@@ -143,7 +165,7 @@ class Adapter(Protocol):
         """Within the block, at these sites (None: all), what is given acts: `router` on decisions
         (conditions); `experts` in the experts' place (tables of outputs, gradients by them);
         `output` on what a stage adds to the stream, shared expert included (`ResidualNoise`).
-        forward(tokens_BL) is called before each forward of the whole model, forward(None) behind it
+        forward(given) is called before each forward of the whole model, forward(None) behind it
         (`perturbed`).
 
         Only the thread and asyncio task that entered the block may run the model in it; for others
@@ -193,7 +215,7 @@ def as_adapter(model: Any) -> Adapter:
     if not hasattr(model, "expert_weights"):
         raise ValueError(
             f"model is a {type(model).__name__}; load a checkpoint with analysis.load(path), or "
-            "wrap a cartmoe.LanguageModel with analysis.adapt(model, tokenizer)"
+            "wrap a model in memory with analysis.adapt(model, tokenizer)"
         )
     return model
 

@@ -101,6 +101,8 @@ def _segment(name: str, seats: Sequence[Seat], forward: Callable[[Any, Tensor], 
             for seat in seats:
                 stack.enter_context(seat.taken(Functions(taken=taken)))
             hidden_BLD = forward(state.hidden_BLD, state.tokens_BL)
+        if len(taken) != len(seats):
+            raise RuntimeError(f"{len(taken)} of {len(seats)} routers of {name} ran")
         return State(hidden_BLD, state.tokens_BL, (*state.decisions, *taken))
 
     return Segment(name, run, tuple(seat.site for seat in seats))

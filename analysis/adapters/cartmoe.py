@@ -13,6 +13,7 @@ from torch import Tensor
 
 from analysis.adapters.base import (
     ExpertsFunction,
+    Given,
     OutputFunction,
     RouterFunction,
     Segment,
@@ -95,7 +96,7 @@ class CartMoEAdapter:
     def hooked(
         self,
         *,
-        forward: Callable[[Tensor | None], None] | None = None,
+        forward: Callable[[Given | None], None] | None = None,
         router: RouterFunction | None = None,
         experts: ExpertsFunction | None = None,
         output: OutputFunction | None = None,
@@ -112,7 +113,7 @@ class CartMoEAdapter:
         with ExitStack() as stack:
             if forward:  # every way of running the model calls its trunk
                 trunk = self.model.trunk
-                begin = Hook(lambda _, args, named: forward(*args, *named.values()))
+                begin = Hook(lambda _, args, named: forward(Given.whole(*args, *named.values())))
                 end = Hook(lambda *_: forward(None), refuse=False)  # also behind a refusal
                 stack.callback(trunk.register_forward_pre_hook(begin, with_kwargs=True).remove)
                 stack.callback(trunk.register_forward_hook(end, always_call=True).remove)

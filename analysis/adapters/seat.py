@@ -70,6 +70,8 @@ class Seat:
     block    holds both;  block_call: how it is called on hidden states
     places   of what the experts are called with;  batched: hidden states as (B, L, D)
     fewest   slots that they can be called with
+    calls    of the experts while somebody watches them; in one forward there is one
+    deciding whether functions decide in the router's place just now
     """
 
     site: RouterSite
@@ -80,6 +82,8 @@ class Seat:
     places: Places
     batched: bool
     fewest: int = 1
+    calls: int = 0
+    deciding: bool = False
     functions: dict[object, Functions] = field(default_factory=dict)
     standing: list[_Forward] = field(default_factory=list)
     tap: Tap | None = None
@@ -109,7 +113,22 @@ class Seat:
                 for forward in self.standing:
                     forward.leave()
 
+    @contextmanager
+    def alone(self, functions: Functions) -> Iterator[None]:
+        """Within the block these act, and nobody else's."""
+        if not self.functions:
+            with self.taken(functions):
+                yield
+            return
+        others, calls, self.functions = self.functions, self.calls, {object(): functions}
+        try:
+            yield
+        finally:
+            self.functions, self.calls = others, calls
+
     def _route(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        if self.deciding:  # who decides asks the router itself
+            return forward(*args, **kwargs)
         with Tap(self.router.roles) as self.tap:
             result = forward(*args, **kwargs)
         self.tap.check(self.site.name)
@@ -117,8 +136,12 @@ class Seat:
 
     def _compute(self, forward: Callable, *args: Any, **kwargs: Any) -> Tensor:
         tap, self.tap = self.tap, None
+        self.calls += 1
         if tap is None:
-            raise RuntimeError(f"experts of {self.site.name} were called without it")
+            raise RuntimeError(
+                f"experts of {self.site.name} were called without it: something was put in its "
+                "place since the model was attached"
+            )
         x, ids_TK, weights_TK = (argument(args, kwargs, key) for key in self.places)
         given = self.router.routing(tap, ids_TK, weights_TK)
         self.num_nonfinite = (~given.logits_TE.isfinite()).any(-1).sum()
@@ -131,16 +154,25 @@ class Seat:
             changed, named = replaced(args, kwargs, new)
             return forward(*changed, **named).reshape(x_TD.shape)
 
-        x_TD, routing, compute = x.reshape(-1, x.shape[-1]), given, own
+        x_TD, compute = x.reshape(-1, x.shape[-1]), own
+        routing = self._decided(given, x_TD)
         for functions in self.functions.values():
-            if functions.router is not None:
-                routing = functions.router(routing, self.router, self.site, x_TD) or routing
             if functions.experts is not None:
                 compute = partial(_answer, functions.experts, self.site, compute)
         for functions in self.functions.values():
             if functions.taken is not None:
                 functions.taken.append(routing)
         return compute(x_TD, routing).view(x.shape)
+
+    def _decided(self, routing: Routing, x_TD: Tensor) -> Routing:
+        self.deciding = True
+        try:
+            for functions in self.functions.values():
+                if functions.router is not None:
+                    routing = functions.router(routing, self.router, self.site, x_TD) or routing
+        finally:
+            self.deciding = False
+        return routing
 
     def outputs(self, x_TD: Tensor, ids: Iterable[int]) -> Tensor:
         """(len(ids), T, D): what the experts make of all tokens, one of them at a time; zeros for
@@ -162,7 +194,7 @@ class Seat:
         """(T, D): what the stage makes of it when its experts give this."""
         if self.stage is self.experts:
             return routed_TD
-        with self.taken(Functions(experts=lambda *_: routed_TD)):
+        with self.alone(Functions(experts=lambda *_: routed_TD)):
             result = self.block_call.again(self.block, len(x_TD), x_TD)
         return stream_of(result).view(x_TD.shape)
 

@@ -21,9 +21,10 @@ from analysis.adapters.attach import (
     probe_tokens,
     seats_of,
 )
-from analysis.adapters.base import ExpertsFunction, OutputFunction, RouterFunction, Segment
+from analysis.adapters.base import ExpertsFunction, Given, OutputFunction, RouterFunction, Segment
 from analysis.adapters.body import Body
 from analysis.adapters.cartmoe import tensors_sha256
+from analysis.adapters.given import given_to
 from analysis.adapters.pretrained import (
     origin_of,
     pretrained_sha256,
@@ -34,7 +35,7 @@ from analysis.adapters.router import TappedRouter
 from analysis.adapters.seams import watch
 from analysis.adapters.seat import Functions, stream_of
 from cartmoe.foreign import named
-from cartmoe.hooks import Hook, RouterSite
+from cartmoe.hooks import Hook, RouterSite, refuse_compiled
 from cartmoe.interrupt import restoring
 from cartmoe.tokenizers import Tokenizer
 
@@ -72,6 +73,7 @@ class TransformersAdapter:
         return f"TransformersAdapter({self.name}: {self.family}, {size})"
 
     def _attach(self) -> None:
+        refuse_compiled(self.model)
         tokens_BL = probe_tokens(self.vocab_size, self.device)
         run = partial(self.model, input_ids=tokens_BL, use_cache=False)
         events, result = watch(self.model, run)
@@ -127,7 +129,7 @@ class TransformersAdapter:
     def hooked(
         self,
         *,
-        forward: Callable[[Tensor | None], None] | None = None,
+        forward: Callable[[Given | None], None] | None = None,
         router: RouterFunction | None = None,
         experts: ExpertsFunction | None = None,
         output: OutputFunction | None = None,
@@ -135,16 +137,19 @@ class TransformersAdapter:
     ) -> Iterator[None]:
         """In the place of routers' and experts' own `forward`, which they call.
 
-        Raises `ValueError` where `where` selects nothing.
+        Raises `ValueError` for a compiled model and where `where` selects nothing, `RuntimeError`
+        for routers and experts that did not run as they did when the model was attached: others
+        may have been put in their place meanwhile (kernels, for example).
         """
+        refuse_compiled(self.model)
         chosen = [seat for site, seat in self.seats.items() if where is None or where(site)]
         if not chosen and (router or experts is not None or output):
             have = ", ".join(map(str, self.seats)) or "none"
             raise ValueError(f"where selects no router; the model has {have}")
         with ExitStack() as stack:
             if forward:
-                begin = Hook(lambda _, args, named: forward(named.get("input_ids", *args[:1])))
-                end = Hook(lambda *_: forward(None), refuse=False)  # also behind a refusal
+                begin = Hook(partial(self._begins, forward))
+                end = Hook(partial(self._ends, forward), refuse=False)  # also behind a refusal
                 stack.callback(self.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
                 stack.callback(self.model.register_forward_hook(end, always_call=True).remove)
             for seat in chosen:
@@ -153,7 +158,25 @@ class TransformersAdapter:
                     stack.callback(seat.stage.register_forward_hook(hook).remove)
                 if router or experts is not None:
                     stack.enter_context(seat.taken(Functions(router, experts)))
+                seat.calls = 0
             yield
+            silent = [seat.site.name for seat in chosen if seat.functions and not seat.calls]
+        if silent:
+            raise RuntimeError(f"routers that did not run inside the block: {', '.join(silent)}")
+
+    def _begins(self, forward: Callable, _: Any, args: tuple, named: dict) -> None:
+        for seat in self.seats.values():
+            seat.calls, seat.tap = 0, None
+        forward(given_to(self.model, args, named))
+
+    def _ends(self, forward: Callable, _: Any, args: tuple, result: Any) -> None:
+        forward(None)
+        seats = self.seats.values() if result is not None else ()  # else it raised something
+        if other := [s.site.name for s in seats if s.functions and s.calls != 1]:
+            raise RuntimeError(
+                f"{other[0]} and its experts were not called once in this forward, as they were "
+                "when the model was attached: something was put in their place since"
+            )
 
     def router(self, site: RouterSite) -> TappedRouter:
         """The site's router."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, Experts, Router, Segment, State, as_adapter, using
+from analysis.adapters import Adapter, Experts, Given, Router, Segment, State, as_adapter, using
 from analysis.measure.clean import CleanPass
 from analysis.measure.reuse import Table
 from analysis.perturb import (
@@ -169,7 +169,8 @@ def perturbed(
     model          a model under study, or a `cartmoe.LanguageModel`
     where          "all", "layer 2", "stage 0", ... (see `Where`), or a function of a RouterSite
     sequence_ids   (B,) int64, the ids that key the noise of the rows; by default a hash of each
-                   row's tokens
+                   row's tokens without padding, and, where a cache goes on with a forward, that
+                   of the row that it began with
     stats          from `calibrate`; some perturbations need them and say so
 
     On exit, also by an exception, no hook of ours is left and every other one is. Raises
@@ -192,16 +193,24 @@ def perturbed(
     intervention = Intervention(condition, stats, where=selector, observe=count)
     kinds_V = token_kinds(model, [condition.where])
 
-    def begin(tokens_BL: Tensor | None) -> None:
-        if tokens_BL is None:  # what was announced for one forward is not for another one
+    begun: list[Tensor] = []  # the ids of rows that a cache holds
+
+    def begin(given: Given | None) -> None:
+        if given is None:  # what was announced for one forward is not for another one
             intervention.tokens = None
             return
-        ids = sequence_hash(tokens_BL) if sequence_ids is None else torch.as_tensor(sequence_ids)
-        if len(ids) != len(tokens_BL):
+        if sequence_ids is not None:
+            begun[:] = [torch.as_tensor(sequence_ids)]
+        elif not given.past:
+            surely_BL = given.real_BL if given.surely_BL is None else given.surely_BL
+            begun[:] = [sequence_hash(given.tokens_BL, surely_BL)]
+        (ids,) = begun or [torch.empty(0)]
+        if len(ids) != len(given.tokens_BL):
+            has = "its cache, in this block," if sequence_ids is None else "sequence_ids"
             raise ValueError(
-                f"sequence_ids has {len(ids)} rows; the model was given {len(tokens_BL)}"
+                f"{has} has {len(ids)} rows; the model was given {len(given.tokens_BL)}"
             )
-        intervention.begin(Tokens.of(tokens_BL, ids.to(tokens_BL.device), kinds_V), {})
+        intervention.begin(Tokens.of(given, ids.to(given.tokens_BL.device), kinds_V), {})
 
     # All routers, also those that stay as they are: a perturbation may look back at them.
     with using(model), model.hooked(forward=begin), intervention.attached(model):

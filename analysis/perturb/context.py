@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from analysis.adapters import Router
+from analysis.adapters import Given, Router
 from analysis.perturb.noise import Noise
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
@@ -59,21 +58,31 @@ class Calibration:
 
 
 class Tokens(NamedTuple):
-    """The tokens of one forward, flattened: what every site's context has in common."""
+    """The tokens of one forward, flattened: what every site's context has in common.
+
+    position_T   within the sequence;  sequence_T   id of the sequence
+    kind_T       see `where.KINDS`; None without a tokenizer
+    real_T       which are no padding, on which nothing acts; None: all
+    past         tokens a sequence that earlier forwards have left in a cache
+    """
 
     token_ids_T: Tensor
-    position_T: Tensor  # within the sequence
-    sequence_T: Tensor  # id of the sequence
-    kind_T: Tensor | None = None  # see `where.KINDS`; None without a tokenizer
+    position_T: Tensor
+    sequence_T: Tensor
+    kind_T: Tensor | None = None
+    real_T: Tensor | None = None
+    past: int = 0
 
     @classmethod
-    def of(cls, tokens_BL: Tensor, sequence_B: Tensor, kinds_V: Tensor | None = None) -> Tokens:
-        """From (B, L) token ids, (B,) sequence ids and the kind of each id of the vocabulary."""
-        B, L = tokens_BL.shape
-        ids_T = tokens_BL.flatten()
-        position_T = torch.arange(L, device=ids_T.device).repeat(B)
+    def of(cls, given: Given | Tensor, sequence_B: Tensor, kinds_V: Tensor | None = None) -> Tokens:
+        """From what a forward is given (or token ids (B, L) of whole sequences), (B,) sequence ids
+        and the kind of each id of the vocabulary."""
+        given = Given.whole(given) if isinstance(given, Tensor) else given
+        ids_T, position_T = given.tokens_BL.flatten(), given.position_BL.flatten()
         kind_T = None if kinds_V is None else kinds_V.to(ids_T.device)[ids_T]
-        return cls(ids_T, position_T, sequence_B.repeat_interleave(L), kind_T)
+        sequence_T = sequence_B.repeat_interleave(given.tokens_BL.shape[1])
+        real_T = None if given.real_BL is None else given.real_BL.flatten()
+        return cls(ids_T, position_T, sequence_T, kind_T, real_T, given.past)
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,11 @@ class Lag(Perturbation):
         if self.over == "sites":
             alike = self._alike(ctx)
             return alike[-self.n] if len(alike) >= self.n else routing
+        if ctx.tokens.past:
+            raise ValueError(
+                f"{self.label} looks back at tokens that a cache has left out of this forward; "
+                "generate with use_cache=False"
+            )
         # Tokens of a sequence stand one after the other, so n rows before is n tokens before.
         late_T1 = (ctx.tokens.position_T >= self.n)[:, None]
         return Routing(*(torch.where(late_T1, t.roll(self.n, dims=0), t) for t in routing))

@@ -41,10 +41,13 @@ def _open_interval(bits: Tensor) -> Tensor:
     return (_shift(bits, 12).double() + 0.5).mul_(2.0**-52)
 
 
-def sequence_hash(tokens_BL: Tensor) -> Tensor:
-    """(B,) ids of rows of tokens by their content, for rows that come without an id."""
-    position_L = torch.arange(1, tokens_BL.shape[1] + 1, device=tokens_BL.device)
-    return mix64(mix64(tokens_BL + position_L * GOLDEN).sum(1)) & (2**63 - 1)
+def sequence_hash(tokens_BL: Tensor, real_BL: Tensor | None = None) -> Tensor:
+    """(B,) ids of rows of tokens by their content, for rows that come without an id; tokens that
+    are not real (None: all are) are none of it."""
+    if real_BL is None:
+        real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+    each_BL = mix64(tokens_BL + real_BL.cumsum(1) * GOLDEN).masked_fill_(~real_BL, 0)
+    return mix64(each_BL.sum(1)) & (2**63 - 1)
 
 
 class Noise:

@@ -98,13 +98,14 @@ class Where:
         return self.layer in (None, site.layer) and self.stage in (None, site.stage)
 
     def inside(self, tokens: Tokens) -> Tensor | None:
-        """(T,) which tokens belong to the set; None if all do."""
-        inside_T = None
+        """(T,) which tokens belong to the set, padding never; None if all do."""
+        inside_T = tokens.real_T
         if self.positions:
             first, stop = self.positions
-            inside_T = tokens.position_T >= first
+            since_T = tokens.position_T >= first
             if stop is not None:
-                inside_T &= tokens.position_T < stop
+                since_T &= tokens.position_T < stop
+            inside_T = since_T if inside_T is None else inside_T & since_T
         if self.tokens:
             if tokens.kind_T is None:
                 raise ValueError(f"where is '{self}'; kinds of tokens need a model with tokenizer")
