@@ -1,4 +1,5 @@
-"""The trained models that come with the project: models/NAME-sSEED, checkpoints in bf16."""
+"""The trained models that come with the project: models/NAME-sSEED, checkpoints in bf16, and
+models/hf/NAME, directories of the transformers library."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ CHECK, CHECKED = "check.txt", "check.json"  # a text, and the nats per byte of e
 
 
 def shipped(name: str | Path) -> Path | None:
-    """The folder of the model of that name: "cartesian" (training seed 0) or "cartesian-s1"."""
+    """The folder of the model of that name: "cartesian" (training seed 0) or "cartesian-s1", or
+    "olmoe", which is one of the transformers library."""
     text = str(name)
     if not re.fullmatch(r"\w+(-s\d+)?", text, re.ASCII):
         return None
-    folder = MODELS / (text if "-s" in text else f"{text}-s0")
-    return folder if folder.is_dir() else None
+    folders = MODELS / (text if "-s" in text else f"{text}-s0"), PRETRAINED / text
+    return next(filter(Path.is_dir, folders), None)
 
 
 def named_by(folder: Path) -> dict[str, Any] | None:

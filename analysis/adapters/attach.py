@@ -43,11 +43,35 @@ def seats_of(model: nn.Module, events: Sequence[Event]) -> list[Seat]:
     return found
 
 
-def check_coverage(model: Any, seats: Sequence[Seat], events: Sequence[Event]) -> None:
-    """Raise `ValueError` naming experts that took part in a forward unseen, or if there are none in
-    a model whose configuration speaks of some."""
+def check_causal(model: Any, tokens_BL: Tensor, logits_BLV: Tensor) -> None:
+    """Raise `ValueError` for a model in which a token changes what comes before it, so that no
+    prefix is worth what is measured of it: one with an encoder, or that routes all at once."""
+    other_BL = tokens_BL.clone()
+    other_BL[:, -1] = (other_BL[:, -1] + 1) % (tokens_BL.max() + 1)
+    before = slice(None, tokens_BL.shape[1] - 1)
+    was, now = (t[:, before].float() for t in (logits_BLV, model(other_BL, use_cache=False).logits))
+    if (was - now).abs().max() > 1e-2 * was.std():
+        raise ValueError(
+            f"{type(model).__name__} is not causal: another last token changes the logits before it"
+        )
+
+
+def check_coverage(model: Any, seats: Sequence[Seat], events: Sequence[Event]) -> str:
+    """How much of the model's experts is seen: "48 of 48 MoE layers; 97 % of the parameters of
+    experts"; the others take no part in a forward.
+
+    Raises `ValueError` naming experts that do, or if there are none in a model whose configuration
+    speaks of some.
+    """
+    seen = {part for seat in seats for part in seat.experts.modules()}
+    dense = {event.module for event in events if _of_every_token(event)}
+    unseen = {
+        name: part
+        for name, part in model.named_modules()
+        if "Experts" in type(part).__name__ and part not in seen | dense and _size(part)
+    }
     ran = {event.module for event in events}
-    missed = [name for name in _unseen(model, seats) if _around(model, name) in ran]
+    missed = [name for name in unseen if model.get_submodule(name.rpartition(".")[0]) in ran]
     text = model.config.get_text_config()
     said = {key: value for key in SAID if isinstance(value := getattr(text, key, None), int)}
     if missed:
@@ -60,29 +84,17 @@ def check_coverage(model: Any, seats: Sequence[Seat], events: Sequence[Event]) -
             f"its configuration says {said}, and nothing in it is called with ids and weights of "
             f"experts: what they receive cannot be told{_unpacked(model)}"
         )
-
-
-def coverage_of(model: nn.Module, seats: Sequence[Seat]) -> str:
-    """How much of the model's experts is seen; the others take no part in a forward."""
-    seen = sum(_size(seat.experts) for seat in seats)
-    unseen = [_size(model.get_submodule(name)) for name in _unseen(model, seats)]
-    share = seen / max(1, seen + sum(unseen))
+    size = sum(_size(seat.experts) for seat in seats)
+    share = size / max(1, size + sum(map(_size, unseen.values())))
     layers = f"{len(seats)} of {len(seats) + len(unseen)} MoE layers"
-    return f"{layers}; {share:.0%} of the parameters of experts".replace("%", " %")
+    return f"{layers}; {100 * share:.0f} % of the parameters of experts"
 
 
-def _unseen(model: nn.Module, seats: Sequence[Seat]) -> list[str]:
-    """Modules with experts that no seat has, by name."""
-    seen = {part for seat in seats for part in seat.experts.modules()}
-    return [
-        name
-        for name, part in model.named_modules()
-        if "Experts" in type(part).__name__ and part not in seen and _size(part)
-    ]
-
-
-def _around(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
+def _of_every_token(event: Event) -> bool:
+    """Whether a module is called with the hidden states of all tokens and nothing else, as shared
+    experts are."""
+    given = [v for v in (*event.args, *event.kwargs.values()) if isinstance(v, Tensor)]
+    return len(given) == 1 and given[0].shape[:-1].numel() == TOKENS
 
 
 def _size(module: nn.Module) -> int:

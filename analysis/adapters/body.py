@@ -6,7 +6,7 @@ Shapes: B batch, L length, T = B * L tokens, D model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -40,8 +40,11 @@ class Body:
         self.layers = layers_of(model, events, [seat.experts for seat in seats])
         self.module = self.layers.owner if self.layers else model.base_model
         self._output = next(e.result for e in reversed(events) if e.module is self.module)
-        taken = self._decisions(tokens_BL, logits_BLV)
-        if taken is None and self.layers:  # they cannot be called again; all at once they can
+        taken = None
+        if self.layers:
+            with suppress(Exception):  # whatever a layer says that cannot be called by itself
+                taken = self._decisions(tokens_BL, logits_BLV)
+        if taken is None:
             self.layers = None
             taken = self._decisions(tokens_BL, logits_BLV)
         if taken is None:

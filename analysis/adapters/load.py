@@ -15,7 +15,14 @@ from analysis.adapters.base import Adapter, as_adapter
 from analysis.adapters.cartmoe import CartMoEAdapter
 from analysis.adapters.pretrained import as_tokenizer, is_pretrained
 from analysis.adapters.transformers import TransformersAdapter, load_pretrained
-from cartmoe.checkpoint import CHECKPOINTS, checkpoint_sha256, newest, read_meta, read_tokenizer
+from cartmoe.checkpoint import (
+    CHECKPOINTS,
+    checkpoint_sha256,
+    located,
+    newest,
+    read_meta,
+    read_tokenizer,
+)
 from cartmoe.checkpoint import load as load_checkpoint
 from cartmoe.config import ModelConfig, check_choice
 from cartmoe.corpora import is_built_in, open_source
@@ -39,7 +46,8 @@ def load(
     """The model of a checkpoint, or of the newest good checkpoint of a run, or of a directory of
     the transformers library (config.json, weights, tokenizer.json).
 
-    path   also a name of `analysis.models`, where no such path exists; nothing is fetched
+    path   also a name of `analysis.models`, where no such path exists, and "olmoe", "olmoe_tuned",
+           small models of that library; nothing is fetched
 
     Compact models that are stored in half precision are computed with in fp32, pretrained ones as
     they are stored.
@@ -50,7 +58,7 @@ def load(
     file of a damaged one, `ValueError` for a pretrained model that cannot be measured exactly,
     saying why.
     """
-    if is_pretrained(given := path_of("path", path)):
+    if is_pretrained(given := located(path)):
         found = load_pretrained(given, as_tokenizer(tokenizer), name=name, device=device)
         found.train_seed = train_seed or 0
         return found

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from analysis.adapters import layouts
 from analysis.adapters.attach import (
+    check_causal,
     check_coverage,
     check_router,
-    coverage_of,
     probe_tokens,
     seats_of,
 )
@@ -43,9 +43,11 @@ from cartmoe.tokenizers import Tokenizer
 class TransformersAdapter:
     """See `analysis.adapters.base.Adapter`. The model is tried on a few tokens first.
 
+    coverage   how much of its experts is seen
+
     Raises `ValueError` for a model that could not be measured exactly, saying why: experts that
     are called with other things than hidden states, ids and weights; a router that decides by more
-    than its logits, or whose choice no mask changes; other logits layer by layer.
+    than its logits, or whose choice no mask changes; other logits layer by layer; no causality.
     """
 
     def __init__(
@@ -74,11 +76,14 @@ class TransformersAdapter:
 
     def _attach(self) -> None:
         refuse_compiled(self.model)
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise ValueError(f"{self.name} has an encoder; this is for decoders of text alone")
         tokens_BL = probe_tokens(self.vocab_size, self.device)
         run = partial(self.model, input_ids=tokens_BL, use_cache=False)
         events, result = watch(self.model, run)
+        check_causal(self.model, tokens_BL, result.logits)
         seats = seats_of(self.model, events)
-        check_coverage(self.model, seats, events)
+        self.coverage = check_coverage(self.model, seats, events)
         self.seats = {seat.site: seat for seat in seats}
         self.body = Body(self.model, seats, events, tokens_BL, result.logits)
         for seat, routing in zip(seats, self.body.decisions, strict=True):
@@ -102,11 +107,6 @@ class TransformersAdapter:
         said = tensors_sha256(self.model) + "\n".join(map(str, how))
         found = hashlib.sha256(said.encode()).hexdigest()
         return self._loaded.get(found, found)
-
-    @property
-    def coverage(self) -> str:
-        """ "48 of 48 MoE layers; 97 % of the parameters of experts"."""
-        return coverage_of(self.model, [*self.seats.values()])
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,7 @@ import analysis as an
 from analysis.adapters import adapt
 from analysis.adapters.given import given_to
 from cartmoe.tokenizers import ByteTokenizer
-from tests.analysis.adapters.families import tiny
+from studies.families import tiny
 
 CONDITIONS = [
     *(an.GaussianNoise(1.0), an.DropSlots(0.5), an.DropTop(1), an.SwapRanks()),

@@ -13,9 +13,10 @@ from analysis.adapters.running import run
 from analysis.adapters.seat import Functions
 from analysis.perturb import Condition
 from cartmoe.tokenizers import ByteTokenizer
-from tests.analysis.adapters.families import FAMILIES, NOT_EXPERTS, save_directory, tiny
+from studies.families import tiny
+from tests.analysis.adapters.families import FAMILIES, NOT_EXPERTS, save_directory
 
-QUICK = {"olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "laguna", "zaya", "gemma4_text"}
+QUICK = {"olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "laguna", "zaya", "gemma4"}
 
 
 def every(but=()):
@@ -171,7 +172,7 @@ CONDITIONS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "gemma4_text"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "gemma4"])
 def test_a_sweep(family, adapted):
     model = adapted(family)
     docs = an.documents("stdlib", model, length=24, limit=3, max_tokens_per_document=48)
@@ -259,7 +260,7 @@ def test_overlap(adapted):
     ("family", "message"),
     [
         ("deepseek_v4", "no linear operation that gives logits"),
-        ("llama4_text", "are not called with hidden states, ids and weights"),
+        ("llama4", "are not called with hidden states, ids and weights"),
         ("jetmoe", "are not called with hidden states, ids and weights"),
     ],
 )
