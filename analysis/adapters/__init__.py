@@ -4,10 +4,10 @@ base.py      the protocol: a model, and the router of a site
 running.py   running one by its segments; decisions as vectors
 cartmoe.py   the compact models; stand_in.py: functions in their experts' place
 transformers.py  pretrained models; pretrained.py: their directories, and tokenizers
-given.py     what tokens a forward of such a model is given
-body.py      such a model up to its head, by segments
-seams.py     where routers meet experts in anybody's code; attach.py: asked once, and checked
-seat.py      what sits there meanwhile; router.py, tap.py: a router asked through its own forward
+form.py, given.py  how such a model is called, and with what tokens; body.py: by segments
+seams.py     where routers meet experts in anybody's code; attach.py, lists.py: asked once, checked
+seat.py      what sits there meanwhile: fused.py, where experts are called together, listed.py, one
+             by one; router.py, tap.py: a router asked through its own forward
 stream.py    layers run one by one; layouts.py: weights of experts however they are kept
 owned.py     one measures it at a time, undisturbed
 load.py      from a path or an object to a model under study, and documents that fit it

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analysis.adapters.form import call, is_library, logits_of
+from analysis.adapters.fused import FusedSeat
 from analysis.adapters.router import TappedRouter
-from analysis.adapters.seams import PROBE, Call, Event, Places, argument, places
+from analysis.adapters.seams import PROBE, TOKENS, Call, Event, Places, argument, places
 from analysis.adapters.seat import Seat
 from analysis.adapters.tap import Roles, Watching
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
 
-TOKENS = PROBE[0] * PROBE[1]
 # What configurations call the number of experts.
 SAID = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -49,7 +50,8 @@ def check_causal(model: Any, tokens_BL: Tensor, logits_BLV: Tensor) -> None:
     other_BL = tokens_BL.clone()
     other_BL[:, -1] = (other_BL[:, -1] + 1) % (tokens_BL.max() + 1)
     before = slice(None, tokens_BL.shape[1] - 1)
-    was, now = (t[:, before].float() for t in (logits_BLV, model(other_BL, use_cache=False).logits))
+    other_BLV = logits_of(call(model, other_BL))
+    was, now = logits_BLV[:, before].float(), other_BLV[:, before].float()
     if (was - now).abs().max() > 1e-2 * was.std():
         raise ValueError(
             f"{type(model).__name__} is not causal: another last token changes the logits before it"
@@ -72,7 +74,7 @@ def check_coverage(model: Any, seats: Sequence[Seat], events: Sequence[Event]) -
     }
     ran = {event.module for event in events}
     missed = [name for name in unseen if model.get_submodule(name.rpartition(".")[0]) in ran]
-    text = model.config.get_text_config()
+    text = model.config.get_text_config() if is_library(model) else None
     said = {key: value for key in SAID if isinstance(value := getattr(text, key, None), int)}
     if missed:
         raise ValueError(
@@ -83,6 +85,13 @@ def check_coverage(model: Any, seats: Sequence[Seat], events: Sequence[Event]) -
         raise ValueError(
             f"its configuration says {said}, and nothing in it is called with ids and weights of "
             f"experts: what they receive cannot be told{_unpacked(model)}"
+        )
+    if not seats and not is_library(model):
+        raise ValueError(
+            f"found no experts in {type(model).__name__}: no module is called with hidden states, "
+            "ids and weights of the chosen, and no block calls a list of modules on some of its "
+            'tokens. Name them: an.adapt(model, routers=["layers.*.gate"], '
+            'experts=["layers.*.experts.*"])'
         )
     size = sum(_size(seat.experts) for seat in seats)
     share = size / max(1, size + sum(map(_size, unseen.values())))
@@ -103,10 +112,8 @@ def _size(module: nn.Module) -> int:
 
 def _unpacked(model: Any) -> str:
     """What a user can do about weights that are packed."""
-    how = getattr(model.config, "quantization_config", None)
-    method = (
-        how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
-    )
+    how = getattr(getattr(model, "config", None), "quantization_config", {})
+    method = (how if isinstance(how, dict) else vars(how)).get("quant_method")
     if getattr(method, "value", method) == "mxfp4":
         return (
             ". It is packed in MXFP4, whose kernel routes by itself: load it with "
@@ -154,7 +161,7 @@ def _seat(
     block = model.get_submodule(event.name.rpartition(".")[0])
     around = next(e for e in behind if e.module is block)
     how = Call.of(around.args, around.kwargs)
-    seat = Seat(site, tapped, event.module, block, how, where, batched=x.ndim == 3)
+    seat = FusedSeat(site, tapped, event.module, block, how, places=where, batched=x.ndim == 3)
     try:
         seat.outputs(x.reshape(TOKENS, -1), [0])
     except ValueError:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from analysis.adapters.base import Segment, State
+from analysis.adapters.form import call, hidden_of, logits_of, with_hidden
 from analysis.adapters.running import run as run_segments
 from analysis.adapters.seams import Event
 from analysis.adapters.seat import Functions, Seat
@@ -38,7 +39,7 @@ class Body:
         """events: all modules' calls in the forward of these tokens, which gave these logits."""
         self.model, self.seats = model, seats
         self.layers = layers_of(model, events, [seat.experts for seat in seats])
-        self.module = self.layers.owner if self.layers else model.base_model
+        self.module = self.layers.owner if self.layers else getattr(model, "base_model", model)
         self._output = next(e.result for e in reversed(events) if e.module is self.module)
         taken = None
         if self.layers:
@@ -78,7 +79,7 @@ class Body:
         return [*steps, _segment("norm", [], partial(self._norm, layers))]
 
     def _at_once(self, _: Tensor, tokens_BL: Tensor) -> Tensor:
-        hidden_BLD = self.module(input_ids=tokens_BL, use_cache=False).last_hidden_state
+        hidden_BLD = hidden_of(call(self.module, tokens_BL))
         self._check_finite()
         return hidden_BLD
 
@@ -90,11 +91,14 @@ class Body:
         raise_nonfinite([(seat.site.name, seat) for seat in self.seats])
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """(T, V) fp32: what the model makes of them where its body returns them."""
-        made = type(self._output)(last_hidden_state=hidden_TD[None])
+        """(T, V) fp32: what the model makes of them where its body returns them; of one that has no
+        body apart from its head they are the logits."""
+        if self.module is self.model:
+            return hidden_TD.float()
+        made = with_hidden(self._output, hidden_TD[None])
         tokens = torch.zeros(1, len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
-        with in_place_of([self.module], lambda *args, **kwargs: made):
-            return self.model(input_ids=tokens, use_cache=False).logits[0].float()
+        with in_place_of({self.module: lambda *args, **kwargs: made}):
+            return logits_of(call(self.model, tokens))[0].float()
 
 
 def _segment(name: str, seats: Sequence[Seat], forward: Callable[[Any, Tensor], Tensor]) -> Segment:

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from analysis.adapters.base import Given
-from analysis.adapters.seams import argument
+from analysis.adapters.form import is_library
 
 
 def given_to(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Given:
     """Of a call with these arguments. Raises `ValueError` for embeddings in the place of tokens."""
-    tokens_BL = argument(args, dict(kwargs), 0) if args else kwargs.get("input_ids")
+    tokens_BL = args[0] if args else kwargs.get("input_ids")
     if tokens_BL is None:
         raise ValueError(
             "the model is given no input_ids; conditions and noise go by tokens, not by embeddings"
@@ -37,6 +37,6 @@ def _before_padding(model: Any, tokens_BL: Tensor) -> Tensor:
     """(B, L) what stands before the last token that is surely none: lm-eval puts zeros behind a
     text, without a mask. They do no harm there, where no token sees them, but the text should not
     be another one for them."""
-    pad = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
-    text_BL = (tokens_BL != 0) & (tokens_BL != pad)
+    pad = getattr(model.config.get_text_config(), "pad_token_id", 0) if is_library(model) else 0
+    text_BL = (tokens_BL != 0) & (tokens_BL != (pad or 0))
     return text_BL.flip(1).cumsum(1).flip(1) > 0

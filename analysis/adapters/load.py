@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from analysis.adapters.base import Adapter, as_adapter
 from analysis.adapters.cartmoe import CartMoEAdapter
@@ -91,22 +92,34 @@ def skeleton(
 
 
 def adapt(
-    model: Any, tokenizer: Any = None, *, name: str | None = None
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    name: str | None = None,
+    routers: Sequence[str] | None = None,
+    experts: Sequence[str] | None = None,
 ) -> CartMoEAdapter | TransformersAdapter:
-    """A model in memory as a model under study: a `cartmoe.LanguageModel`, or a causal language
-    model of the transformers library, with its tokenizer.
+    """A model in memory as a model under study, with its tokenizer: a `cartmoe.LanguageModel`, a
+    causal language model of the transformers library, or a module of your own that makes logits
+    (B, L, V) of token ids (B, L).
 
-    Raises `ValueError` for other classes, and for a model that cannot be measured exactly, saying
-    why.
+    routers, experts   where they are not found, or others are meant: names of the modules that give
+                       logits of experts, and of the single experts of a block that chooses among
+                       them itself, as patterns ("layers.*.moe.experts.*")
+
+    Raises `ValueError` for what is no such model, and for one that cannot be measured exactly,
+    saying why.
     """
     if isinstance(model, LanguageModel):
         return CartMoEAdapter(model, tokenizer, name=name)
-    if not hasattr(getattr(model, "config", None), "get_text_config"):
+    if not isinstance(model, torch.nn.Module):
         raise ValueError(
-            f"model is a {type(model).__name__}; analysis.adapt takes a cartmoe.LanguageModel, or "
-            "a causal language model of the transformers library"
+            f"model is a {type(model).__name__}; analysis.adapt takes a cartmoe.LanguageModel, a "
+            "causal language model of the transformers library, or a torch module that makes "
+            "logits of token ids"
         )
-    return TransformersAdapter(model, as_tokenizer(tokenizer), name=name)
+    tokenizer = as_tokenizer(tokenizer)
+    return TransformersAdapter(model, tokenizer, name=name, routers=routers, experts=experts)
 
 
 def documents(

@@ -25,6 +25,7 @@ class TappedRouter:
 
     module    whose forward makes the decision;  call: how it is called
     decided   (what it returns) -> ids (T, K), weights (T, K)
+    ranked    whether these are the best first, and not in the order of its choice
     """
 
     site: RouterSite
@@ -32,6 +33,7 @@ class TappedRouter:
     call: Call
     roles: Roles
     decided: Callable[[Any], tuple[Tensor, Tensor]]
+    ranked: bool = False
 
     def _run(self, tokens: int, x_TD: Tensor | None = None, **changes: Any) -> tuple[Tap, Any]:
         """Its forward on so many tokens, on zeros where what enters it makes no difference."""
@@ -42,7 +44,8 @@ class TappedRouter:
 
     def routing(self, tap: Tap, ids_TK: Tensor, weights_TK: Tensor) -> Routing:
         """What it decided in the forward that was tapped, best first, in fp32."""
-        ids_TK, weights_TK = _best_first(tap, ids_TK, weights_TK)
+        if not self.ranked:
+            ids_TK, weights_TK = _best_first(tap, ids_TK, weights_TK)
         logits_TE = _rows(tap.logits).float()
         return Routing(logits_TE, self._scores(tap), ids_TK, weights_TK.float())
 
@@ -90,7 +93,11 @@ class TappedRouter:
             used_TE = torch.zeros_like(scores_TE).scatter_add_(-1, ids_TK, used_TK.to(scores_TE))
             scores_TE = scores_TE.masked_fill(used_TE == 0, 0)
         told = self._told(scores_TE)
-        weights_TK = self.decided(self._run(len(scores_TE), ids_TK=ids_TK, **told)[1])[1].float()
+        found_TK, weights_TK = self.decided(self._run(len(scores_TE), ids_TK=ids_TK, **told)[1])
+        weights_TK = weights_TK.float()
+        if not torch.equal(found_TK, ids_TK):  # in another order
+            nothing_TE = torch.zeros_like(scores_TE, dtype=torch.float32)
+            weights_TK = nothing_TE.scatter(-1, found_TK, weights_TK).gather(-1, ids_TK)
         # Where all of a set have score 0 its code divides 0 by 0.
         weights_TK = weights_TK.masked_fill(scores_TE.gather(-1, ids_TK) == 0, 0)
         return weights_TK if used_TK is None else weights_TK * used_TK
@@ -123,8 +130,8 @@ class TappedRouter:
     def rows(self) -> Tensor | None:
         """(E, D): its one matrix, if it has one with a row an expert."""
         matrices = [p for p in self.module.parameters() if p.ndim == 2]
-        fits = len(matrices) == 1 and len(matrices[0]) == self.site.num_experts
-        return matrices[0] if fits else None
+        fitting = [p for p in matrices if len(p) == self.site.num_experts]
+        return fitting[0] if len(fitting) == 1 else None
 
     @property
     def facts(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 PROBE = (2, 11)  # B, L of the tokens that a model is watched on: no dimension of a model, by chance
+TOKENS = PROBE[0] * PROBE[1]
 
 
 class Event(NamedTuple):
@@ -84,6 +85,11 @@ def replaced(args: tuple, kwargs: dict, new: dict[int | str, Any]) -> tuple[tupl
     """The arguments, with others at these keys."""
     changed = tuple(new.get(i, value) for i, value in enumerate(args))
     return changed, {key: new.get(key, value) for key, value in kwargs.items()}
+
+
+def stream_of(result: Any) -> Tensor:
+    """Of what a module returned, the hidden states."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 class Rows(NamedTuple):

@@ -3,14 +3,14 @@ it, and only the stream is another. Shapes: B batch, L length, D model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from analysis.adapters.seams import Event, replaced
-from analysis.adapters.seat import stream_of
+from analysis.adapters.form import call, hidden_of
+from analysis.adapters.seams import Event, replaced, stream_of
 
 PLAIN = (Tensor, bool, int, float, str, type(None))
 HIDDEN = "hidden_states"
@@ -62,21 +62,21 @@ class Layers:
                 hidden_BLD = last_BLD
             return (hidden_BLD, None) if self.tuples else hidden_BLD
 
-        with in_place_of(self.layers, passed):
-            result = self.owner(input_ids=tokens_BL, use_cache=False)
-        return calls, result.last_hidden_state
+        with in_place_of(dict.fromkeys(self.layers, passed)):
+            result = call(self.owner, tokens_BL)
+        return calls, hidden_of(result)
 
 
 @contextmanager
-def in_place_of(modules: Sequence[nn.Module], forward) -> Iterator[None]:
-    """Within the block these modules have that forward."""
-    before = [vars(module).get("forward") for module in modules]
-    for module in modules:
-        module.forward = forward
+def in_place_of(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Within the block these modules have those forwards."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
+        for module, own in before.items():
             del module.forward
             if own is not None:
                 module.forward = own

@@ -7,11 +7,12 @@ nothing of it is written again here. Shapes: T tokens, K slots, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 # fmt: off
@@ -71,11 +72,28 @@ class Roles(NamedTuple):
 
 
 class Watching(TorchFunctionMode):
-    """Within the block, notes operations of the three kinds."""
+    """Within the block, notes operations of the three kinds; last: the number of the last linear
+    one in these modules, None if there was none."""
 
-    def __init__(self) -> None:
+    def __init__(self, inside: Sequence[nn.Module] = ()) -> None:
         super().__init__()
         self.ops: list[Op] = []
+        self.last: int | None = None
+        self.inside, self.handles = inside, ExitStack()
+
+    def __enter__(self):
+        for module in self.inside:
+            self.handles.callback(module.register_forward_hook(self._leaves).remove)
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self.handles.close()
+        return super().__exit__(*exception)
+
+    def _leaves(self, *_: Any) -> None:
+        if self.last is None:  # a block is run more than once
+            linear = [i for i, op in enumerate(self.ops) if op.function in LINEAR]
+            self.last = linear[-1] if linear else None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

@@ -4,7 +4,7 @@ own code."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,9 @@ from analysis.adapters.attach import (
 from analysis.adapters.base import ExpertsFunction, Given, OutputFunction, RouterFunction, Segment
 from analysis.adapters.body import Body
 from analysis.adapters.cartmoe import tensors_sha256
+from analysis.adapters.form import call, is_library, logits_of, vocab_size_of
 from analysis.adapters.given import given_to
+from analysis.adapters.lists import listed_seats
 from analysis.adapters.pretrained import (
     origin_of,
     pretrained_sha256,
@@ -32,8 +34,8 @@ from analysis.adapters.pretrained import (
     transformers_version,
 )
 from analysis.adapters.router import TappedRouter
-from analysis.adapters.seams import watch
-from analysis.adapters.seat import Functions, stream_of
+from analysis.adapters.seams import stream_of, watch
+from analysis.adapters.seat import Functions
 from cartmoe.foreign import named
 from cartmoe.hooks import Hook, RouterSite, refuse_compiled
 from cartmoe.interrupt import restoring
@@ -58,34 +60,38 @@ class TransformersAdapter:
         name: str | None = None,
         identity: str | None = None,
         trained_on: Mapping[str, Any] | None = None,
+        routers: Sequence[str] | None = None,
+        experts: Sequence[str] | None = None,
     ):
         """identity, trained_on: those of the directory that it was loaded from, its "meta"."""
         self.model, self.tokenizer, self.train_seed = model, tokenizer, 0
         self.trained_on, self._loaded = trained_on or {}, {}
-        text = model.config.get_text_config()
-        self.family, self.vocab_size = text.model_type, text.vocab_size
+        text = model.config.get_text_config() if is_library(model) else None
+        self.family = text.model_type if text else type(model).__name__
+        self.vocab_size = text.vocab_size if text else vocab_size_of(model)
         self.name = name or self.family
         with torch.no_grad():
-            self._attach()
+            self._attach(experts, routers)
         if identity:  # for as long as the model is the one that was read from there
             self._loaded = {self.identity: identity}
 
     def __repr__(self) -> str:
-        size = f"{self.model.num_parameters():,} parameters, {self.coverage}"
+        size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.coverage}"
         return f"TransformersAdapter({self.name}: {self.family}, {size})"
 
-    def _attach(self) -> None:
+    def _attach(self, experts: Sequence[str] | None, routers: Sequence[str] | None) -> None:
         refuse_compiled(self.model)
-        if getattr(self.model.config, "is_encoder_decoder", False):
+        if is_library(self.model) and self.model.config.is_encoder_decoder:
             raise ValueError(f"{self.name} has an encoder; this is for decoders of text alone")
         tokens_BL = probe_tokens(self.vocab_size, self.device)
-        run = partial(self.model, input_ids=tokens_BL, use_cache=False)
-        events, result = watch(self.model, run)
-        check_causal(self.model, tokens_BL, result.logits)
-        seats = seats_of(self.model, events)
+        events, result = watch(self.model, partial(call, self.model, tokens_BL))
+        logits_BLV = logits_of(result)
+        check_causal(self.model, tokens_BL, logits_BLV)
+        seats = [] if experts else seats_of(self.model, events)
+        seats = seats or [*listed_seats(self.model, events, experts, routers)]
         self.coverage = check_coverage(self.model, seats, events)
         self.seats = {seat.site: seat for seat in seats}
-        self.body = Body(self.model, seats, events, tokens_BL, result.logits)
+        self.body = Body(self.model, seats, events, tokens_BL, logits_BLV)
         for seat, routing in zip(seats, self.body.decisions, strict=True):
             check_router(seat.router, routing)
 
@@ -98,12 +104,12 @@ class TransformersAdapter:
     def identity(self) -> str:
         """Of the directory that it was loaded from, or else of its tensors, its configuration, the
         library and which of its implementations computes experts."""
-        config = self.model.config
-        how = [
-            transformers_version(),
-            *(getattr(config, f"_{part}_implementation", None) for part in ("experts", "attn")),
-            config.to_json_string(use_diff=False),
-        ]
+        how: list[Any] = [type(self.model).__qualname__]
+        if is_library(self.model):
+            config = self.model.config
+            parts = (f"_{part}_implementation" for part in ("experts", "attn"))
+            how += [transformers_version(), *(getattr(config, part, None) for part in parts)]
+            how.append(config.to_json_string(use_diff=False))
         said = tensors_sha256(self.model) + "\n".join(map(str, how))
         found = hashlib.sha256(said.encode()).hexdigest()
         return self._loaded.get(found, found)
@@ -166,7 +172,7 @@ class TransformersAdapter:
 
     def _begins(self, forward: Callable, _: Any, args: tuple, named: dict) -> None:
         for seat in self.seats.values():
-            seat.calls, seat.tap = 0, None
+            seat.calls = 0
         forward(given_to(self.model, args, named))
 
     def _ends(self, forward: Callable, _: Any, args: tuple, result: Any) -> None:
