@@ -102,12 +102,23 @@ class ListedSeat(Seat):
         x_TD = x.reshape(-1, x.shape[-1])
         given = self.given(x_TD)
         self.num_nonfinite = (~given.logits_TE.isfinite()).any(-1).sum()
-        routing, compute = self.decided(given, x_TD, self.computed)
-        if routing is given and compute == self.computed:
+        plain: list[Tensor] = []  # what the experts give by the block's own decision
+
+        def own(into_TD: Tensor, routing: Routing) -> Tensor:
+            routed_TD = self.computed(into_TD, routing)
+            if routing is given and into_TD is x_TD:
+                plain.append(routed_TD)
+            return routed_TD
+
+        routing, compute = self.decided(given, x_TD, own)
+        if routing is given and compute is own:
             return forward(*args, **kwargs)
+        routed_TD = compute(x_TD, routing)
+        if any(routed_TD is made for made in plain) and not routed_TD.requires_grad:
+            return forward(*args, **kwargs)  # to the last bit
         with torch.no_grad():
             result = self.stubbed.run(None, *args, **kwargs)
-        made = self.combine(x_TD, compute(x_TD, routing)).view(x.shape)
+        made = self.combine(x_TD, routed_TD).view(x.shape)
         return (made, *result[1:]) if isinstance(result, tuple) else made
 
     def given(self, x_TD: Tensor) -> Routing:
