@@ -32,6 +32,7 @@ class _Use(NamedTuple):
 _USES: WeakKeyDictionary[nn.Module, list[_Use]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CHUNK = 2**22
 # What a module, and torch for all of them, keeps hooks in. Gradients decide in `Worst`.
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -175,4 +176,5 @@ def _state(model: Adapter) -> list[tuple[int, int]]:
 
 def _bits(tensor: torch.Tensor) -> int:
     numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return int(numbers.detach().contiguous().view(OF_SIZE[numbers.itemsize]).sum())
+    bits = numbers.detach().contiguous().view(OF_SIZE[numbers.itemsize]).flatten()
+    return sum(int(part.sum()) for part in bits.split(CHUNK))  # a sum makes wide copies

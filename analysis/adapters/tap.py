@@ -167,9 +167,11 @@ class Tap(TorchFunctionMode):
             )
 
     def _logits(self, func, args, kwargs) -> Tensor:
-        self.logits = func(*args, **kwargs)
-        if self.new_logits_TE is not None:
-            self.logits = self.new_logits_TE.to(self.logits.dtype).view(self.logits.shape)
+        if self.new_logits_TE is None:
+            self.logits = func(*args, **kwargs)
+        else:
+            dtype, shape = _made(func, args, kwargs)
+            self.logits = self.new_logits_TE.to(dtype).view(shape)
         if self.until_logits:
             raise Stop
         return self.logits
@@ -202,3 +204,12 @@ class Tap(TorchFunctionMode):
         # The score of a masked expert is 0: it has a sum with others, as -inf has not.
         worth = self.choosing if self.roles.scores is None else given
         return torch.return_types.topk((worth.gather(-1, ids), ids))
+
+
+def _made(func: Callable, args: tuple, kwargs: dict) -> tuple[torch.dtype, torch.Size]:
+    """Dtype and shape of what an operation gives, without it where that is easily told."""
+    x = args[0] if args else None
+    if func is F.linear and len(args) > 1 and not torch.is_autocast_enabled(x.device.type):
+        return x.dtype, torch.Size((*x.shape[:-1], len(args[1])))
+    result = func(*args, **kwargs)
+    return result.dtype, result.shape

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, DenseRouting, Segment, State, Watch, branches, steps
+from analysis.adapters import Adapter, DenseRouting, Experts, Segment, State, branches, steps
 from analysis.measure.losses import CleanLosses
 from analysis.perturb import Tokens
 from cartmoe.data import Sequences
@@ -40,16 +40,19 @@ class CleanPass:
     @classmethod
     def of(cls, model: Adapter, batch: Sequences, kinds_V: Tensor | None = None) -> CleanPass:
         """One forward. Raises `FloatingPointError` if router logits are not finite."""
-        segments, flows = model.segments(), Watch()
-        states = [State(None, batch.tokens_SL)]
-        with torch.no_grad(), model.hooked(experts=flows) if model.sites() else nullcontext():
+        segments, states = model.segments(), [State(None, batch.tokens_SL)]
+        shares: dict[RouterSite, tuple[Tensor, Tensor]] = {}
+
+        def watch(x_TD: Tensor, routing: Routing, site: RouterSite, own: Experts) -> Tensor:
+            routed_TD = own(x_TD, routing)
+            share_T = branches(model, site, x_TD)[0][:, 0].float()
+            shares[site] = share_T, share_T * routed_TD.float().norm(dim=-1)
+            return routed_TD
+
+        with torch.no_grad(), model.hooked(experts=watch) if model.sites() else nullcontext():
             states += [after for _, _, after in steps(segments, states[0])]
             hidden_TD = states[-1].hidden_BLD.flatten(0, 1)
             losses = CleanLosses.of(model, hidden_TD, batch.targets_SL.flatten())
-        shares = {}
-        for site, (x_TD, _, routed_TD) in flows.items():
-            share_T = branches(model, site, x_TD)[0][:, 0].float()
-            shares[site] = share_T, share_T * routed_TD.float().norm(dim=-1)
         routings = dict(zip(model.sites(), states[-1].decisions, strict=True))
         dense = {site: DenseRouting(r) for site, r in routings.items()}
         tokens = Tokens.of(batch.tokens_SL, batch.sequence_id_S, kinds_V)
