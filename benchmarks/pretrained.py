@@ -32,6 +32,7 @@ from cartmoe.config import ModelConfig
 from cartmoe.data import Sequences
 from cartmoe.model import LanguageModel
 from cartmoe.optim import clip_gradients, gradient_norm, make_optimizer
+from cartmoe.recipe import TrainConfig
 from cartmoe.shipped import PRETRAINED
 
 SHAPE: dict[str, Any] = dict(
@@ -40,14 +41,13 @@ SHAPE: dict[str, Any] = dict(
     max_position_embeddings=1024, bos_token_id=0, eos_token_id=0, pad_token_id=None,
 )  # fmt: skip
 SEQUENCES, LENGTH = 2, 512
-LAYERS = 4  # of the models that are compared with the compact one
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+IMPLEMENTATIONS = ("eager", "grouped_mm")  # on a CPU batched_mm takes eighty times as long
 
 
-def olmoe(layers: int = 16, experts: str | None = None) -> Any:
-    """The model."""
+def olmoe(experts: str | None = None, **changes: Any) -> Any:
+    """The model, its experts computed by this implementation of the library."""
     torch.manual_seed(0)
-    config = OlmoeConfig(**SHAPE | {"num_hidden_layers": layers})
+    config = OlmoeConfig(**SHAPE | changes)
     return OlmoeForCausalLM._from_config(config, experts_implementation=experts).eval()
 
 
@@ -69,11 +69,10 @@ def dropped(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return masked_TE, weights_TK, ids_TK
 
 
-def loss(logits_BLV: Tensor, docs: Sequences) -> Tensor:
+def loss(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     """Of every token."""
-    return F.cross_entropy(
-        logits_BLV.flatten(0, 1).float(), docs.targets_SL.flatten(), reduction="none"
-    )
+    logits_TV, targets_T = logits_BLV.flatten(0, 1).float(), targets_BL.flatten()
+    return F.cross_entropy(logits_TV, targets_T, reduction="none")
 
 
 def by_hand(model: Any, docs: Sequences, layer: int | None) -> Tensor:
@@ -83,7 +82,7 @@ def by_hand(model: Any, docs: Sequences, layer: int | None) -> Tensor:
         gate = model.model.layers[layer].mlp.gate
         hooks.append(gate.register_forward_hook(lambda module, args, out: dropped(out[0])))
     try:
-        return loss(model(docs.tokens_SL, use_cache=False).logits, docs)
+        return loss(model(docs.tokens_SL, use_cache=False).logits, docs.targets_SL)
     finally:
         for hook in hooks:
             hook.remove()
@@ -109,8 +108,8 @@ def rows() -> Iterator[Row]:
         yield _study()
         yield _edit()
         yield from _others()
-        yield _forward()
-    yield _training()
+        yield from map(_forward, ("micro", "nano"))
+    yield from map(_training, ("micro", "nano"))
 
 
 def _study() -> Row:
@@ -158,13 +157,17 @@ def _others() -> Iterator[Row]:
         one = make(docs)
         apart = (one(3) - by_hand(model, docs, 3)).abs().max().item()
         assert apart < 1e-2, f"{name} does another edit: {apart}"
-        ways[name] = lambda one=one: [one(layer) for layer in layers]
+        ways[name] = partial(_each, one, layers)
     if there:
         times = interleaved(ways, 3, 1)
         each = {name: time / len(layers) for name, time in times.items()}
         best = min(there, key=lambda name: each[name])
         what = f"a condition in one layer of olmoe: {best} / ours"
         yield Row(what, each[best] / each["ours"], ">= 1.3", milliseconds(each))
+
+
+def _each(one: Callable[[int], Tensor], layers: range) -> list[Tensor]:
+    return [one(layer) for layer in layers]
 
 
 def _nnsight(docs: Sequences) -> Callable[[int], Tensor]:
@@ -175,7 +178,7 @@ def _nnsight(docs: Sequences) -> Callable[[int], Tensor]:
             logits_TE = traced.model.layers[layer].mlp.gate.output[0]
             traced.model.layers[layer].mlp.gate.output = dropped(logits_TE)
             logits_BLV = traced.output.logits.save()
-        return loss(logits_BLV, docs)
+        return loss(logits_BLV, docs.targets_SL)
 
     return one
 
@@ -198,48 +201,64 @@ def _transformer_lens(docs: Sequences) -> Callable[[int], Tensor]:
     def one(layer: int) -> Tensor:
         gate = f"blocks.{layer}.mlp.gate"
         hooks = [(f"{gate}.hook_out", note), (f"{gate}.hook_expert_weights", weigh)]
-        return loss(lens.run_with_hooks(docs.tokens_SL, fwd_hooks=hooks), docs)
+        return loss(lens.run_with_hooks(docs.tokens_SL, fwd_hooks=hooks), docs.targets_SL)
 
     return one
 
 
-def _compact() -> LanguageModel:
-    """smoe of the same shape."""
+def _twins(preset: str) -> dict[str, Any]:
+    """smoe of that preset, every layer a MoE layer, and OLMoE of its shape."""
+    config = ModelConfig.preset(preset, "smoe", moe_interval=1)
     torch.manual_seed(0)
-    config = ModelConfig(
-        "smoe",
-        vocab_size=SHAPE["vocab_size"],
-        d_model=SHAPE["hidden_size"],
-        ffn_width=SHAPE["intermediate_size"],
-        num_layers=LAYERS,
-        num_heads=SHAPE["num_attention_heads"],
-        num_experts=SHAPE["num_experts"],
-        top_k=(SHAPE["num_experts_per_tok"],),
-        moe_interval=1,
+    shape = dict(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=config.expert_width,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.top_k[0],
     )
-    return LanguageModel(config)
+    theirs = {name: olmoe(name, **shape) for name in IMPLEMENTATIONS}
+    return {"smoe": LanguageModel(config).eval(), **theirs}
 
 
-def _forward() -> Row:
-    tokens_BL, compact = shard().tokens_SL, _compact().eval()
-    ways: dict[str, Callable[[], Any]] = {"smoe": lambda: compact.head(compact.trunk(tokens_BL)[0])}
-    for name in IMPLEMENTATIONS:
-        ways[name] = partial(olmoe(LAYERS, name), tokens_BL, use_cache=False)
-    return _against("forward", interleaved(ways, 5, 2))
+def _forward(preset: str) -> Row:
+    tokens_BL = _bytes(preset)[0]
+    ways: dict[str, Callable[[], Any]] = {}
+    for name, model in _twins(preset).items():
+        if name == "smoe":
+            ways[name] = partial(_logits, model, tokens_BL)
+        else:
+            ways[name] = partial(model, tokens_BL, use_cache=False)
+    return _against(f"forward, {preset}", interleaved(ways, 7, 2))
 
 
-def _training() -> Row:
-    docs = shard()
+def _logits(model: LanguageModel, tokens_BL: Tensor) -> Tensor:
+    return model.head(model.trunk(tokens_BL)[0])
+
+
+def _training(preset: str) -> Row:
+    tokens_BL, targets_BL = _bytes(preset)
 
     def of_compact(model: LanguageModel) -> Tensor:
-        return model.mean_loss(model.trunk(docs.tokens_SL)[0], docs.targets_SL)
+        return model.mean_loss(model.trunk(tokens_BL)[0], targets_BL)
 
     def of_olmoe(model: Any) -> Tensor:
-        return loss(model(docs.tokens_SL, use_cache=False).logits, docs).mean()
+        return loss(model(tokens_BL, use_cache=False).logits, targets_BL).mean()
 
-    ways = {"smoe": _step(_compact().train(), of_compact)}
-    ways |= {name: _step(olmoe(LAYERS, name).train(), of_olmoe) for name in IMPLEMENTATIONS}
-    return _against("training step", interleaved(ways, 5, 2))
+    ways = {
+        name: _step(model.train(), of_compact if name == "smoe" else of_olmoe)
+        for name, model in _twins(preset).items()
+    }
+    return _against(f"training step, {preset}", interleaved(ways, 7, 2))
+
+
+def _bytes(preset: str) -> tuple[Tensor, Tensor]:
+    rows = TrainConfig.preset(preset).batch_size
+    tokens = torch.randint(256, (rows, 257), generator=torch.Generator().manual_seed(0))
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def _step(model: Any, loss_of: Callable[[Any], Tensor]) -> Callable[[], None]:
@@ -257,7 +276,7 @@ def _step(model: Any, loss_of: Callable[[Any], Tensor]) -> Callable[[], None]:
 
 def _against(what: str, times: dict[str, float]) -> Row:
     best = min(IMPLEMENTATIONS, key=lambda name: times[name])
-    what = f"{what} of {LAYERS} such layers: transformers' olmoe ({best}) / smoe"
+    what = f"{what}, all MoE: transformers' olmoe ({best}) / smoe"
     return Row(what, times[best] / times["smoe"], ">= 1.3", milliseconds(times))
 
 

@@ -10,6 +10,7 @@ the same sum, and its backward needs no expert's output.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -84,6 +85,27 @@ def _take(x_TD: Tensor, d: Dispatch, b: Block) -> Tensor:
     return x
 
 
+def _looped(x_TD, w_R1, gate_up_ECD, down_EDF, d: Dispatch, blocks_RC: Iterable[Tensor]) -> Tensor:
+    """(T, D); the pre-activations of every block are left in its `blocks_RC`."""
+    y_RD = x_TD.new_empty(len(w_R1) + 1, x_TD.shape[1])
+    for b, z_RC in zip(d.blocks, blocks_RC, strict=True):
+        rows = slice(b.start, b.stop)
+        torch.mm(_take(x_TD, d, b), gate_up_ECD[b.expert].T, out=z_RC)
+        gate, up = z_RC.chunk(2, -1)
+        h = F.silu(gate).mul_(up).mul_(w_R1[rows])
+        torch.mm(h, down_EDF[b.expert].T, out=y_RD[rows])
+    return _sum_rows(y_RD, d)
+
+
+def _without_gradient(x_TD, weights_TK, gate_up_ECD, down_EDF, d: Dispatch) -> Tensor:
+    """The same where nothing is kept: all blocks share one scratch, for memory that was never
+    touched costs more than the products."""
+    w_R1 = weights_TK.flatten()[d.slot_R, None].to(x_TD.dtype)
+    sizes = [b.stop - b.start for b in d.blocks]
+    scratch_RC = x_TD.new_empty(max(sizes, default=0), gate_up_ECD.shape[1])
+    return _looped(x_TD, w_R1, gate_up_ECD, down_EDF, d, (scratch_RC[:size] for size in sizes))
+
+
 class _LoopedExperts(torch.autograd.Function):
     """Forward and backward, one expert's rows at a time, so that temporaries stay in cache.
 
@@ -92,19 +114,12 @@ class _LoopedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, weights_TK, gate_up_ECD, down_EDF, d: Dispatch):
-        R, C = len(d.token_R), gate_up_ECD.shape[1]
+        z_RC = x_TD.new_empty(len(d.token_R), gate_up_ECD.shape[1])
         w_R1 = weights_TK.flatten()[d.slot_R, None].to(x_TD.dtype)
-        z_RC = x_TD.new_empty(R, C)
-        y_RD = x_TD.new_empty(R + 1, x_TD.shape[1])
-        for b in d.blocks:
-            rows = slice(b.start, b.stop)
-            torch.mm(_take(x_TD, d, b), gate_up_ECD[b.expert].T, out=z_RC[rows])
-            gate, up = z_RC[rows].chunk(2, -1)
-            h = F.silu(gate).mul_(up).mul_(w_R1[rows])
-            torch.mm(h, down_EDF[b.expert].T, out=y_RD[rows])
         ctx.save_for_backward(x_TD, weights_TK, w_R1, gate_up_ECD, down_EDF, z_RC)
         ctx.dispatch = d
-        return _sum_rows(y_RD, d)
+        blocks_RC = [z_RC[b.start : b.stop] for b in d.blocks]
+        return _looped(x_TD, w_R1, gate_up_ECD, down_EDF, d, blocks_RC)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -203,6 +218,8 @@ class RoutedExperts(nn.Module):
                 return _grouped_experts(x_TD, routing, gate_up, down)
             multiple = BF16_ROWS if dtype == torch.bfloat16 else 1
             d = dispatch(routing.ids_TK, routing.weights_TK, self.num_experts, multiple)
+            if not torch.is_grad_enabled():
+                return _without_gradient(x_TD, routing.weights_TK, gate_up, down, d)
             return _LoopedExperts.apply(x_TD, routing.weights_TK, gate_up, down, d)
 
     def extra_repr(self) -> str:

@@ -208,8 +208,9 @@ class Tap(TorchFunctionMode):
 
 def _made(func: Callable, args: tuple, kwargs: dict) -> tuple[torch.dtype, torch.Size]:
     """Dtype and shape of what an operation gives, without it where that is easily told."""
-    x = args[0] if args else None
-    if func is F.linear and len(args) > 1 and not torch.is_autocast_enabled(x.device.type):
-        return x.dtype, torch.Size((*x.shape[:-1], len(args[1])))
+    if func is F.linear and len(args) > 1:
+        x, weight = args[:2]
+        if not torch.is_autocast_enabled(x.device.type):
+            return x.dtype, torch.Size((*x.shape[:-1], len(weight)))
     result = func(*args, **kwargs)
     return result.dtype, result.shape
