@@ -153,8 +153,11 @@ def _routed_parts(model: Adapter) -> Mapping[str, nn.Module]:
 
 
 def _disturbs(hook: Any) -> bool:
-    """Not what is left of ours in a copy, and what torch computes weights with (pruning)."""
-    return not (hook is None or hook is nothing or type(hook).__module__.startswith("torch."))
+    """Not what is left of ours in a copy, what torch computes weights with (pruning), and what
+    accelerate moves tensors between devices with."""
+    moves = getattr(getattr(hook, "func", hook), "__module__", "").startswith("accelerate.")
+    of_torch = type(hook).__module__.startswith("torch.")
+    return not (hook is None or hook is nothing or of_torch or moves)
 
 
 def _named(hook: Any) -> str:

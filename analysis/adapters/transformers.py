@@ -81,6 +81,11 @@ class TransformersAdapter:
 
     def _attach(self, experts: Sequence[str] | None, routers: Sequence[str] | None) -> None:
         refuse_compiled(self.model)
+        if any(p.is_meta for p in self.model.parameters()):
+            raise ValueError(
+                f"{self.name} has weights that are not in memory (on the device meta): load it "
+                "whole, without offloading"
+            )
         if is_library(self.model) and self.model.config.is_encoder_decoder:
             raise ValueError(f"{self.name} has an encoder; this is for decoders of text alone")
         tokens_BL = probe_tokens(self.vocab_size, self.device)

@@ -256,19 +256,6 @@ def test_overlap(adapted):
     assert set(found.pairs.metric) == set(metrics)
 
 
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [
-        ("deepseek_v4", "no linear operation that gives logits"),
-        ("llama4", "are not called with hidden states, ids and weights"),
-        ("jetmoe", "are not called with hidden states, ids and weights"),
-    ],
-)
-def test_what_cannot_be_exact_is_refused(family, message):
-    with pytest.raises(ValueError, match=message):
-        adapt(tiny(family))
-
-
 def test_a_directory(tmp_path):
     folder = tmp_path / "mine"
     save_directory(folder, "olmoe")
