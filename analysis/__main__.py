@@ -113,14 +113,16 @@ def record(
     progress: bool = typer.Option(True, help="Show a progress bar."),
 ) -> None:
     """Record the routing of a model on a study's documents, for Replay in that study."""
-    from analysis.adapters import load
+    from analysis.adapters import is_pretrained, load
     from analysis.perturb import Trace
     from analysis.study import Study, documents_of
+    from cartmoe.checkpoint import located
 
-    read = Study.read(study)
-    _, docs = documents_of(read)
+    read, model = Study.read(study), load(checkpoint)
+    own = model.tokenizer if is_pretrained(located(checkpoint)) else None
+    _, docs = documents_of(read, own)
     size = read.measure.batch_size
-    typer.echo(Trace.record(load(checkpoint), docs, out, batch_size=size, progress=progress))
+    typer.echo(Trace.record(model, docs, out, batch_size=size, progress=progress))
 
 
 @app.command()

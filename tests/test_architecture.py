@@ -43,7 +43,7 @@ NEVER = {
     "analysis.perturb": ["analysis.study"],
 }
 # Who may import transformers.
-ONLY = {"transformers": {"cartmoe.hf", "analysis.adapters.transformers"}}
+ONLY = {"transformers": {"cartmoe.hf", "analysis.adapters.pretrained"}}
 
 
 class Import(NamedTuple):
@@ -234,7 +234,7 @@ GOOD = {
     "from analysis.adapters.cartmoe import adapt",
     "analysis/adapters/base.py": "import torch",
     "analysis/adapters/cartmoe.py": "from cartmoe import LanguageModel",
-    "analysis/adapters/transformers.py": "from transformers import AutoModel",
+    "analysis/adapters/pretrained.py": "from transformers import AutoModel",
     "analysis/perturb/__init__.py": "from analysis.perturb.masks import DropTop",
     "analysis/perturb/masks.py": "from cartmoe.hooks import hook_routers\n"
     "from analysis.adapters import Adapter",

@@ -25,7 +25,15 @@ from analysis.adapters.base import (
     routed_adapter,
 )
 from analysis.adapters.cartmoe import CartMoEAdapter
-from analysis.adapters.load import adapt, documents, load, models, skeleton
+from analysis.adapters.load import (
+    adapt,
+    documents,
+    identity_of,
+    load,
+    models,
+    sites_of_path,
+    skeleton,
+)
 from analysis.adapters.owned import owned, owning, using
 from analysis.adapters.pretrained import (
     is_pretrained,

@@ -14,13 +14,14 @@ import torch
 
 from analysis.adapters.base import Adapter, as_adapter
 from analysis.adapters.cartmoe import CartMoEAdapter
-from analysis.adapters.pretrained import as_tokenizer, is_pretrained
+from analysis.adapters.pretrained import as_tokenizer, is_pretrained, pretrained_sha256
 from analysis.adapters.transformers import TransformersAdapter, load_pretrained
 from cartmoe.checkpoint import (
     CHECKPOINTS,
     checkpoint_sha256,
     located,
     newest,
+    read_config,
     read_meta,
     read_tokenizer,
 )
@@ -29,6 +30,7 @@ from cartmoe.config import ModelConfig, check_choice
 from cartmoe.corpora import is_built_in, open_source
 from cartmoe.data import Sequences, Windows, prepare, sequences, sequences_from
 from cartmoe.files import path_of
+from cartmoe.hooks import RouterSite
 from cartmoe.model import LanguageModel
 from cartmoe.shipped import MODELS, TABLE
 from cartmoe.skeleton import skeleton as model_skeleton
@@ -78,6 +80,20 @@ def load(
         identity=checkpoint_sha256(folder),
         trained_on=meta,
     )
+
+
+def identity_of(path: str | Path) -> str:
+    """The identity of the model at a path, from its manifest, or of a pretrained one from its
+    files. Raises as `cartmoe.checkpoint.checkpoint_sha256` does."""
+    given = located(path)
+    return pretrained_sha256(given) if is_pretrained(given) else checkpoint_sha256(given)
+
+
+def sites_of_path(path: str | Path) -> tuple[RouterSite, ...]:
+    """The routers of the model at a path; of a compact one told from its configuration alone."""
+    if is_pretrained(given := located(path)):
+        return tuple(load(given).sites())
+    return tuple(skeleton(read_config(given)).sites())
 
 
 def _in_full(model: LanguageModel) -> LanguageModel:

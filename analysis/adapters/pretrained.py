@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from cartmoe.checkpoint import META, read_meta
 from cartmoe.folders import MANIFEST, fingerprint
-from cartmoe.foreign import read_text
+from cartmoe.foreign import named, read_text
 from cartmoe.tokenizers import JsonTokenizer, Tokenizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS = ("*.safetensors", "*.bin")
+LARGE = 2**30  # bytes of weights; reading fewer needs no bar
 STARTS = ("bos_token", "cls_token", "eos_token")  # what may start a text, the best first
 
 
@@ -41,6 +43,36 @@ def pretrained_sha256(folder: Path) -> str:
     files = {path.name: fingerprint(path)["sha256"] for path in (folder / CONFIG, *weights)}
     said = json.dumps([files, transformers_version()])
     return hashlib.sha256(said.encode()).hexdigest()
+
+
+def read_model(folder: Path, device: str) -> Any:
+    """Its causal language model, in the dtype that it is stored in.
+
+    Raises `ImportError` without the library, `ValueError` naming the directory where that cannot
+    read it.
+    """
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise ImportError('a pretrained model needs pip install "cartmoe[hf]"') from error
+    small = sum(path.stat().st_size for path in weight_files(folder)) < LARGE
+    with named(folder), _quiet() if small else nullcontext():
+        load: Any = AutoModelForCausalLM.from_pretrained
+        return load(folder, local_files_only=True, dtype="auto").to(device).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def origin_of(folder: Path) -> dict[str, Any]:

@@ -30,13 +30,13 @@ from analysis.adapters.lists import listed_seats
 from analysis.adapters.pretrained import (
     origin_of,
     pretrained_sha256,
+    read_model,
     tokenizer_in,
     transformers_version,
 )
 from analysis.adapters.router import TappedRouter
 from analysis.adapters.seams import stream_of, watch
 from analysis.adapters.seat import Functions
-from cartmoe.foreign import named
 from cartmoe.hooks import Hook, RouterSite, refuse_compiled
 from cartmoe.interrupt import restoring
 from cartmoe.tokenizers import Tokenizer
@@ -229,14 +229,8 @@ def load_pretrained(
     Raises `ImportError` without the library, `ValueError` naming the directory where it cannot
     read that, and as `TransformersAdapter` does.
     """
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise ImportError('a pretrained model needs pip install "cartmoe[hf]"') from error
     tokenizer = tokenizer or tokenizer_in(folder)
-    with named(folder):
-        load: Any = AutoModelForCausalLM.from_pretrained
-        model = load(folder, local_files_only=True, dtype="auto").to(device).eval()
+    model = read_model(folder, device)
     meta = origin_of(folder)
     name = name or folder.resolve().name
     identity = pretrained_sha256(folder)

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from analysis.adapters import as_adapter, load, skeleton
+from analysis.adapters import as_adapter, identity_of, load, sites_of_path
 from analysis.perturb.context import RouterContext
 from analysis.perturb.recorded import OfAnotherRun
-from cartmoe.checkpoint import CheckpointError, checkpoint_sha256, read_config
+from cartmoe.checkpoint import CheckpointError
 from cartmoe.fields import declared
 from cartmoe.hooks import RouterSite
 
@@ -94,15 +94,14 @@ class GateSwap(OfAnotherRun):
 
 def _checkpoint_sha256(path: str) -> str | None:
     try:
-        return checkpoint_sha256(path)
+        return identity_of(path)
     except (FileNotFoundError, CheckpointError):
         return None
 
 
 @functools.lru_cache(maxsize=16)
 def _sites_of(path: str, sha256: str) -> tuple[RouterSite, ...]:
-    """The routers of a checkpoint, told from its configuration alone."""
-    return tuple(skeleton(read_config(path)).sites())
+    return sites_of_path(path)
 
 
 Gates = dict[tuple[int, int], Callable[[Tensor, Tensor], Tensor]]
@@ -111,13 +110,10 @@ Gates = dict[tuple[int, int], Callable[[Tensor, Tensor], Tensor]]
 @functools.lru_cache(maxsize=2)
 def _loaded_gates(path: str, sha256: str, device: torch.device) -> Gates:
     """Of a checkpoint; nothing else of it stays in memory."""
-    model = load(path)
+    model = load(path, device=str(device))
     if model.identity != sha256:
         raise ValueError(f"the checkpoint at {path} is another one than it was")
-    return {
-        site: gate.to(device) if isinstance(gate, nn.Module) else gate
-        for site, gate in _gates(model).items()
-    }
+    return _gates(model)
 
 
 def _gates(model: Any) -> Gates:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from analysis.adapters import pretrained_sha256
+from analysis.adapters import identity_of
 from analysis.study.specs import ModelSpec
 from analysis.study.study import Study
 from cartmoe import checkpoint as checkpoints
@@ -29,8 +29,7 @@ class Checkpoint:
     @classmethod
     def of(cls, spec: ModelSpec, path: Path) -> Checkpoint:
         """By what its manifest says; of a pretrained one by its files."""
-        sha256 = pretrained_sha256 if spec.hf else checkpoints.checkpoint_sha256
-        return cls(spec, path, sha256(path))
+        return cls(spec, path, identity_of(path))
 
 
 def find(study: Study, spec: ModelSpec, corpus: Corpus, out: Path) -> Checkpoint | None:

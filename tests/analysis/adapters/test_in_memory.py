@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload, dispatch_model
-from transformers import Mxfp4Config
+from transformers.utils.quantization_config import Mxfp4Config
 
 import analysis as an
 from analysis.adapters import adapt
