@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= runs/quick
 
-.PHONY: study study-from-scratch trained catalogue overlap models test test-slow bench lint lab notebooks clean
+.PHONY: study study-from-scratch trained pretrained catalogue overlap models test test-slow bench lint lab notebooks clean
 
 study: .venv/core
 	$(BIN)/python -m analysis run studies/quick.toml --out $(OUT)
@@ -29,6 +29,10 @@ study-from-scratch: .venv/core
 # What the trained models show, at length: README's Table 4, and why.
 trained: .venv/core
 	$(BIN)/python -m analysis run studies/trained.toml --out runs/trained
+
+# A model of the transformers library beside compact ones.
+pretrained: .venv/dev
+	$(BIN)/python -m analysis run studies/pretrained.toml --out runs/pretrained
 
 # Every perturbation on all routed models that come with the project. The routing of two of them is
 # recorded to be replayed in others.
@@ -58,7 +62,7 @@ lab: .venv/dev
 	$(BIN)/jupyter lab notebooks
 
 # The stories, executed on the finished study, with their pictures.
-notebooks: .venv/dev study
+notebooks: .venv/dev study pretrained
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:

@@ -96,7 +96,8 @@ def describe(
         parts.append(stats.format_robustness(made["robustness"]))
         damage = made["damage"]
         parts += _every_condition(damage)
-        parts += [*_identity(damage), _positive_control(damage), *_without_effect(damage)]
+        parts += [*_covered(results), *_identity(damage)]
+        parts += [_positive_control(damage), *_without_effect(damage)]
         parts += _taken_apart(made, whole_conditions(damage))
     number = made["clean"].num_documents.min()
     parts += [stats.FEW_NOTE] if number < stats.FEW_DOCUMENTS else []
@@ -143,6 +144,12 @@ def _identity(damage: pd.DataFrame) -> list[str]:
         return ["Identity control: hooks alone change nothing, to the last bit: passed"]
     names = ", ".join(_said(wrong, map("{:g}".format, wrong.delta_nats)))
     return [f"Identity control FAILED: hooks alone change the loss of {names}"]
+
+
+def _covered(results: Results) -> list[str]:
+    """Of pretrained models, what is seen of their experts."""
+    rows = results.models[results.models.coverage != ""]
+    return [f"{row.model} (seed {row.train_seed}): {row.coverage}" for row in rows.itertuples()]
 
 
 def _positive_control(damage: pd.DataFrame) -> str:
