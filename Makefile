@@ -19,7 +19,7 @@ test: .venv/dev
 test-slow: .venv/dev
 	$(TEST) -m slow
 
-bench: .venv/core
+bench: .venv/dev
 	$(BIN)/python -m benchmarks
 
 # All families trained first, from nothing.

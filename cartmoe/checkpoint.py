@@ -195,6 +195,10 @@ def read_config(directory: str | Path) -> ModelConfig:
     """The model's configuration."""
     path = _checked(directory, "config.json") / "config.json"
     fields = read_object(path, CheckpointError)
+    if "model_type" in fields:
+        raise CheckpointError(
+            f"{path.parent} holds a model of the transformers library; analysis.load takes it"
+        )
     with named(path, CheckpointError):
         return ModelConfig.from_dict(fields)
 

@@ -20,7 +20,7 @@ def test_enough_of_them_work():
     assert len({*working} & {*families.marked()}) >= 45
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "gemma4"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "gemma4", "qwen3_vl_moe", "longcat_flash"])
 def test_its_rows(family):
     with families.quiet():
         row = families.tried(families.tiny(family))
