@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 CATALOGUE = ROOT / "studies" / "catalogue.toml"
 MODELS = ROOT / "studies" / "models.toml"
 TRAINED = [ROOT / "studies" / f"{name}.toml" for name in ("quick", "trained")]
-STUDIES = sorted(set((ROOT / "studies").glob("*.toml")) - {CATALOGUE, MODELS, *TRAINED})
+PRETRAINED = ROOT / "studies" / "pretrained.toml"
+OTHERS = {CATALOGUE, MODELS, PRETRAINED, *TRAINED}
+STUDIES = sorted(set((ROOT / "studies").glob("*.toml")) - OTHERS)
 NINE = [*FAMILIES, "parallel", "unshared"]
 # Conditions by perturbation, all different ones.
 CONDITIONS = {
@@ -77,6 +79,16 @@ def test_the_models_that_come_with_the_project():
     for model in study.models:
         if model.name in FAMILIES:
             assert model.config == ModelConfig.preset("micro", model.name)
+
+
+def test_a_pretrained_model_beside_compact_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = Study.read(PRETRAINED)
+    assert [(m.name, bool(m.hf), bool(m.path)) for m in study.models] == [
+        ("olmoe", True, False), ("smoe", False, True), ("cartesian", False, True),
+    ]  # fmt: skip
+    asked = {type(c.perturbation).__name__ for c in study.conditions}
+    assert asked >= {"DropTop", "GaussianNoise", *CONTROLS}
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)

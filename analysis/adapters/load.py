@@ -61,7 +61,7 @@ def load(
     file of a damaged one, `ValueError` for a pretrained model that cannot be measured exactly,
     saying why.
     """
-    if is_pretrained(given := located(path)):
+    if is_pretrained(given := located(path_of("path", path))):
         found = load_pretrained(given, as_tokenizer(tokenizer), name=name, device=device)
         found.train_seed = train_seed or 0
         return found
