@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -164,8 +164,8 @@ def load_tokenizer(
     for a BPE without texts or smaller than its alphabet, `FileNotFoundError` for a path that does
     not exist, `ImportError` without the tokenizers library.
     """
-    if _is_made(spec):
-        return spec
+    if not isinstance(spec, str | Path):
+        return _made(spec)
     if spec == "bytes":
         return ByteTokenizer()
     size = _bpe_size(spec)
@@ -189,13 +189,15 @@ def load_tokenizer(
 
 def tokenizer_key(spec: str | Path | Tokenizer) -> str:
     """Which tokenizer a spec means, known before it is trained. Errors as `load_tokenizer`."""
-    if _is_made(spec) or _bpe_size(spec) is None:
+    if not isinstance(spec, str | Path) or _bpe_size(spec) is None:
         return load_tokenizer(spec).identity
     return f"{spec} of tokenizers {_library().__version__}"
 
 
-def _is_made(spec: str | Path | Tokenizer) -> TypeGuard[Tokenizer]:
-    return hasattr(spec, "encode") and hasattr(spec, "identity")
+def _made(given: Tokenizer) -> Tokenizer:
+    if not (hasattr(given, "encode") and hasattr(given, "identity")):
+        raise ValueError(f"tokenizer is a {type(given).__name__}; give a path, or a tokenizer")
+    return given
 
 
 def _bpe_size(spec: str | Path) -> int | None:
