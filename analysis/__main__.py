@@ -154,7 +154,6 @@ def overlap(
     data = {name: read_documents(corpus, model, **limits) for name, model in loaded.items()}
     asked = dict(
         models={name: model.identity for name, model in loaded.items()},
-        coverage={name: getattr(model, "coverage", "") for name, model in loaded.items()},
         data={name: docs.sha256 for name, docs in data.items()},
         corpus=corpus,
         documents=documents,
@@ -162,6 +161,7 @@ def overlap(
         metrics=sorted(set(metric or [])),
         sites=sites,
         probe=probe,
+        coverage={name: getattr(model, "coverage", "") for name, model in loaded.items()},
     )
     files = report.finished(out, asked)
     if files is None:

@@ -28,7 +28,7 @@ from cartmoe.folders import damage, read_manifest, write_folder
 from cartmoe.foreign import named, read_object, read_text
 from cartmoe.model import LanguageModel
 from cartmoe.reference import config_from_reference, from_reference
-from cartmoe.shipped import shipped, shipped_names
+from cartmoe.shipped import PRETRAINED, shipped, shipped_names
 from cartmoe.skeleton import skeleton
 from cartmoe.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer
 
@@ -142,7 +142,8 @@ def newest(directory: str | Path) -> Path:
     """
     directory = located(directory)
     if not directory.is_dir():
-        names = f"; {', '.join(shipped_names())} come with the project" * bool(shipped_names())
+        there = [*shipped_names(), *(path.name for path in sorted(PRETRAINED.glob("*")))]
+        names = f"; {', '.join(there)} come with the project" * bool(there)
         raise FileNotFoundError(
             f"{directory} is no directory: there is no checkpoint, and none is fetched{names}"
         )

@@ -34,7 +34,7 @@ def named_by(folder: Path) -> dict[str, Any] | None:
 
 
 def shipped_names() -> list[str]:
-    """Of all, seed 0 first."""
+    """Of all compact ones, seed 0 first."""
     folders = (path for path in MODELS.glob("*-s*") if path.is_dir())
     return sorted((path.name for path in folders), key=lambda name: (name.split("-s")[1], name))
 

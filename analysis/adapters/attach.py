@@ -3,7 +3,8 @@ what is said of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
 
 # What configurations call the number of experts.
+ROWS = 24  # of one text: some expert gets this many times its tokens
 SAID = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -35,10 +37,13 @@ def seats_of(model: nn.Module, events: Sequence[Event]) -> list[Seat]:
     Raises `ValueError` where experts are found and what chose them is not.
     """
     found: list[Seat] = []
-    last = 0
+    last, modules = 0, set()
     for i, event in enumerate(events):
         where = places(event.args, event.kwargs, TOKENS)
         if where and _holds(event.module, argument(event.args, event.kwargs, where.ids)):
+            if event.module in modules:
+                raise ValueError(f"{event.name} is called more than once in a forward")
+            modules.add(event.module)
             found.append(_seat(model, where, events[last:i], events[i:], len(found)))
             last = i + 1
     return found
@@ -52,9 +57,17 @@ def check_causal(model: Any, tokens_BL: Tensor, logits_BLV: Tensor) -> None:
     before = slice(None, tokens_BL.shape[1] - 1)
     other_BLV = logits_of(call(model, other_BL))
     was, now = logits_BLV[:, before].float(), other_BLV[:, before].float()
-    if (was - now).abs().max() > 1e-2 * was.std():
+    most = 1e-2 * was.std()
+    if (was - now).abs().max() > most:
         raise ValueError(
             f"{type(model).__name__} is not causal: another last token changes the logits before it"
+        )
+    row_BL = tokens_BL[:1]
+    alone, among = (logits_of(call(model, row_BL.expand(n, -1)))[-1].float() for n in (1, ROWS))
+    if (alone - among).abs().max() > most:
+        raise ValueError(
+            f"{type(model).__name__} gives a text other logits beside others than alone: its "
+            "experts may have a capacity"
         )
 
 
@@ -65,17 +78,18 @@ def check_coverage(model: Any, seats: Sequence[Seat], events: Sequence[Event]) -
     Raises `ValueError` naming experts that do, or if there are none in a model whose configuration
     speaks of some.
     """
+    text = model.config.get_text_config() if is_library(model) else None
+    said = {key: value for key in SAID if isinstance(value := getattr(text, key, None), int)}
+    numbers = {*said.values(), *(seat.site.num_experts for seat in seats)} - {0, 1}
     seen = {part for seat in seats for part in seat.experts.modules()}
     dense = {event.module for event in events if _of_every_token(event)}
     unseen = {
         name: part
         for name, part in model.named_modules()
-        if "Experts" in type(part).__name__ and part not in seen | dense and _size(part)
+        if _has_experts(part, numbers) and part not in seen | dense and _size(part)
     }
     ran = {event.module for event in events}
     missed = [name for name in unseen if model.get_submodule(name.rpartition(".")[0]) in ran]
-    text = model.config.get_text_config() if is_library(model) else None
-    said = {key: value for key in SAID if isinstance(value := getattr(text, key, None), int)}
     if missed:
         raise ValueError(
             f"{len(missed)} modules with experts ({missed[0]}) are not called with hidden states, "
@@ -97,6 +111,12 @@ def check_coverage(model: Any, seats: Sequence[Seat], events: Sequence[Event]) -
     share = size / max(1, size + sum(map(_size, unseen.values())))
     layers = f"{len(seats)} of {len(seats) + len(unseen)} MoE layers"
     return f"{layers}; {100 * share:.0f} % of the parameters of experts"
+
+
+def _has_experts(part: nn.Module, numbers: Collection[int]) -> bool:
+    """By its name, or by a parameter of as many matrices as there are experts."""
+    stacks = (p for p in part.parameters(recurse=False) if p.ndim == 3 and len(p) in numbers)
+    return "Experts" in type(part).__name__ or (any(stacks) and not hasattr(part, "stride"))
 
 
 def _of_every_token(event: Event) -> bool:
@@ -191,8 +211,10 @@ def _equal(found: Any, wanted: Tensor) -> bool:
     return torch.equal(found.reshape(wanted.shape).to(wanted.dtype), wanted)
 
 
-def check_router(router: TappedRouter, taken: Routing) -> None:
-    """Raise `ValueError` unless the router, asked with the logits that it had, decides what it did,
+def checked(router: TappedRouter, taken: Routing) -> TappedRouter:
+    """The router, its scores said to be unknown where it decides otherwise when it is told them.
+
+    Raises `ValueError` unless the router, asked with the logits that it had, decides what it did,
     and never chooses what is masked."""
     name, logits_TE = router.site.name, taken.logits_TE
     again = router.route(logits_TE)
@@ -208,3 +230,16 @@ def check_router(router: TappedRouter, taken: Routing) -> None:
         raise ValueError(f"{name} uses an expert whose logit is -inf: it cannot be masked")
     if torch.equal(masked.ids_TK, taken.ids_TK):
         raise ValueError(f"{name} does not choose by its logits: a mask changes nothing")
+    return router if _agrees(router, taken) else replace(router, scored=False)
+
+
+def _agrees(router: TappedRouter, taken: Routing) -> bool:
+    """Whether its scores, told again, lead to what it decided."""
+    scores_TE = router.score(taken.logits_TE)
+    told = [router.decide(taken.logits_TE, scores_TE)]
+    if router.roles.choice is not None:
+        told.append(taken._replace(weights_TK=router.weigh(scores_TE, taken.ids_TK)))
+    none_TE = torch.zeros_like(scores_TE)
+    was_TE, *now = (none_TE.scatter_add(-1, r.ids_TK, r.weights_TK) for r in (taken, *told))
+    near = 1e-3 * float(was_TE.max())
+    return all(torch.allclose(was_TE, now_TE, rtol=1e-3, atol=near) for now_TE in now)

@@ -89,6 +89,7 @@ class Given(NamedTuple):
     real_BL       which are no padding; None: all
     past          how many a row earlier forwards have left in a cache
     surely_BL     which cannot be padding; None: those of real_BL
+    cache         what earlier forwards left, and this one adds to
     """
 
     tokens_BL: Tensor
@@ -96,6 +97,7 @@ class Given(NamedTuple):
     real_BL: Tensor | None = None
     past: int = 0
     surely_BL: Tensor | None = None
+    cache: Any = None
 
     @classmethod
     def whole(cls, tokens_BL: Tensor) -> Given:
@@ -104,6 +106,8 @@ class Given(NamedTuple):
         return cls(tokens_BL, position_L.expand_as(tokens_BL))
 
 
+# What a forward of the whole model is given, None behind it; the cache that it leaves.
+ForwardFunction = Callable[[Given | None, Any], None]
 # (decision, router, site, what enters the router (T, D)) -> another decision; None: as it is.
 RouterFunction = Callable[[Routing, Router, RouterSite, Tensor], Routing | None]
 # (what enters the routed experts (T, D), decision) -> the weighted sum of their outputs (T, D).
@@ -156,7 +160,7 @@ class Adapter(Protocol):
     def hooked(
         self,
         *,
-        forward: Callable[[Given | None], None] | None = None,
+        forward: ForwardFunction | None = None,
         router: RouterFunction | None = None,
         experts: ExpertsFunction | None = None,
         output: OutputFunction | None = None,
@@ -165,8 +169,8 @@ class Adapter(Protocol):
         """Within the block, at these sites (None: all), what is given acts: `router` on decisions
         (conditions); `experts` in the experts' place (tables of outputs, gradients by them);
         `output` on what a stage adds to the stream, shared expert included (`ResidualNoise`).
-        forward(given) is called before each forward of the whole model, forward(None) behind it
-        (`perturbed`).
+        forward(given, None) is called before each forward of the whole model, and behind it
+        forward(None, the cache that it leaves, if there is one) (`perturbed`).
 
         Only the thread and asyncio task that entered the block may run the model in it; for others
         a forward raises `ValueError`. Copies of the model that are made in it are as without it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from analysis.adapters.base import (
     ExpertsFunction,
+    ForwardFunction,
     Given,
     OutputFunction,
     RouterFunction,
@@ -20,6 +20,7 @@ from analysis.adapters.base import (
     State,
     as_adapter,
 )
+from analysis.adapters.identity import tensors_sha256
 from analysis.adapters.stand_in import standing_in
 from cartmoe.ffn import RoutedStage
 from cartmoe.hooks import Hook, RouterSite, hook_routers, router_sites, select_sites
@@ -96,7 +97,7 @@ class CartMoEAdapter:
     def hooked(
         self,
         *,
-        forward: Callable[[Given | None], None] | None = None,
+        forward: ForwardFunction | None = None,
         router: RouterFunction | None = None,
         experts: ExpertsFunction | None = None,
         output: OutputFunction | None = None,
@@ -113,8 +114,10 @@ class CartMoEAdapter:
         with ExitStack() as stack:
             if forward:  # every way of running the model calls its trunk
                 trunk = self.model.trunk
-                begin = Hook(lambda _, args, named: forward(Given.whole(*args, *named.values())))
-                end = Hook(lambda *_: forward(None), refuse=False)  # also behind a refusal
+                begin = Hook(
+                    lambda _, args, named: forward(Given.whole(*args, *named.values()), None)
+                )
+                end = Hook(lambda *_: forward(None, None), refuse=False)  # also behind a refusal
                 stack.callback(trunk.register_forward_pre_hook(begin, with_kwargs=True).remove)
                 stack.callback(trunk.register_forward_hook(end, always_call=True).remove)
             for site, stage in stages.items():
@@ -188,12 +191,3 @@ class CartMoEAdapter:
 @as_adapter.register
 def _(model: LanguageModel) -> CartMoEAdapter:
     return CartMoEAdapter(model)
-
-
-def tensors_sha256(model: torch.nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -6,8 +6,10 @@ Shapes: B batch, L length, D model, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from analysis.adapters.seams import stream_of
@@ -38,13 +40,39 @@ def with_hidden(result: Any, hidden_BLD: Tensor) -> Any:
 
 
 def vocab_size_of(model: nn.Module) -> int:
-    """That of the first table of embeddings. Raises `ValueError` where there is none."""
-    tables = (part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding))
-    if (size := next(tables, None)) is None:
+    """That of the table of embeddings that is given token ids. Raises `ValueError` where there is
+    none."""
+    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    tokens_BL, found = torch.zeros(1, 2, dtype=torch.int64), []  # positions would differ
+
+    def note(table: nn.Embedding, args: tuple) -> None:
+        if isinstance(args[0], Tensor) and args[0].shape == (1, 2) and not args[0].any():
+            found.append(table.num_embeddings)
+
+    hooks = [table.register_forward_pre_hook(note) for table in tables]
+    try:
+        if tables:
+            model(tokens_BL.to(tables[0].weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
         raise ValueError(f"{type(model).__name__} has no table of embeddings for token ids")
-    return size
+    return found[0]
 
 
 def logits_of(result: Any) -> Tensor:
-    """(B, L, V) of what the model returned."""
-    return result.logits if hasattr(result, "logits") else stream_of(result)
+    """(B, L, V) of what the model returned. Raises `ValueError` for anything else."""
+    if isinstance(result, Mapping) and "logits" in result:
+        found = result["logits"]
+    elif hasattr(result, "logits"):
+        found = result.logits
+    else:
+        found = result[0] if isinstance(result, tuple) and result else result
+    if not isinstance(found, Tensor) or found.ndim != 3:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"the model gives {shape} for token ids (B, L); a causal language model gives logits "
+            "(B, L, V), of every token"
+        )
+    return found

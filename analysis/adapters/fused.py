@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analysis.adapters.layouts import Weights, expert_weights
 from analysis.adapters.seams import Places, argument, replaced, stream_of
 from analysis.adapters.seat import Functions, Seat
 from analysis.adapters.tap import Tap
@@ -53,6 +54,11 @@ class FusedSeat(Seat):
                 "place since the model was attached"
             )
         x, ids_TK, weights_TK = (argument(args, kwargs, key) for key in self.places)
+        if ids_TK.shape[-1] != self.site.top_k:
+            raise RuntimeError(
+                f"{self.site.name} chooses {ids_TK.shape[-1]} experts where it chose "
+                f"{self.site.top_k} when the model was attached; attach it again"
+            )
         given = self.router.routing(tap, ids_TK, weights_TK)
         self.num_nonfinite = (~given.logits_TE.isfinite()).any(-1).sum()
 
@@ -83,6 +89,10 @@ class FusedSeat(Seat):
             output_TD = own(*args, **kwargs).view(x_TD.shape)
             found.append(output_TD if e < real else torch.zeros_like(x_TD))
         return torch.stack(found)
+
+    def weights(self) -> Weights:
+        """See `layouts`."""
+        return expert_weights(self.experts, self.site.num_experts)
 
     def combine(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
         """(T, D): what the stage makes of it when its experts give this."""

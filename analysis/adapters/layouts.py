@@ -27,15 +27,29 @@ def expert_weights(experts: nn.Module, num_experts: int) -> Weights:
         _check_plain(experts, up, down)
         return _stacked(experts, up, down, gated="gate_up_proj" in parameters)
     for part in experts.modules():
-        if isinstance(part, nn.ModuleList) and len(part) >= num_experts:
-            found = [mlp_weights(one) for one in part]
-            if all(found):
-                gate_EFD, up_EFD, down_EDF = map(torch.stack, zip(*found, strict=True))
-                return gate_EFD, up_EFD, down_EDF
+        if (
+            isinstance(part, nn.ModuleList)
+            and len(part) >= num_experts
+            and all(map(mlp_weights, part))
+        ):
+            return listed_weights([*part])
     have = ", ".join(parameters) or "no parameters of its own"
     raise ValueError(
         f"{type(experts).__name__} has {have}: no layout of experts that is known here"
     )
+
+
+def listed_weights(experts: Sequence[nn.Module]) -> Weights:
+    """The same of experts one by one. Raises `ValueError` where they are no gated networks whose
+    projections can be told from each other."""
+    found = [mlp_weights(one) for one in experts]
+    if not all(found):
+        raise ValueError(
+            f"{type(experts[0]).__name__} has no linear maps {' or '.join(map(str, NAMES))}: no "
+            "layout of experts that is known here"
+        )
+    gate_EFD, up_EFD, down_EDF = map(torch.stack, zip(*filter(None, found), strict=True))
+    return gate_EFD, up_EFD, down_EDF
 
 
 def _stacked(experts: nn.Module, up: Tensor, down: Tensor, gated: bool) -> Weights:
@@ -65,7 +79,11 @@ def mlp_weights(module: nn.Module) -> Weights | None:
         parts = [getattr(module, name, None) for name in names]
         if all(isinstance(part, nn.Linear) for part in parts):
             gate, up, down = (part.weight for part in parts)  # type: ignore[union-attr]
-            return gate, up, down
+            told = gate.shape == up.shape == down.T.shape
+            # w1, w2, w3 stand in another order elsewhere, which square ones would not show.
+            return (
+                (gate, up, down) if told and (names == NAMES[0] or len(down) != len(gate)) else None
+            )
     return None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analysis.adapters.layouts import Weights, listed_weights
 from analysis.adapters.seams import stream_of
 from analysis.adapters.seat import Seat
 from analysis.adapters.stream import in_place_of
@@ -70,7 +71,10 @@ def _unit(number: int, x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def hidden_in(args: tuple, kwargs: dict) -> Tensor:
     """The hidden states that a module is called with, which are all that it is called with."""
-    return next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    found = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    if not found:
+        raise ValueError("it is called without hidden states")
+    return found[0]
 
 
 def rows_of(result: Any) -> Tensor:
@@ -138,6 +142,10 @@ class ListedSeat(Seat):
     def outputs(self, x_TD: Tensor, ids: Iterable[int]) -> Tensor:
         """(len(ids), T, D): what the experts make of all tokens."""
         return torch.stack([self.stubbed.listed[e](x_TD) for e in ids])
+
+    def weights(self) -> Weights:
+        """See `layouts`."""
+        return listed_weights(self.stubbed.listed)
 
     def combine(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
         """(T, D): what the block makes of it when its experts give this."""

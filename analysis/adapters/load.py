@@ -30,6 +30,7 @@ from cartmoe.config import ModelConfig, check_choice
 from cartmoe.corpora import is_built_in, open_source
 from cartmoe.data import Sequences, Windows, prepare, sequences, sequences_from
 from cartmoe.files import path_of
+from cartmoe.folders import MANIFEST
 from cartmoe.hooks import RouterSite
 from cartmoe.model import LanguageModel
 from cartmoe.shipped import MODELS, TABLE
@@ -65,6 +66,11 @@ def load(
         found = load_pretrained(given, as_tokenizer(tokenizer), name=name, device=device)
         found.train_seed = train_seed or 0
         return found
+    if given.is_dir() and not (given / MANIFEST).exists() and not (given / CHECKPOINTS).exists():
+        raise ValueError(
+            f"{given} holds no checkpoint of this project, and no model of the transformers "
+            "library: it has no config.json that names its model_type"
+        )
     folder = newest(path).resolve()
     meta = read_meta(folder)
     trained = meta.get("train_seed", 0)

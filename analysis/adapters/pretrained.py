@@ -16,7 +16,8 @@ from cartmoe.foreign import named, read_text
 from cartmoe.tokenizers import JsonTokenizer, Tokenizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-WEIGHTS = ("*.safetensors", "*.bin")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+ADAPTER = "adapter_config.json"  # of PEFT, beside its weights
 LARGE = 2**30  # bytes of weights; reading fewer needs no bar
 STARTS = ("bos_token", "cls_token", "eos_token")  # what may start a text, the best first
 
@@ -40,7 +41,8 @@ def pretrained_sha256(folder: Path) -> str:
     weights = weight_files(folder)
     if not weights:
         raise ValueError(f"{folder} has no weights ({', '.join(WEIGHTS)})")
-    files = {path.name: fingerprint(path)["sha256"] for path in (folder / CONFIG, *weights)}
+    others = [path for path in (folder / CONFIG, folder / ADAPTER) if path.is_file()]
+    files = {path.name: fingerprint(path)["sha256"] for path in (*others, *weights)}
     said = json.dumps([files, transformers_version()])
     return hashlib.sha256(said.encode()).hexdigest()
 
@@ -58,7 +60,15 @@ def read_model(folder: Path, device: str) -> Any:
     small = sum(path.stat().st_size for path in weight_files(folder)) < LARGE
     with named(folder), _quiet() if small else nullcontext():
         load: Any = AutoModelForCausalLM.from_pretrained
-        return load(folder, local_files_only=True, dtype="auto").to(device).eval()
+        only = dict(local_files_only=True, trust_remote_code=False)
+        model, told = load(folder, dtype="auto", output_loading_info=True, **only)
+    absent = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
+    if absent:  # which the library fills with random numbers
+        raise ValueError(
+            f"{folder} has no weights, or of another shape, for {len(absent)} of its model's "
+            f"tensors, such as {min(absent)}"
+        )
+    return model.to(device).eval()
 
 
 @contextmanager
@@ -118,6 +128,11 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer | None:
     """One of the transformers library, as documents need it; others as they are."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
+        if not (tokenizer is None or hasattr(tokenizer, "num_bytes")):
+            raise ValueError(
+                f"tokenizer is a {type(tokenizer).__name__}; give one of the transformers library, "
+                "or of cartmoe.tokenizers"
+            )
         return tokenizer
     starts = [token for key in STARTS if (token := getattr(tokenizer, key, None))]
     return JsonTokenizer(backend.to_str(), type(tokenizer).__name__, starts=starts)

@@ -26,6 +26,7 @@ class TappedRouter:
     module    whose forward makes the decision;  call: how it is called
     decided   (what it returns) -> ids (T, K), weights (T, K)
     ranked    whether these are the best first, and not in the order of its choice
+    scored    whether its scores are known: told them, it decides what it decided
     """
 
     site: RouterSite
@@ -34,6 +35,7 @@ class TappedRouter:
     roles: Roles
     decided: Callable[[Any], tuple[Tensor, Tensor]]
     ranked: bool = False
+    scored: bool = True
 
     def _run(self, tokens: int, x_TD: Tensor | None = None, **changes: Any) -> tuple[Tap, Any]:
         """Its forward on so many tokens, on zeros where what enters it makes no difference."""
@@ -50,6 +52,8 @@ class TappedRouter:
         return Routing(logits_TE, self._scores(tap), ids_TK, weights_TK.float())
 
     def _scores(self, tap: Tap) -> Tensor:
+        if not self.scored:
+            return torch.full_like(_rows(tap.logits), torch.nan, dtype=torch.float32)
         if tap.scores is not None:
             return _rows(tap.scores).float()
         decides_TE = _rows(tap.logits if tap.choosing is None else tap.choosing).float()
@@ -60,7 +64,8 @@ class TappedRouter:
 
     def score(self, logits_TE: Tensor) -> Tensor:
         """(T, E): those of all experts that its own code makes; where that makes weights of the
-        chosen alone, the same function of all."""
+        chosen alone, the same function of all. Raises `ValueError` where they cannot be told."""
+        self._needs_scores()
         return self._scores(self._run(len(logits_TE), logits_TE=logits_TE)[0])
 
     def route(self, logits_TE: Tensor) -> Routing:
@@ -68,7 +73,9 @@ class TappedRouter:
         return self._decision(logits_TE, {"logits_TE": logits_TE})
 
     def decide(self, logits_TE: Tensor, scores_TE: Tensor, k: int | None = None) -> Routing:
-        """The decision that its own code makes of these scores."""
+        """The decision that its own code makes of these scores. Raises `ValueError` where it cannot
+        be told them, or another number of experts."""
+        self._needs_scores()
         if k is not None:
             self._needs_choice("another number of experts")
         return self._decision(logits_TE, self._told(scores_TE) | {"k": k})
@@ -76,6 +83,8 @@ class TappedRouter:
     def _decision(self, logits_TE: Tensor, told: dict[str, Any]) -> Routing:
         tap, result = self._run(len(logits_TE), **told)
         ids_TK, weights_TK = self.decided(result)
+        if len(ids_TK) != len(logits_TE):
+            raise ValueError(f"{self.site.name} cannot use another number of experts")
         never_TK = tap.never_TE.gather(-1, ids_TK)
         made = self.routing(tap, ids_TK, weights_TK.masked_fill(never_TK, 0))
         return made._replace(logits_TE=logits_TE)
@@ -88,6 +97,7 @@ class TappedRouter:
 
     def weigh(self, scores_TE: Tensor, ids_TK: Tensor, used_TK: Tensor | None = None) -> Tensor:
         """(T, K) weights that its own code gives to these experts."""
+        self._needs_scores()
         self._needs_choice("weights of a set that it did not choose")
         if used_TK is not None:
             used_TE = torch.zeros_like(scores_TE).scatter_add_(-1, ids_TK, used_TK.to(scores_TE))
@@ -114,6 +124,14 @@ class TappedRouter:
         sorted_TE = decides_TE.sort(-1, descending=True).values
         next_T1 = (last_T1 + 1).clamp(max=sorted_TE.shape[-1] - 1)
         return (sorted_TE.gather(-1, last_T1) - sorted_TE.gather(-1, next_T1))[:, 0]
+
+    def _needs_scores(self) -> None:
+        if not self.scored:
+            raise ValueError(
+                f"{self.site.name} makes weights of its logits in a way that is not known here, so "
+                'its scores cannot be told: conditions at point "scores", and of weights or sets '
+                "alone, have no meaning in it"
+            )
 
     def _needs_choice(self, what: str) -> None:
         if self.roles.choice is None:

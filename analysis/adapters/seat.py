@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.adapters.base import Experts, ExpertsFunction, RouterFunction
+from analysis.adapters.layouts import Weights
 from analysis.adapters.router import TappedRouter
 from analysis.adapters.seams import Call
 from cartmoe.hooks import Hook, RouterSite
@@ -100,6 +101,10 @@ class Seat(ABC):
     @abstractmethod
     def combine(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
         """(T, D): what the stage makes of it when its experts give this."""
+
+    @abstractmethod
+    def weights(self) -> Weights:
+        """gate (E, F, D), up (E, F, D), down (E, D, F) of the experts."""
 
     @contextmanager
     def taken(self, functions: Functions) -> Iterator[None]:

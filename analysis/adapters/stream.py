@@ -34,7 +34,13 @@ class Layers:
 
     def run(self, number: int, hidden_BLD: Tensor, tokens_BL: Tensor) -> Tensor:
         """(B, L, D): the stream behind a layer."""
-        args, kwargs = self._calls(tokens_BL)[1][number]
+        calls = self._calls(tokens_BL)[1]
+        if len(calls) != len(self.layers):
+            raise RuntimeError(
+                f"the model calls {len(calls)} of its {len(self.layers)} layers: something was put "
+                "in their place since it was attached"
+            )
+        args, kwargs = calls[number]
         key = HIDDEN if HIDDEN in kwargs else 0
         args, kwargs = replaced(args, kwargs, {key: hidden_BLD})
         return stream_of(self.layers[number](*args, **kwargs))
@@ -100,6 +106,8 @@ def layers_of(
         if order != [*layers] or not all(map(_plain, given)):
             return None
         owner = model.get_submodule(name.rpartition(".")[0])
+        if owner not in by_module:
+            return None
         return Layers(owner, [*layers], isinstance(called[0].result, tuple))
     return None
 

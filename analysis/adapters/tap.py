@@ -148,7 +148,8 @@ class Tap(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in LINEAR and func not in SCORE and func not in CHOICE:
             return func(*args, **kwargs)
-        number, roles = self.count, self.roles
+        # A block that keeps its experts in a list is run more than once for one decision.
+        number, roles = self.count % self.roles.num_ops, self.roles
         self.count += 1
         if number == roles.logits:
             return self._logits(func, args, kwargs)

@@ -3,7 +3,6 @@ own code."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -17,22 +16,27 @@ from analysis.adapters import layouts
 from analysis.adapters.attach import (
     check_causal,
     check_coverage,
-    check_router,
+    checked,
     probe_tokens,
     seats_of,
 )
-from analysis.adapters.base import ExpertsFunction, Given, OutputFunction, RouterFunction, Segment
+from analysis.adapters.base import (
+    ExpertsFunction,
+    ForwardFunction,
+    OutputFunction,
+    RouterFunction,
+    Segment,
+)
 from analysis.adapters.body import Body
-from analysis.adapters.cartmoe import tensors_sha256
 from analysis.adapters.form import call, is_library, logits_of, vocab_size_of
 from analysis.adapters.given import given_to
-from analysis.adapters.lists import listed_seats
+from analysis.adapters.identity import module_sha256
+from analysis.adapters.lists import listed_seats, numbered
 from analysis.adapters.pretrained import (
     origin_of,
     pretrained_sha256,
     read_model,
     tokenizer_in,
-    transformers_version,
 )
 from analysis.adapters.router import TappedRouter
 from analysis.adapters.seams import stream_of, watch
@@ -93,12 +97,14 @@ class TransformersAdapter:
         logits_BLV = logits_of(result)
         check_causal(self.model, tokens_BL, logits_BLV)
         seats = [] if experts else seats_of(self.model, events)
-        seats = seats or [*listed_seats(self.model, events, experts, routers)]
+        seats = numbered([*seats, *listed_seats(self.model, events, seats, experts, routers)])
         self.coverage = check_coverage(self.model, seats, events)
+        if experts:
+            self.coverage += " that were named"
         self.seats = {seat.site: seat for seat in seats}
         self.body = Body(self.model, seats, events, tokens_BL, logits_BLV)
         for seat, routing in zip(seats, self.body.decisions, strict=True):
-            check_router(seat.router, routing)
+            seat.router = checked(seat.router, routing)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -107,16 +113,9 @@ class TransformersAdapter:
 
     @property
     def identity(self) -> str:
-        """Of the directory that it was loaded from, or else of its tensors, its configuration, the
-        library and which of its implementations computes experts."""
-        how: list[Any] = [type(self.model).__qualname__]
-        if is_library(self.model):
-            config = self.model.config
-            parts = (f"_{part}_implementation" for part in ("experts", "attn"))
-            how += [transformers_version(), *(getattr(config, part, None) for part in parts)]
-            how.append(config.to_json_string(use_diff=False))
-        said = tensors_sha256(self.model) + "\n".join(map(str, how))
-        found = hashlib.sha256(said.encode()).hexdigest()
+        """Of the directory that it was loaded from, or else of all that decides what it computes;
+        see `module_sha256`."""
+        found = module_sha256(self.model)
         return self._loaded.get(found, found)
 
     @property
@@ -140,7 +139,7 @@ class TransformersAdapter:
     def hooked(
         self,
         *,
-        forward: Callable[[Given | None], None] | None = None,
+        forward: ForwardFunction | None = None,
         router: RouterFunction | None = None,
         experts: ExpertsFunction | None = None,
         output: OutputFunction | None = None,
@@ -178,10 +177,10 @@ class TransformersAdapter:
     def _begins(self, forward: Callable, _: Any, args: tuple, named: dict) -> None:
         for seat in self.seats.values():
             seat.calls = 0
-        forward(given_to(self.model, args, named))
+        forward(given_to(self.model, args, named), None)
 
     def _ends(self, forward: Callable, _: Any, args: tuple, result: Any) -> None:
-        forward(None)
+        forward(None, getattr(result, "past_key_values", None))
         seats = self.seats.values() if result is not None else ()  # else it raised something
         if other := [s.site.name for s in seats if s.functions and s.calls != 1]:
             raise RuntimeError(
@@ -195,7 +194,7 @@ class TransformersAdapter:
 
     def expert_weights(self, site: RouterSite) -> tuple[Tensor, Tensor, Tensor]:
         """gate (E, F, D), up (E, F, D), down (E, D, F); see `layouts`."""
-        return layouts.expert_weights(self.seats[site].experts, site.num_experts)
+        return self.seats[site].weights()
 
     def expert_outputs(
         self, site: RouterSite, x_TD: Tensor, ids: list[int] | None = None
@@ -230,10 +229,10 @@ def load_pretrained(
     read that, and as `TransformersAdapter` does.
     """
     tokenizer = tokenizer or tokenizer_in(folder)
+    identity = pretrained_sha256(folder)
     model = read_model(folder, device)
     meta = origin_of(folder)
     name = name or folder.resolve().name
-    identity = pretrained_sha256(folder)
     return TransformersAdapter(model, tokenizer, name=name, identity=identity, trained_on=meta)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from analysis.adapters import Adapter, Experts, Given, Router, Segment, State, as_adapter, using
+from analysis.measure.cached import CachedRows
 from analysis.measure.clean import CleanPass
 from analysis.measure.reuse import Table
 from analysis.perturb import (
@@ -21,7 +22,6 @@ from analysis.perturb import (
     RouterContext,
     Tokens,
     Where,
-    sequence_hash,
     sites_of,
     token_kinds,
 )
@@ -170,7 +170,7 @@ def perturbed(
     where          "all", "layer 2", "stage 0", ... (see `Where`), or a function of a RouterSite
     sequence_ids   (B,) int64, the ids that key the noise of the rows; by default a hash of each
                    row's tokens without padding, and, where a cache goes on with a forward, that
-                   of the row that it began with
+                   of the row that it began with; a text that grows without a cache needs them
     stats          from `calibrate`; some perturbations need them and say so
 
     On exit, also by an exception, no hook of ours is left and every other one is. Raises
@@ -193,18 +193,14 @@ def perturbed(
     intervention = Intervention(condition, stats, where=selector, observe=count)
     kinds_V = token_kinds(model, [condition.where])
 
-    begun: list[Tensor] = []  # the ids of rows that a cache holds
+    rows = CachedRows()
 
-    def begin(given: Given | None) -> None:
+    def begin(given: Given | None, left: Any) -> None:
         if given is None:  # what was announced for one forward is not for another one
             intervention.tokens = None
+            rows.left(left)
             return
-        if sequence_ids is not None:
-            begun[:] = [torch.as_tensor(sequence_ids)]
-        elif not given.past:
-            surely_BL = given.real_BL if given.surely_BL is None else given.surely_BL
-            begun[:] = [sequence_hash(given.tokens_BL, surely_BL)]
-        (ids,) = begun or [torch.empty(0)]
+        ids = rows.of(given) if sequence_ids is None else torch.as_tensor(sequence_ids)
         if len(ids) != len(given.tokens_BL):
             has = "its cache, in this block," if sequence_ids is None else "sequence_ids"
             raise ValueError(
@@ -213,5 +209,5 @@ def perturbed(
         intervention.begin(Tokens.of(given, ids.to(given.tokens_BL.device), kinds_V), {})
 
     # All routers, also those that stay as they are: a perturbation may look back at them.
-    with using(model), model.hooked(forward=begin), intervention.attached(model):
+    with using(model), rows, model.hooked(forward=begin), intervention.attached(model):
         yield fired

@@ -146,7 +146,7 @@ def test_with_a_block_of_ones_own(docs):
     model = build()
     with torch.no_grad(), an.perturbed(model, an.DropTop(1), "layer 1") as fired:
         for hook, _ in model._forward:
-            hook(Given.whole(docs.tokens_SL))
+            hook(Given.whole(docs.tokens_SL), None)
         changed = run(model.segments(), docs.tokens_SL).decisions
     clean = clean_routing(model, docs.tokens_SL)
     assert list(fired.values()) == [1]
