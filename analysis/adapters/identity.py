@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analysis.adapters.form import is_library
+from analysis.adapters.pretrained import transformers_version
+
 OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
 PLAIN = (bool, int, float, str, type(None))
 LIBRARIES = ("torch.", "transformers.")  # whose code their version stands for
@@ -26,22 +29,25 @@ def tensors_sha256(model: nn.Module) -> str:
 def module_sha256(model: nn.Module) -> str:
     """SHA-256 over all tensors; of every module its class and plain attributes (a router's top_k is
     one); the code of classes that are of no library; of a model of the transformers library that,
-    its configuration and its implementations."""
+    its configuration and which of its implementations it uses."""
     digest = hashlib.sha256(tensors_sha256(model).encode())
     for name, part in model.named_modules():
-        kind = type(part)
-        digest.update(repr((name, kind.__qualname__)).encode())
-        if not kind.__name__.endswith(CACHES):
-            plain = {k: v for k, v in vars(part).items() if isinstance(v, PLAIN)}
-            digest.update(repr(sorted(plain.keys() - OF_TORCH)).encode())
-            digest.update(repr([plain[k] for k in sorted(plain.keys() - OF_TORCH)]).encode())
+        kind = type(part).__qualname__
+        digest.update(repr((name, kind)).encode())
+        if not kind.endswith(CACHES):
+            own = (item for item in vars(part).items() if item[0] not in OF_TORCH)
+            plain = [(key, value) for key, value in own if isinstance(value, PLAIN)]
+            digest.update(repr(sorted(plain, key=str)).encode())
             for key, buffer in part.named_buffers(recurse=False):
                 _add(digest, f"{name}.{key}", buffer)
-    for kind in sorted(
-        {type(part) for part in model.modules()}, key=lambda kind: kind.__qualname__
-    ):
-        if not f"{kind.__module__}.".startswith(LIBRARIES):
-            digest.update(_code(kind).encode())
+    kinds = {type(part) for part in model.modules()}
+    own_kinds = [kind for kind in kinds if not f"{kind.__module__}.".startswith(LIBRARIES)]
+    digest.update("\n".join(sorted(map(_code, own_kinds))).encode())
+    if is_library(model):
+        config: Any = model.config
+        parts = (f"_{part}_implementation" for part in ("experts", "attn"))
+        how = [transformers_version(), *(str(getattr(config, part, "")) for part in parts)]
+        digest.update("\n".join([*how, config.to_json_string(use_diff=False)]).encode())
     return digest.hexdigest()
 
 
