@@ -71,8 +71,10 @@ def _real(mask: Any, size: tuple[int, int], past: int) -> Tensor | None:
         at_L = torch.arange(past, size[1], device=mask.device)
         causal_LS = torch.arange(size[1], device=mask.device) <= at_L[:, None]
         wanted_BLS = real[:, None] & causal_LS
-        rows_BL = real[:, past:]  # what padding sees is nobody's matter
-        if torch.equal(seen_BLS.expand_as(wanted_BLS)[rows_BL], wanted_BLS[rows_BL]):
+        seen_BLS, rows_BL = seen_BLS.expand_as(wanted_BLS), real[:, past:]
+        of_padding = seen_BLS[~rows_BL]  # which sees nothing, or all; another text sees itself
+        alike = torch.equal(seen_BLS[rows_BL], wanted_BLS[rows_BL])
+        if alike and (of_padding == of_padding[:, :1]).all():
             return real
     kind = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise ValueError(

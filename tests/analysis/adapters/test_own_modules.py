@@ -57,6 +57,7 @@ class Layer(nn.Module):
 class Model(nn.Module):
     def __init__(self, moe=MoE, **how):
         super().__init__()
+        self.position = nn.Embedding(16, D)  # in no use
         self.embed = nn.Embedding(256, D)
         self.layers = nn.ModuleList(Layer(moe(**how)) for _ in range(2))
         self.head = nn.Linear(D, 256)
@@ -230,3 +231,190 @@ def test_a_compiled_model_is_refused():
     model._compiled_call_impl = model.forward  # what model.compile() sets
     with pytest.raises(ValueError, match="model is compiled"):
         adapt(model)
+
+
+# ---- what a review found
+
+
+class Scored(MoE):
+    """With another function of logits than softmax and sigmoid."""
+
+    def forward(self, x):
+        flat = x.reshape(-1, D)
+        p = F.softplus(self.gate(flat))
+        weights, ids = (p / p.sum(-1, keepdim=True)).topk(K)
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, slot = (ids == e).nonzero(as_tuple=True)
+            out.index_add_(0, token, expert(flat[token]) * weights[token, slot, None])
+        return out.view(x.shape)
+
+
+def test_scores_that_are_not_known_are_not_made_up():
+    model = adapt(build(Scored, shared=False), ByteTokenizer())
+    docs = an.documents("stdlib", model, length=16, limit=2, max_tokens_per_document=16)
+    found = an.sweep(model, docs, [an.DropTop(1), an.GaussianNoise(1.0)], progress=False)
+    assert found.damage().set_index("label").flips["DropTop(1)"] == pytest.approx(1 / K)
+    for condition in (
+        Condition(an.DropTop(1), point="scores"),
+        Condition(an.DropTop(1), effect="weights"),
+    ):
+        with pytest.raises(ValueError, match="its scores cannot be told"):
+            an.sweep(model, docs, [condition], progress=False)
+
+
+@torch.no_grad()
+def test_fewer_dimensions_than_experts():
+    class Many(MoE):
+        def __init__(self, shared):
+            super().__init__(shared)
+            self.gate = nn.Linear(D, 37, bias=False)
+            self.experts = nn.ModuleList(Expert() for _ in range(37))
+
+    model = adapt(build(Many, shared=True), ByteTokenizer())
+    plain = model.module(TOKENS)
+    assert {site.num_experts for site in model.sites()} == {37}
+    with an.perturbed(model, an.DropExperts(ids=(36,))):
+        dropped = model.module(TOKENS)
+    for layer in model.module.layers:
+        layer.moe.gate.bias = nn.Parameter(
+            torch.zeros(37).index_fill(0, torch.tensor(36), -torch.inf)
+        )
+    torch.testing.assert_close(dropped, model.module(TOKENS), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(plain, dropped)
+
+
+def test_in_bf16_with_a_shared_expert():
+    model = adapt(build(shared=True).bfloat16(), ByteTokenizer())
+    with torch.no_grad(), an.perturbed(model, an.Identity()):
+        assert model.module(TOKENS).isfinite().all()
+
+
+class Headed(Layer):
+    """Heads, and a list whose members take no tensors, beside the experts."""
+
+    def __init__(self, moe):
+        super().__init__(moe)
+        self.heads = nn.ModuleList(nn.Linear(D, D // 4) for _ in range(4))
+        self.turns = nn.ModuleList(Turn() for _ in range(2))
+
+    def forward(self, x):
+        x = x + torch.cat([head(x) for head in self.heads], -1) + sum(t(3) for t in self.turns)
+        return super().forward(x)
+
+
+class Turn(nn.Module):
+    def forward(self, length):
+        return float(length)
+
+
+def test_other_lists_are_no_experts():
+    module = build(shared=False)
+    for i, layer in enumerate(module.layers):
+        module.layers[i] = Headed(layer.moe).eval()
+    model = adapt(module, ByteTokenizer())
+    assert [site.name for site in model.sites()] == ["layers.0.moe.router", "layers.1.moe.router"]
+
+
+class Twice(Layer):
+    """Two blocks of experts."""
+
+    def __init__(self, moe):
+        super().__init__(moe)
+        torch.manual_seed(3)
+        self.second = MoE(shared=False)
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x + self.second(self.norm(x))
+
+
+def test_two_blocks_in_a_layer_are_two_stages():
+    module = build(shared=False)
+    for i, layer in enumerate(module.layers):
+        module.layers[i] = Twice(layer.moe).eval()
+    model = adapt(module, ByteTokenizer())
+    assert [site.place for site in model.sites()] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    docs = an.documents("stdlib", model, length=16, limit=2, max_tokens_per_document=16)
+    found = an.sweep(
+        model, docs, [Condition(an.DropTop(1), where="layer 0 stage 1")], progress=False
+    )
+    assert (
+        found.routing[found.routing.condition == "clean"].groupby(["layer", "stage"]).ngroups == 4
+    )
+
+
+class Capped(MoE):
+    """No expert takes more than sixteen tokens."""
+
+    def forward(self, x):
+        flat = x.reshape(-1, D)
+        weights, ids = self.gate(flat).softmax(-1).topk(K)
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, slot = (ids == e).nonzero(as_tuple=True)
+            token, slot = token[:16], slot[:16]
+            out.index_add_(0, token, expert(flat[token]) * weights[token, slot, None])
+        return out.view(x.shape)
+
+
+def test_a_capacity_is_refused():
+    with pytest.raises(ValueError, match="experts may have a capacity"):
+        adapt(build(Capped, shared=False))
+
+
+def test_identity_follows_attributes_and_buffers():
+    module = build(shared=False)
+    module.layers[0].moe.k = 2
+    module.register_buffer("mask", torch.zeros(3), persistent=False)
+    model = adapt(module)
+    seen = {model.identity}
+    module.layers[0].moe.k = 1
+    seen.add(model.identity)
+    module.mask += 1
+    seen.add(model.identity)
+    assert len(seen) == 3
+
+
+def test_coverage_says_what_was_named():
+    named = adapt(build(shared=False), experts="layers.0.moe.experts.*")
+    assert named.coverage.startswith("1 of 1 MoE layers")
+    assert named.coverage.endswith("that were named")
+    assert [site.layer for site in named.sites()] == [0]
+
+
+class SharedFirst(MoE):
+    def __init__(self, shared):
+        super().__init__(shared)
+        self.experts, self.common = None, nn.ModuleList(Expert() for _ in range(E))
+        self.experts = nn.ModuleList(Expert() for _ in range(E))
+
+    def forward(self, x):
+        return super().forward(x) + sum(expert(x) for expert in self.common)
+
+
+def test_weights_are_those_of_the_experts():
+    model = adapt(build(SharedFirst, shared=False), experts=["layers.*.moe.experts.*"])
+    gate_EFD, _, _ = model.expert_weights(model.sites()[0])
+    experts = model.module.layers[0].moe.experts
+    assert torch.equal(gate_EFD, torch.stack([e.w1.weight for e in experts]))
+
+
+class Last(nn.Module):
+    """Logits of the last token alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.whole = build(shared=False)
+
+    def forward(self, tokens):
+        return self.whole(tokens)[:, -1]
+
+
+def test_what_gives_no_logits_of_every_token():
+    with pytest.raises(ValueError, match=r"gives \(\d+, 256\) for token ids"):
+        adapt(Last().eval())
+    with pytest.raises(ValueError, match="tokenizer is a str"):
+        adapt(build(shared=False), "bytes")
+    with pytest.raises(ValueError, match="stands in no block with experts"):
+        adapt(build(shared=False), routers=["layers.*.mix"])

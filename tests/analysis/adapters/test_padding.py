@@ -174,3 +174,77 @@ def test_what_was_put_in_a_routers_place_is_noticed(model, rows):
 def test_a_block_without_a_forward(model):
     with pytest.raises(RuntimeError, match="did not run inside"), an.perturbed(model, an.DropTop()):
         pass
+
+
+@pytest.mark.parametrize("perturbation", CONDITIONS, ids=str)
+def test_a_static_cache_and_padding(model, rows, perturbation):
+    """Whose mask `generate` makes of queries by keys."""
+    tokens_BL, mask_BL = padded(rows, "left")
+    how = dict(attention_mask=mask_BL)
+    one = generated(model, perturbation, tokens_BL, cache_implementation="static", **how)
+    other = generated(model, perturbation, tokens_BL, **how)
+    for a, b in zip(one.logits, other.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_mask_by_position(model, rows):
+    tokens_BL, mask_BL = padded(rows, "left")
+    named = logits_under(model, an.GaussianNoise(1.0), input_ids=tokens_BL, attention_mask=mask_BL)
+    with an.perturbed(model, an.GaussianNoise(1.0)):
+        placed = model.module(tokens_BL, mask_BL, use_cache=False).logits
+    assert torch.equal(named, placed)
+
+
+def test_masks_that_tell_no_padding(model):
+    tokens_BL = torch.ones(2, 4, dtype=torch.int64)
+    apart = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
+    whole = given_to(model.module, (tokens_BL,), dict(attention_mask=apart))
+    assert whole.real_BL is None
+    apart[:, :, 2:, :2] = False  # two texts in a row
+    for mask in (apart, torch.ones(2, 3), "causal"):
+        with pytest.raises(ValueError, match="from which padding cannot be told"):
+            given_to(model.module, (tokens_BL,), dict(attention_mask=mask))
+
+
+@torch.no_grad()
+def test_two_caches_and_their_rows(model, rows):
+    """Each goes on with the ids of its own rows, also where these change places."""
+    one, other = rows[0][None, :6].repeat(2, 1), rows[0][None, 2:8].repeat(2, 1)
+    one[1, 0] += 1
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    noise = an.GaussianNoise(1.0)
+
+    def begun(tokens_BL):
+        return model.module(input_ids=tokens_BL, use_cache=True).past_key_values
+
+    def continued(cache, rows=(0, 1)):
+        nexts = torch.tensor([[7], [9]])[list(rows)]
+        given = dict(input_ids=nexts, past_key_values=cache, attention_mask=mask)
+        return model.module(**given).logits
+
+    with an.perturbed(model, noise):
+        plain = continued(begun(one))
+    with an.perturbed(model, noise):
+        cache = begun(one)
+        begun(other)
+        assert torch.equal(continued(cache), plain)
+    if model.family == "olmoe":  # a linear cache has no such method
+        with an.perturbed(model, noise):
+            cache = begun(one)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            torch.testing.assert_close(continued(cache, (1, 0)), plain[[1, 0]])
+        assert "reorder_cache" not in vars(cache)
+
+
+@torch.no_grad()
+def test_another_number_of_experts_is_noticed(model, rows):
+    gate = next(iter(model.seats.values())).router.module
+    before = model.identity
+    gate.top_k = 1
+    try:
+        assert model.identity != before
+        with pytest.raises(RuntimeError, match="chooses 1 experts where it chose 2"):
+            logits_under(model, an.DropTop(1), input_ids=rows[0][None])
+    finally:
+        gate.top_k = 2

@@ -1,11 +1,13 @@
 """Pretrained families, each as a tiny random model of its own config class: exact, or refused."""
 
 import copy
+import json
 from contextlib import ExitStack
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import analysis as an
 from analysis.adapters import adapt, steps
@@ -284,3 +286,30 @@ def test_what_there_is_not(tmp_path):
         an.load(tmp_path)
     with pytest.raises(ValueError, match="has no table of embeddings"):
         adapt(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("changed", ["gate", "layers", "shape"])
+def test_weights_that_are_absent_are_not_made_up(tmp_path, changed):
+    """The library fills them with random numbers."""
+    save_directory(tmp_path / "mine", "olmoe")
+    file, config = tmp_path / "mine" / "model.safetensors", tmp_path / "mine" / "config.json"
+    tensors = load_file(file)
+    if changed == "gate":
+        del tensors["model.layers.1.mlp.gate.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    said = {"layers": {"num_hidden_layers": 4}, "shape": {"num_experts": 8}}.get(changed, {})
+    config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    with pytest.raises(
+        ValueError, match=r"has no weights, or of another shape, for|mismatched_sizes"
+    ):
+        an.load(tmp_path / "mine")
+
+
+def test_directories_of_neither_kind(tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint of this project, and no model"):
+        an.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="holds no checkpoint of this project, and no model"):
+        an.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="olmoe_tuned come with the project"):
+        an.load("olmo")
