@@ -32,7 +32,7 @@ LIBRARY = Path(transformers.__file__).parent / "models"
 DECORATOR = "@use_experts_implementation"
 # Those with experts of another kind, or with an older form of them.
 UNMARKED = ["dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "switch_transformers"]
-COLUMNS = ["identity", "mask", "capture", "outputs", "weights", "reuse"]
+COLUMNS = ["identity", "mask", "capture", "outputs", "weights", "scores", "reuse"]
 MOST = 30_000_000  # parameters of a model that counts as tiny
 
 # fmt: off
@@ -165,6 +165,7 @@ def tried(model: Any) -> dict[str, str]:
         "capture": _capture,
         "outputs": _outputs,
         "weights": _weights,
+        "scores": lambda adapted, _: all(adapted.router(s).scored for s in adapted.sites()),
         "reuse": lambda adapted, _: len(adapted.segments()) > 2,
     }
     return {name: _said(check, adapted, tokens_BL) for name, check in checks.items()}
