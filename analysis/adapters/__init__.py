@@ -3,6 +3,7 @@
 base.py      the protocol: a model, and the router of a site
 running.py   running one by its segments; decisions as vectors
 cartmoe.py   the compact models; stand_in.py: functions in their experts' place
+forward.py   what stands in a module's place; identity.py: what a model in memory is
 transformers.py  pretrained models; pretrained.py: their directories, and tokenizers
 form.py, given.py  how such a model is called, and with what tokens; body.py: by segments
 seams.py     where routers meet experts in anybody's code; attach.py, lists.py: asked once, checked

@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from analysis.adapters.base import Experts, ExpertsFunction, RouterFunction
+from analysis.adapters.forward import Forward, answer
 from analysis.adapters.layouts import Weights
 from analysis.adapters.router import TappedRouter
 from analysis.adapters.seams import Call
-from cartmoe.hooks import Hook, RouterSite
+from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
 
 
@@ -30,38 +31,6 @@ class Functions(NamedTuple):
     router: RouterFunction | None = None
     experts: ExpertsFunction | None = None
     taken: list[Routing] | None = None
-
-
-class _Forward(Hook):
-    """Stands where an instance's `forward` does, which it calls.
-
-    own      that forward
-    before   the same where the instance had it of its own, None for its class's: what it has again
-             at the end, and what a copy of the module has
-    """
-
-    def __init__(self, stand_in: Callable, module: nn.Module):
-        super().__init__(partial(stand_in, module.forward))
-        self.module, self.own = module, module.forward
-        self.before = vars(module).get("forward")
-
-    def leave(self) -> None:
-        """The module is as it was."""
-        del self.module.forward
-        if self.before is not None:
-            self.module.forward = self.before
-
-    @torch.compiler.disable
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.check()
-        return self.fn(*args, **kwargs)
-
-    def __reduce__(self):
-        return _own_forward, (self.module, self.before)
-
-
-def _own_forward(module: nn.Module, before: Callable | None) -> Callable:
-    return before or type(module).forward.__get__(module)
 
 
 @dataclass
@@ -81,7 +50,7 @@ class Seat(ABC):
     calls: int = 0
     deciding: bool = False
     functions: dict[object, Functions] = field(default_factory=dict)
-    standing: list[_Forward] = field(default_factory=list)
+    standing: list[Forward] = field(default_factory=list)
     num_nonfinite: Tensor | None = None  # tokens, of the last forward; see raise_nonfinite
 
     @property
@@ -111,9 +80,11 @@ class Seat(ABC):
         """Within the block these functions act, behind those that are there already."""
         key = object()
         if not self.functions:
-            self.standing = [_Forward(stand_in, module) for module, stand_in in self.parts()]
+            # Within what somebody compiles (`generate` may) they are called all the same.
+            apart = torch.compiler.disable
+            self.standing = [Forward(apart(fn), module) for module, fn in self.parts()]
             for forward in self.standing:
-                forward.module.forward = forward  # type: ignore[method-assign]
+                forward.enter()
         self.functions[key] = functions
         try:
             yield
@@ -147,14 +118,7 @@ class Seat(ABC):
             self.deciding = False
         for functions in self.functions.values():
             if functions.experts is not None:
-                compute = partial(_answer, functions.experts, self.site, compute)
+                compute = partial(answer, functions.experts, self.site, compute)
             if functions.taken is not None:
                 functions.taken.append(routing)
         return routing, compute
-
-
-def _answer(
-    fn: ExpertsFunction, site: RouterSite, own: Experts, x_TD: Tensor, routing: Routing
-) -> Tensor:
-    output_TD = fn(x_TD, routing, site, own)
-    return own(x_TD, routing) if output_TD is None else output_TD
