@@ -18,6 +18,7 @@ from analysis.adapters.pretrained import as_tokenizer, is_pretrained, pretrained
 from analysis.adapters.transformers import TransformersAdapter, load_pretrained
 from cartmoe.checkpoint import (
     CHECKPOINTS,
+    CheckpointError,
     checkpoint_sha256,
     located,
     newest,
@@ -67,7 +68,7 @@ def load(
         found.train_seed = train_seed or 0
         return found
     if given.is_dir() and not (given / MANIFEST).exists() and not (given / CHECKPOINTS).exists():
-        raise ValueError(
+        raise CheckpointError(
             f"{given} holds no checkpoint of this project, and no model of the transformers "
             "library: it has no config.json that names its model_type"
         )

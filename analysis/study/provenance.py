@@ -19,7 +19,10 @@ COMPUTES = (
     *(f"cartmoe/{name}" for name in ("config", "routing", "experts", "ffn", "losses", "model")),
     *("cartmoe/hooks", "cartmoe/tokenizers", "analysis/adapters", "analysis/perturb"),
     *(f"analysis/measure/{name}" for name in ("clean", "losses", "doses", "calibrate", "rows")),
-    *(f"analysis/measure/{name}" for name in ("intervene", "prepare", "search", "shard", "reuse")),
+    *(
+        f"analysis/measure/{name}"
+        for name in ("intervene", "prepare", "search", "shard", "reuse", "cached")
+    ),
     "analysis/study/worker",
 )
 ROOT = Path(__file__).parents[2]  # where the packages are

@@ -78,7 +78,7 @@ def test_they_are_found_by_name(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"cartesain is no directory.*; .*cartesian-s0"):
         an.load("cartesain")
     (tmp_path / "cartesian").mkdir()
-    with pytest.raises(CheckpointError, match="cartesian is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="cartesian holds no checkpoint of this project"):
         an.load("cartesian")  # a path of one's own goes first
 
 
