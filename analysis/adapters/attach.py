@@ -56,19 +56,24 @@ def check_causal(model: Any, tokens_BL: Tensor, logits_BLV: Tensor) -> None:
     other_BL[:, -1] = (other_BL[:, -1] + 1) % (tokens_BL.max() + 1)
     before = slice(None, tokens_BL.shape[1] - 1)
     other_BLV = logits_of(call(model, other_BL))
-    was, now = logits_BLV[:, before].float(), other_BLV[:, before].float()
-    most = 1e-2 * was.std()
-    if (was - now).abs().max() > most:
+    if _apart(logits_BLV[:, before], other_BLV[:, before]):
         raise ValueError(
             f"{type(model).__name__} is not causal: another last token changes the logits before it"
         )
     row_BL = tokens_BL[:1]
-    alone, among = (logits_of(call(model, row_BL.expand(n, -1)))[-1].float() for n in (1, ROWS))
-    if (alone - among).abs().max() > most:
+    if _apart(*(logits_of(call(model, row_BL.expand(n, -1)))[-1] for n in (1, ROWS))):
         raise ValueError(
             f"{type(model).__name__} gives a text other logits beside others than alone: its "
             "experts may have a capacity"
         )
+
+
+def _apart(was_XV: Tensor, now_XV: Tensor) -> bool:
+    """Whether logits of most tokens differ by more than rounding, which other shapes do otherwise,
+    and which may have single tokens go to another expert."""
+    change_X = (was_XV - now_XV).float().abs().amax(-1)
+    near = 1e-2 if was_XV.dtype.itemsize > 2 else 0.2
+    return bool(change_X.median() > near * was_XV.float().std())
 
 
 def check_coverage(model: Any, seats: Sequence[Seat], events: Sequence[Event]) -> str:
@@ -241,5 +246,8 @@ def _agrees(router: TappedRouter, taken: Routing) -> bool:
         told.append(taken._replace(weights_TK=router.weigh(scores_TE, taken.ids_TK)))
     none_TE = torch.zeros_like(scores_TE)
     was_TE, *now = (none_TE.scatter_add(-1, r.ids_TK, r.weights_TK) for r in (taken, *told))
-    near = 1e-3 * float(was_TE.max())
-    return all(torch.allclose(was_TE, now_TE, rtol=1e-3, atol=near) for now_TE in now)
+    half = any(p.dtype.itemsize < 4 for p in router.module.parameters())
+    near, most = (3e-2, 0.8) if half else (1e-3, 0.99)  # rounded logits change places
+    near *= float(was_TE.max())
+    agree_T = torch.stack([((was_TE - now_TE).abs() <= near).all(-1) for now_TE in now]).all(0)
+    return bool(agree_T.float().mean() >= most)

@@ -243,6 +243,14 @@ def test_weights_of_experts(family, adapted):
         torch.testing.assert_close(made, output_TD, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", EVERY)
+def test_in_bf16_it_is_attached_all_the_same(family):
+    """Rounding is no reason to refuse it."""
+    model = adapt(tiny(family).bfloat16())
+    assert all(model.router(site).scored for site in model.sites())
+    assert (len(model.segments()) > 2) == (family not in ("zaya", "gemma4"))
+
+
 def test_a_model_in_another_dtype():
     model = adapt(tiny("olmoe", vocab_size=256).bfloat16(), ByteTokenizer())
     docs = an.documents("stdlib", model, length=24, limit=2, max_tokens_per_document=24)
