@@ -6,7 +6,8 @@ cartmoe.py   the compact models; stand_in.py: functions in their experts' place
 forward.py   what stands in a module's place; identity.py: what a model in memory is
 transformers.py  pretrained models; pretrained.py: their directories, and tokenizers
 form.py, given.py  how such a model is called, and with what tokens; body.py: by segments
-seams.py     where routers meet experts in anybody's code; attach.py, lists.py: asked once, checked
+seams.py     where routers meet experts in anybody's code; attach.py, lists.py: asked once;
+             checks.py: or refused
 seat.py      what sits there meanwhile: fused.py, where experts are called together, listed.py, one
              by one; router.py, tap.py: a router asked through its own forward
 stream.py    layers run one by one; layouts.py: weights of experts however they are kept

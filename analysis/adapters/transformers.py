@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 
 from analysis.adapters import layouts
-from analysis.adapters.attach import (
-    check_causal,
-    check_coverage,
-    checked,
-    probe_tokens,
-    seats_of,
-)
+from analysis.adapters.attach import probe_tokens, seats_of
 from analysis.adapters.base import (
     ExpertsFunction,
     ForwardFunction,
@@ -28,6 +22,7 @@ from analysis.adapters.base import (
     Segment,
 )
 from analysis.adapters.body import Body
+from analysis.adapters.checks import check_causal, check_coverage, checked
 from analysis.adapters.form import call, is_library, logits_of, vocab_size_of
 from analysis.adapters.given import given_to
 from analysis.adapters.identity import module_sha256
