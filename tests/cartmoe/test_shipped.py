@@ -122,7 +122,7 @@ def test_from_a_wheel(tmp_path):
     script = (
         "import cartmoe, analysis as an\n"
         f"assert cartmoe.__file__.startswith({str(place)!r}), cartmoe.__file__\n"
-        "print(an.load('cartesian').name, len(an.models()))"
+        "print(an.load('cartesian').name, an.load('olmoe').name, len(an.models()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -131,4 +131,4 @@ def test_from_a_wheel(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split() == ["cartesian", str(len(shipped_names()))], done.stderr
+    assert done.stdout.split() == ["cartesian", "olmoe", str(len(shipped_names()))], done.stderr
