@@ -2,7 +2,7 @@
 
     python -m studies.olmoe --out runs/olmoe
 
-trains it, and then that model a little further, on the standard library; half an hour of one core.
+trains it, and then that model a little further, on the standard library; 15 min of one fast core.
 The same command goes on where it was, and at the end puts both into cartmoe/models/hf, where
 `analysis.load("olmoe")` and `analysis.load("olmoe_tuned")` find them.
 """
@@ -64,7 +64,7 @@ BIN = 50  # steps that a row of a learning curve is the mean of
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one of the two is trained; from: the one that it begins with, None: from nothing."""
+    """How one of the two is trained; start: the one that it begins with, None: from nothing."""
 
     name: str
     steps: int
@@ -136,10 +136,9 @@ class _Trainer:
     @torch.no_grad()
     def _violation(self, logits: tuple[Tensor, ...]) -> float:
         top_k, num_experts = SHAPE["num_experts_per_tok"], SHAPE["num_experts"]
-        ids = [logits_TE.topk(top_k).indices.flatten() for logits_TE in logits]
-        return (
-            violations(torch.stack([i.bincount(minlength=num_experts) for i in ids])).max().item()
-        )
+        chosen = [logits_TE.topk(top_k).indices.flatten() for logits_TE in logits]
+        counts_SE = torch.stack([ids.bincount(minlength=num_experts) for ids in chosen])
+        return violations(counts_SE).max().item()
 
     def save(self, out: Path) -> None:
         """A checkpoint of this step."""

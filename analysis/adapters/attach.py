@@ -36,7 +36,7 @@ def seats_of(model: nn.Module, events: Sequence[Event]) -> list[Seat]:
             if event.module in modules:
                 raise ValueError(f"{event.name} is called more than once in a forward")
             modules.add(event.module)
-            found.append(_seat(model, where, events[last:i], events[i:], len(found)))
+            found.append(_seat(model, where, events[last:i], events[i:]))
             last = i + 1
     return found
 
@@ -48,7 +48,7 @@ def _holds(module: nn.Module, ids_TK: Tensor) -> bool:
 
 
 def _seat(
-    model: nn.Module, where: Places, before: Sequence[Event], behind: Sequence[Event], number: int
+    model: nn.Module, where: Places, before: Sequence[Event], behind: Sequence[Event]
 ) -> Seat:
     event = behind[0]
     ids_TK, weights_TK, x = (
@@ -66,10 +66,8 @@ def _seat(
     roles = Roles.of(watching.ops, int(ids_TK.max()) + 1)
     if roles is None:
         raise ValueError(f"{router.name} has no linear operation that gives logits of its experts")
-    numbers = [int(part) for part in event.name.split(".") if part.isdecimal()]
     width = watching.ops[roles.logits].width
-    layer = numbers[0] if numbers else number
-    site = RouterSite(router.name, layer, 0, width, ids_TK.shape[-1])
+    site = RouterSite(router.name, 0, 0, width, ids_TK.shape[-1])  # its place: `lists.numbered`
 
     def read(result: Any) -> tuple[Tensor, Tensor]:
         parts = _flat(result)

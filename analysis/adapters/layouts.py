@@ -27,12 +27,9 @@ def expert_weights(experts: nn.Module, num_experts: int) -> Weights:
         _check_plain(experts, up, down)
         return _stacked(experts, up, down, gated="gate_up_proj" in parameters)
     for part in experts.modules():
-        if (
-            isinstance(part, nn.ModuleList)
-            and len(part) >= num_experts
-            and all(map(mlp_weights, part))
-        ):
-            return listed_weights([*part])
+        several = isinstance(part, nn.ModuleList) and len(part) >= num_experts
+        if several and all(map(mlp_weights, part.children())):
+            return listed_weights([*part.children()])
     have = ", ".join(parameters) or "no parameters of its own"
     raise ValueError(
         f"{type(experts).__name__} has {have}: no layout of experts that is known here"
@@ -79,11 +76,9 @@ def mlp_weights(module: nn.Module) -> Weights | None:
         parts = [getattr(module, name, None) for name in names]
         if all(isinstance(part, nn.Linear) for part in parts):
             gate, up, down = (part.weight for part in parts)  # type: ignore[union-attr]
-            told = gate.shape == up.shape == down.T.shape
             # w1, w2, w3 stand in another order elsewhere, which square ones would not show.
-            return (
-                (gate, up, down) if told and (names == NAMES[0] or len(down) != len(gate)) else None
-            )
+            told = names == NAMES[0] or len(down) != len(gate)
+            return (gate, up, down) if told and gate.shape == up.shape == down.T.shape else None
     return None
 
 

@@ -32,9 +32,9 @@ MOST_CELLS = 32  # of a task: what is lost when it is stopped; its clean pass is
 class Subject:
     """A model as far as a plan needs it, which is without its weights.
 
-    described  what results say of it (see `analysis.measure.describe`)
-    arms          what it is measured under: the clean run, and every condition that it has a router
-                  for -> whether experts' outputs come from a table
+    described   what results say of it (see `analysis.measure.describe`)
+    arms        what it is measured under: the clean run, and every condition that it has a router
+                for -> whether experts' outputs come from a table
     """
 
     described: Description
