@@ -10,8 +10,10 @@ from typing import Any
 MOST = 12  # rows of a table
 
 
-def card(title: str, facts: Mapping[str, object] | None = None, **tables: Any) -> str:
-    """HTML of a title, a line a fact, and pandas frames under their names (with _ for a space).
+def card(
+    title: str, facts: Mapping[str, object] | None = None, tables: Mapping[str, Any] | None = None
+) -> str:
+    """HTML of a title, a line a fact, and pandas frames under their names.
 
     Of a longer table than `MOST` rows the first ones, and how many there are.
     """
@@ -23,8 +25,8 @@ def card(title: str, facts: Mapping[str, object] | None = None, **tables: Any) -
             for name, value in facts.items()
         )
         parts.append(f"<table><tbody>{''.join(rows)}</tbody></table>")
-    for name, table in tables.items():
+    for name, table in (tables or {}).items():
         more = f", the first {MOST} of {len(table):,} rows" if len(table) > MOST else ""
-        parts.append(f"<p>{escape(name.replace('_', ' '))}{more}</p>")
+        parts.append(f"<p>{escape(name)}{more}</p>")
         parts.append(table.head(MOST).to_html(index=False, na_rep="", justify="left"))
     return f"<div>{''.join(parts)}</div>"

@@ -126,7 +126,8 @@ class Sequences:
             documents=("documents", "nunique"), tokens=("tokens", "sum"), bytes=("bytes", "sum")
         )
         size = f"{len(self)} windows of {self.tokens_SL.shape[1]} tokens"
-        return card(f"{self.num_tokens:,} tokens to predict in {size}", text=sums.reset_index())
+        title = f"{self.num_tokens:,} tokens to predict in {size}"
+        return card(title, tables={"by domain": sums.reset_index()})
 
     def __getitem__(self, rows: slice) -> Sequences:
         return self._each(lambda v: v[rows])

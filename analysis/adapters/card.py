@@ -27,4 +27,4 @@ def model_card(model: Adapter) -> str:
         {"layer": site.layer, "stage": site.stage} | model.router(site).facts
         for site in model.sites()
     ]
-    return card(model.name, facts, **({"routers": pd.DataFrame(rows)} if rows else {}))
+    return card(model.name, facts, {"routers": pd.DataFrame(rows)} if rows else {})

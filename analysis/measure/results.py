@@ -72,16 +72,14 @@ class Results:
             title = f"Unfinished. {title}"
         clean = self.clean()
         names = clean[["model", "train_seed"]]
-        loss = [
-            text.removeprefix("+") for text in stats.interval_texts(clean, "nats", "low", "high")
-        ]
-        shown = {"clean_loss_in_nats_per_token": names.assign(loss=loss)}
+        loss = stats.interval_texts(clean, "nats", "low", "high", sign=False)
+        shown = {"clean loss, nats per token": names.assign(loss=loss)}
         if self.has_conditions:
             damage = self.damage().sort_values("delta_nats", ascending=False, kind="stable")
             change = stats.interval_texts(damage, "delta_nats", "low", "high")
             keys = damage[["model", "train_seed", "label"]]
-            shown["damage(),_nats_per_token"] = keys.assign(change=change)
-        return card(title, **shown)
+            shown["damage(), nats per token"] = keys.assign(change=change)
+        return card(title, tables=shown)
 
     def save(self, path: str | Path) -> None:
         """Keep it in a new folder, from which `analysis.read` gives it back to the last bit. Raises

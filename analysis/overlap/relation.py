@@ -55,8 +55,8 @@ class Relation:
         table = self.table()
         columns = ["metric", "r", "low", "high", "null_low", "null_high", "p_holm", "num_sites"]
         table = table[table.model == ALL] if ALL in set(table.model) else table
-        shown = {"table(),_damage_per_weight_dropped": table[columns].round(3)}
-        return card(repr(self).partition(";")[0], **shown)
+        shown = {"table(), damage per weight dropped": table[columns].round(3)}
+        return card(repr(self).partition(";")[0], tables=shown)
 
     def table(
         self,

@@ -57,7 +57,7 @@ class Overlap:
         tables = pd.concat([t.assign(of=name) for name, t in self.tables.items() if len(t)])
         keys = ["model", "train_seed", "metric", "of"]
         means = tables.groupby(keys, sort=False)[["value", "null"]].mean().round(3).reset_index()
-        return card(repr(self).partition(";")[0], means=means)
+        return card(repr(self).partition(";")[0], tables={"means over experts or pairs": means})
 
     @classmethod
     def join(cls, overlaps: Sequence[Overlap]) -> Overlap:

@@ -48,7 +48,7 @@ def docs(model):
 
 def test_a_card_shows_text_as_text_and_the_first_rows():
     table = pd.DataFrame({"<b>": ["</td>"] * (MOST + 1)})
-    html = card("<script>", {"a&b": "<i>"}, some_rows=table)
+    html = card("<script>", {"a&b": "<i>"}, {"some rows": table})
     words = Text(html).words
     assert {"<script>", "a&b", "<i>", "<b>", "</td>"} <= set(words)
     assert f"some rows, the first {MOST} of {MOST + 1} rows" in words
