@@ -15,7 +15,14 @@ condition.py   one arm of an experiment; arms.py: arms that belong together
 """
 
 from analysis.perturb.arms import cascade_arms, site_arms, split_arms
-from analysis.perturb.base import Identity, Perturbation, chosen_mask, map_inner, parts_of
+from analysis.perturb.base import (
+    Identity,
+    Perturbation,
+    about,
+    chosen_mask,
+    map_inner,
+    parts_of,
+)
 from analysis.perturb.catalogue import PERTURBATIONS, perturbation_class, perturbation_from_dict
 from analysis.perturb.compound import Compose, Custom, ResidualNoise
 from analysis.perturb.condition import CLEAN, DOWNSTREAM, Clean, Condition, models_of, of_one_name
