@@ -35,6 +35,7 @@ from analysis.adapters.load import (
     models,
     sites_of_path,
     skeleton,
+    tokenizer_of,
 )
 from analysis.adapters.owned import owned, owning, using
 from analysis.adapters.pretrained import (

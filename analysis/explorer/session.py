@@ -1,0 +1,123 @@
+"""A model, a text and the answers to what is asked about them; nothing here knows a browser."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from analysis.adapters import Adapter, check_documents, load, routed_adapter
+from analysis.explorer.cards import Cards
+from analysis.explorer.controls import controls, perturbation_of
+from analysis.explorer.passage import LIMIT, Passage, default_text
+from analysis.explorer.wire import Json, passage_json, run_json
+from analysis.perturb import Condition, Where
+from cartmoe.config import check_choice
+from cartmoe.data import Sequences
+
+
+class Session:
+    """All answers are plain JSON, and kept as long as the text stays.
+
+    docs     what perturbations that need statistics are calibrated on, and experts' cards are made
+             from; None: the text itself
+    length   tokens of the windows that the text is read in
+    """
+
+    def __init__(
+        self,
+        model: Adapter,
+        text: str | None = None,
+        docs: Sequences | None = None,
+        length: int = 256,
+    ):
+        self.model, self.docs, self.length = model, docs, length
+        self.sites = model.sites()
+        self.controls = {control.name: control for control in controls(self.sites)}
+        self.observed = Passage(model, docs, 0) if docs is not None else None
+        self.read(default_text() if text is None else text)
+
+    @classmethod
+    def of(cls, model: object, *given: Any) -> Session:
+        """Of a model under study, a `cartmoe.LanguageModel`, or what `analysis.load` takes. Raises
+        `ValueError` for a dense one, and for documents in tokens that it does not know."""
+        model = load(model) if isinstance(model, str | Path) else model
+        session = cls(routed_adapter(model), *given)
+        if session.docs is not None:
+            check_documents(session.docs, session.model)
+        return session
+
+    def read(self, text: str) -> None:
+        """Another text. Raises `ValueError` for one that cannot be read, and then stays with the
+        one before."""
+        self.passage = Passage.of(self.model, text, self.length, self.docs)
+        self.text = text
+        self._answers: dict[Condition, Json | ValueError] = {}
+        if self.observed is None or not hasattr(self, "cards"):
+            self.cards = Cards(self.observed or self.passage)
+
+    @cached_property
+    def about(self) -> Json:
+        """What does not change: model, limit (tokens), places, sites, controls; what
+        is shown, and whether a kernel answers."""
+        return {
+            "model": self.model.name,
+            "limit": LIMIT,
+            "places": self.places,
+            "sites": [
+                {"name": str(s), "layer": s.layer, "stage": s.stage, "experts": s.num_experts}
+                for s in self.sites
+            ],
+            "controls": [control._asdict() for control in self.controls.values()],
+            "view": "whole",
+            "live": True,
+        }
+
+    @cached_property
+    def places(self) -> list[str]:
+        """Where a condition may act: everywhere, at a stage, in a layer, at one site."""
+        stages = sorted({site.stage for site in self.sites})
+        found = ["all"]
+        if len(stages) > 1:
+            found += [f"stage {stage}" for stage in stages]
+            found += [f"layer {layer}" for layer in sorted({site.layer for site in self.sites})]
+        names = [str(site) if len(stages) > 1 else f"layer {site.layer}" for site in self.sites]
+        return list(dict.fromkeys([*found, *names]))
+
+    def clean(self) -> Json:
+        """The text undisturbed; see `passage_json`."""
+        return passage_json(self.passage, self.text)
+
+    def answer(self, condition: Condition) -> Json:
+        """What the condition does to the text; see `run_json`. Raises `ValueError` for one that
+        cannot act on the model."""
+        if condition not in self._answers:
+            try:
+                run = self.passage.run(condition)
+                self._answers[condition] = run_json(run, self.passage.undisturbed)
+            except ValueError as error:  # it would be the same again
+                self._answers[condition] = error
+        answer = self._answers[condition]
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer
+
+    def condition(self, perturbation: str, strength: float, where: str) -> Condition:
+        """Raises `ValueError` with the choices for other names, and for strengths out of range."""
+        check_choice("perturbation", perturbation, self.controls)
+        return Condition(perturbation_of(perturbation, strength), Where.parse(where))
+
+    def curve(self, perturbation: str, where: str) -> Json:
+        """nats per token at each of the control's strengths; None where it was not asked for yet,
+        "none" where the condition cannot act."""
+        control = self.controls[perturbation]
+        asked = [self.condition(perturbation, s, where) for s in control.strengths]
+        answers = [self._answers.get(condition, {"nats": None}) for condition in asked]
+        return {"nats": ["none" if isinstance(a, ValueError) else a["nats"] for a in answers]}
+
+    def card(self, site: int, expert: int) -> Json:
+        """Of the expert of that number at the site of that number; see `Cards.card`."""
+        check_choice("site", site, range(len(self.sites)))
+        place = self.sites[site]
+        check_choice("expert", expert, range(place.num_experts))
+        return self.cards.card(place, expert)
