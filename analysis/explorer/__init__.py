@@ -7,4 +7,5 @@ notebook.py, widget.py    analysis.explore;  page.py  pages
 explorer.js, explorer.css    what both show;  page.js, page.html  a page in a kernel's place
 """
 
+from analysis.explorer.notebook import explore
 from analysis.explorer.page import Page, explorer_page, tokens_page

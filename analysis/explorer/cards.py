@@ -105,12 +105,12 @@ class Cards:
     def _affinity(self, used_N: Tensor) -> list[dict[str, Any]]:
         _, names, label_N = self._labels
         tokens, uses = (np.bincount(label_N, w, len(names)) for w in (None, used_N.numpy()))
-        rows = [
-            {"name": name, "share": own / n, "tokens": int(n)}
-            for name, own, n in zip(names, uses, tokens, strict=True)
-            if n
+        shares = uses / np.maximum(tokens, 1)
+        order = [i for i in np.argsort(-shares, kind="stable") if tokens[i]]
+        return [
+            {"name": names[i], "share": round(float(shares[i]), 4), "tokens": int(tokens[i])}
+            for i in order[:LABELS]
         ]
-        return sorted(rows, key=lambda row: -row["share"])[:LABELS]
 
     def _nearest(self, site: RouterSite, expert: int) -> list[dict[str, Any]]:
         if site not in self._pairs:
@@ -118,8 +118,9 @@ class Cards:
                 self.model, self.passage.docs, ["cka"], sites=site, progress=False
             )
             self._pairs[site] = found.pairs
-        own = self._pairs[site].query("expert_i == @expert and expert_j != @SHARED")
-        rows = own.dropna(subset="value").sort_values("value", ascending=False).head(NEAREST).itertuples()
+        pairs = self._pairs[site]
+        own = pairs[(pairs.expert_i == expert) & (pairs.expert_j != SHARED)]
+        rows = own.dropna(subset="value").nlargest(NEAREST, "value").itertuples()
         return [
             {"expert": int(row.expert_j), "cka": round(row.value, 3), "null": round(row.null, 3)}
             for row in rows

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter
 
 from analysis.perturb import PERTURBATIONS, Perturbation, map_inner
-from cartmoe.config import check_choice
 from cartmoe.hooks import RouterSite
 
 # Stops of sliders, of which a control has those that its parameter allows.
@@ -55,8 +54,7 @@ def controls(sites: Sequence[RouterSite]) -> list[Control]:
 
 def perturbation_of(name: str, strength: float) -> Perturbation:
     """The perturbation of that name, its other parameters at their defaults. Raises `ValueError`
-    with the choices for another name, and for a strength that its field does not take."""
-    check_choice("perturbation", name, PERTURBATIONS)
+    for a strength that its field does not take."""
     return _set(PERTURBATIONS[name](), strength)
 
 

@@ -153,7 +153,8 @@ class State {
       this.rawMargin = margin;
       this.margin = unpack(margin);
     }
-    this.control = this.about.controls.find(({ name }) => name === get("perturbation"));
+    const asked = ({ name }) => name === get("perturbation");
+    this.control = this.about.controls.find(asked) ?? this.about.controls[0];
   }
 
   get siteName() {
@@ -278,7 +279,8 @@ function paint(state, spans) {
     }
     span.dataset.hue = hue;
     span.style.setProperty("--depth", depth.toFixed(2));
-    span.classList.toggle("changed", read && mode !== "margin" && Boolean(state.run) && setOf(before, i + 1) !== setOf(after, i + 1));
+    const routed = read && state.run && (mode === "before" || mode === "after");
+    span.classList.toggle("changed", routed && setOf(before, i + 1) !== setOf(after, i + 1));
     span.classList.toggle("dim", state.lit !== null && !experts.some(([expert]) => expert === state.lit));
   }
 }
@@ -310,14 +312,13 @@ function describe(state, token) {
 /** What colours mean, with numbers. */
 function legend(state) {
   const scale = scaleOf(state);
-  const ramp = (hues, texts) => [
-    make("span", { class: `ramp ${hues}`, "aria-hidden": "true" }),
-    make("span", { class: "ends" }, ...texts.map((text) => make("span", {}, text))),
+  const ramp = (hues, low, middle, high) => [
+    make("span", {}, low),
+    make("span", { class: `ramp ${hues}` }, middle),
+    make("span", {}, high),
   ];
-  if (state.mode === "damage") {
-    return ramp("diverging", [`≤ −${scale}`, "0", `≥ +${scale} nats`]);
-  }
-  if (state.mode === "margin") return ramp("sequential", ["0: about to change", `≥ ${scale}`]);
+  if (state.mode === "damage") return ramp("diverging", `−${scale}`, "0", `+${scale} nats`);
+  if (state.mode === "margin") return ramp("sequential", "0: about to change", "", `${scale}`);
   const chips = Array.from({ length: Math.min(24, state.about.sites[state.site].experts) }, (_, e) => {
     const chip = make("span", { class: "chip" }, String(e));
     const [hue, depth] = expertLook(e);
@@ -325,7 +326,7 @@ function legend(state) {
     chip.style.setProperty("--depth", depth);
     return chip;
   });
-  return [make("span", { class: "chips" }, chips), make("span", {}, "first choice")];
+  return [make("span", { class: "chips" }, chips), make("span", {}, "first choice; underlined: another set than before")];
 }
 
 // The other panels --------------------------------------------------------------------------------
@@ -414,7 +415,7 @@ function expertsPanel(state, redraw) {
       bars.children[1].style.width = `${(100 * after[e]) / most}%`;
       shares.textContent = state.run ? `${percent(before[e])} → ${percent(after[e])}` : percent(before[e]);
       button.setAttribute("aria-label", `expert ${e}: ${shares.textContent} of the slots`);
-      button.setAttribute("aria-pressed", String(picked?.[0] === state.site && picked?.[1] === e));
+      button.setAttribute("aria-pressed", String(picked[0] === state.site && picked[1] === e));
     });
   }
   const key = make("p", { class: "key note" }, make("i", { class: "before" }), "clean ", make("i", { class: "after" }), "perturbed; a click opens an expert's card");
@@ -466,8 +467,8 @@ function cardPanel(state) {
 
   function draw() {
     const card = state.model.get("card");
-    node.hidden = !card;
-    if (shown === card || !card) return;
+    node.hidden = !card.site;
+    if (shown === card || !card.site) return;
     shown = card;
     const facts = [
       ["load", `${percent(card.load)} of the slots, at a mean weight of ${card.weight.toFixed(2)}`],
@@ -486,7 +487,7 @@ function cardPanel(state) {
     const list = (title, name, items) => (items.length ? [make("h3", {}, title), make("ul", { class: name }, items)] : []);
     node.replaceChildren(
       make("h2", {}, `Expert ${card.expert}, ${card.site}`),
-      make("button", { type: "button", class: "close", "aria-label": "close the card", click: () => state.ask({ expert: null }) }, "×"),
+      make("button", { type: "button", class: "close", "aria-label": "close the card", click: () => state.ask({ expert: [] }) }, "×"),
       make("dl", {}, facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])),
       ...list("Its heaviest tokens", "contexts", contexts),
       ...list(`Share of tokens that it reads, by ${card.by}`, "affinity", meters),
@@ -590,8 +591,8 @@ function render({ model, el }) {
   if (whole) {
     const [controls, curve, experts, grid, card] = [controlsPanel(state), curvePanel(state), expertsPanel(state, redraw), gridPanel(state), cardPanel(state)];
     parts.push(controls, curve, experts, grid, card);
-    const side = make("div", { class: "side" }, curve.node, experts.node);
-    main.append(card.node, grid.node);
+    const side = make("div", { class: "side" }, curve.node, experts.node, card.node);
+    main.append(grid.node);
     nodes.unshift(controls.node);
     nodes.push(make("div", { class: "columns" }, main, side));
   } else {

@@ -41,11 +41,11 @@ class Answers {
     const { strengths } = this.control(perturbation);
     const nats = strengths.map((s) => this.run(perturbation, s, where)?.nats ?? null);
     const picked = (card) =>
-      expert && card.site === about.sites[expert[0]].name && card.expert === expert[1];
+      card.site === about.sites[expert[0]]?.name && card.expert === expert[1];
     Object.assign(this.traits, {
       run: run ?? { nats: this.traits.passage.nats },
       curve: { nats },
-      card: this.cards.find(picked) ?? null,
+      card: this.cards.find(picked) ?? {},
       message: run ? "" : `This page has no ${perturbation} ${strength} at ${where}.`,
       answered: asked,
     });

@@ -159,7 +159,8 @@ class Answers:
             "runs": runs,
             "cards": self.cards,
             **_keys(self.runs[0][0]),
-            **{"expert": None, "asked": 0},
+            "expert": [],
+            "asked": 0,
         }
         return json.dumps(told, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 

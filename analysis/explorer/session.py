@@ -8,12 +8,15 @@ from typing import Any
 
 from analysis.adapters import Adapter, check_documents, load, routed_adapter
 from analysis.explorer.cards import Cards
-from analysis.explorer.controls import controls, perturbation_of
+from analysis.explorer.controls import Control, controls, perturbation_of
 from analysis.explorer.passage import LIMIT, Passage, default_text
 from analysis.explorer.wire import Json, passage_json, run_json
 from analysis.perturb import Condition, Where
 from cartmoe.config import check_choice
 from cartmoe.data import Sequences
+
+# What a question may end in: it is wrong, logits are not finite, there is no memory.
+REFUSED = (ValueError, FloatingPointError, RuntimeError)
 
 
 class Session:
@@ -52,7 +55,7 @@ class Session:
         one before."""
         self.passage = Passage.of(self.model, text, self.length, self.docs)
         self.text = text
-        self._answers: dict[Condition, Json | ValueError] = {}
+        self._answers: dict[Condition, Json | Exception] = {}
         if self.observed is None or not hasattr(self, "cards"):
             self.cards = Cards(self.observed or self.passage)
 
@@ -91,29 +94,34 @@ class Session:
     def answer(self, condition: Condition) -> Json:
         """What the condition does to the text; see `run_json`. Raises `ValueError` for one that
         cannot act on the model."""
-        if condition not in self._answers:
+        if not isinstance(self._answers.get(condition), dict):
             try:
                 run = self.passage.run(condition)
                 self._answers[condition] = run_json(run, self.passage.undisturbed)
-            except ValueError as error:  # it would be the same again
+            except REFUSED as error:
                 self._answers[condition] = error
         answer = self._answers[condition]
-        if isinstance(answer, ValueError):
+        if isinstance(answer, Exception):
             raise answer
         return answer
 
     def condition(self, perturbation: str, strength: float, where: str) -> Condition:
         """Raises `ValueError` with the choices for other names, and for strengths out of range."""
-        check_choice("perturbation", perturbation, self.controls)
+        self.control(perturbation)
         return Condition(perturbation_of(perturbation, strength), Where.parse(where))
+
+    def control(self, perturbation: str) -> Control:
+        """Of the perturbation of that name. Raises `ValueError` with the choices."""
+        check_choice("perturbation", perturbation, self.controls)
+        return self.controls[perturbation]
 
     def curve(self, perturbation: str, where: str) -> Json:
         """nats per token at each of the control's strengths; None where it was not asked for yet,
         "none" where the condition cannot act."""
-        control = self.controls[perturbation]
-        asked = [self.condition(perturbation, s, where) for s in control.strengths]
-        answers = [self._answers.get(condition, {"nats": None}) for condition in asked]
-        return {"nats": ["none" if isinstance(a, ValueError) else a["nats"] for a in answers]}
+        strengths = self.control(perturbation).strengths
+        asked = [self.condition(perturbation, s, where) for s in strengths]
+        answers = [self._answers.get(condition) for condition in asked]
+        return {"nats": ["none" if isinstance(a, Exception) else a and a["nats"] for a in answers]}
 
     def card(self, site: int, expert: int) -> Json:
         """Of the expert of that number at the site of that number; see `Cards.card`."""
