@@ -1,4 +1,4 @@
-// A text under a model's eyes: tokens coloured by what a condition does to them, the damage curve,
+// A text under a model's eyes: tokens colored by what a condition does to them, the damage curve,
 // the experts before and after. It draws what `model` (get, set, on, off, save_changes) holds: in a
 // notebook a kernel's traits, in a page the answers that lie in it.
 //
@@ -14,8 +14,10 @@ const MODES = {
   after: "experts after",
   margin: "margin",
 };
-const HUES = 8; // colours of experts in explorer.css; from one round of them to the next paler
-const SCALES = [0.1, 0.25, 0.5, 1, 2, 4, 8, 16]; // where colours end
+const HUES = 8; // of experts, in explorer.css; from one round of them to the next paler:
+const DEPTHS = [0.85, 0.5, 0.28];
+const SCALES = [0.1, 0.25, 0.5, 1, 2, 4, 8, 16]; // where colors end
+const CHIPS = 32; // experts that a legend names
 
 // Elements ----------------------------------------------------------------------------------------
 
@@ -30,7 +32,7 @@ function make(tag, attributes = {}, ...children) {
     if (typeof value === "function") node.addEventListener(name, value);
     else if (value !== false && value != null) node.setAttribute(name, value);
   }
-  node.append(...children.flat().filter((child) => child != null));
+  node.append(...children.flat(2).filter((child) => child != null));
   return node;
 }
 
@@ -38,9 +40,9 @@ function make(tag, attributes = {}, ...children) {
 const field = (name, control, ...more) =>
   make("label", { class: "field" }, make("span", { class: "name" }, name), control, ...more);
 
-/** A select; `options` maps values to what people read. */
+/** A select of [value, what people read]. */
 function select(options, onchange) {
-  const choices = Object.entries(options).map(([value, text]) => make("option", { value }, text));
+  const choices = options.map(([value, text]) => make("option", { value }, text));
   return make("select", { change: (event) => onchange(event.target.value) }, choices);
 }
 
@@ -62,6 +64,8 @@ const fixed = (x, digits = 3) => x.toFixed(digits).replace("-", "−");
 const signed = (x, digits = 3) => (x >= 0 ? "+" : "") + fixed(x, digits);
 const percent = (x) => `${(100 * x).toFixed(1)} %`;
 const plain = (x) => String(x).replace("-", "−");
+const strengthText = ({ parameter }, strength) =>
+  parameter === null ? (strength ? "on" : "off") : plain(strength);
 
 /** The number of a round scale below which this share of the values lies. */
 function roundScale(values, share) {
@@ -76,7 +80,7 @@ function ticks(low, high) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((times) => times * power >= rough);
   const found = [];
-  for (let n = Math.ceil(low / step); n * step <= high + 1e-9; n++) found.push(+(n * step).toFixed(6));
+  for (let n = Math.ceil(low / step); n * step <= high; n++) found.push(+(n * step).toFixed(6));
   return found;
 }
 
@@ -100,8 +104,13 @@ function expertsAt({ k, ids, weights }, position) {
   return found;
 }
 
+/** The set of experts as a text. */
 const setOf = (slots, position) =>
-  String(expertsAt(slots, position).map(([expert]) => expert).sort((a, b) => a - b));
+  String(
+    expertsAt(slots, position)
+      .map(([expert]) => expert)
+      .sort(),
+  );
 
 /** Each expert's share of the used slots. */
 function loads(slots, experts) {
@@ -179,56 +188,79 @@ class State {
 
 // Characters --------------------------------------------------------------------------------------
 
-const INVISIBLE = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/g;
+const INVISIBLE = new RegExp(
+  "[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u180e\\u200b-\\u200f" +
+    "\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb]",
+  "g",
+);
 
-/** With pictures or codes for characters that cannot be seen, or would turn the others around. */
-function visible(text) {
-  return text.replace(INVISIBLE, (character) => {
-    const code = character.charCodeAt(0);
-    if (code < 0x20) return String.fromCharCode(0x2400 + code);
-    if (code === 0x7f) return "\u2421";
-    return `\u27e8${code.toString(16).toUpperCase().padStart(4, "0")}\u27e9`;
-  });
-}
+const code = (character) => character.charCodeAt(0).toString(16).toUpperCase();
 
-/** A token in words: what is blank is named. */
-const quoted = (text) =>
-  text === "" ? "(goes on with the character before)" : `“${visible(text).replace(/\n/g, "⏎").replace(/\t/g, "⇥")}”`;
+/** With codes for characters that cannot be seen, or would turn the others around. */
+const visible = (text) => text.replace(INVISIBLE, (character) => `⟨${code(character)}⟩`);
 
-const blank = (text) =>
-  ({ " ": "space", "\n": "newline", "\t": "tab", "": "rest" })[text] ?? "";
+/** On one line. */
+const inline = (text) => visible(text).replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+
+// What is said of a token that shows nothing.
+const BLANK = { " ": "space", "\n": "newline", "\t": "tab", "": "rest of a character" };
 
 // The text ----------------------------------------------------------------------------------------
 
 let views = 0;
 
-/** The tokens: one tab stop, arrows move through them; `describe` tells of one. */
-function textPanel(state, redraw) {
+/** The tokens: one tab stop, arrows move through them; a tooltip tells of one. */
+function textPanel(state) {
   const id = `tokens-${views++}`;
   const tooltip = make("div", { class: "tooltip", role: "status", hidden: "" });
   const tokens = make("div", {
     class: "tokens",
     role: "listbox",
     tabindex: "0",
-    "aria-label": "text, token by token; arrow keys move",
-    keydown: (event) => {
-      const last = tokens.children.length - 1;
-      const now = state.token ?? -1;
-      const to = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: last, ArrowDown: now + 40, ArrowUp: now - 40 }[event.key];
-      if (event.key === "Escape") show(null);
-      if (to === undefined) return;
-      event.preventDefault();
-      show(Math.max(0, Math.min(last, to)), true);
-    },
+    "aria-label": "text, token by token; arrow keys move through it",
+    keydown: move,
     focus: () => show(state.token ?? 0),
     blur: () => show(null),
-    pointerover: (event) => event.target.dataset.i && show(+event.target.dataset.i),
+    pointerover: ({ target }) => target.dataset.token && show(Number(target.dataset.token)),
     pointerleave: () => show(null),
   });
-  const box = make("div", { class: "reader" }, tokens, tooltip);
+  const node = make("div", { class: "reader" }, tokens, tooltip);
   let shown;
 
-  function show(token, scroll = false) {
+  function move(event) {
+    const now = state.token ?? 0;
+    const last = tokens.children.length - 1;
+    const moves = {
+      ArrowLeft: () => now - 1,
+      ArrowRight: () => now + 1,
+      ArrowUp: () => lineFrom(now, -1),
+      ArrowDown: () => lineFrom(now, 1),
+      Home: () => 0,
+      End: () => last,
+    };
+    if (event.key === "Escape") show(null);
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    event.stopPropagation(); // JupyterLab would go to another cell
+    show(Math.max(0, Math.min(last, moves[event.key]())));
+    tokens.children[state.token].scrollIntoView({ block: "nearest" });
+  }
+
+  /** The token below or above one. */
+  function lineFrom(token, step) {
+    const at = (i) => tokens.children[i].getBoundingClientRect();
+    const { left, top } = at(token);
+    let found = token + step;
+    while (tokens.children[found] && at(found).top === top) found += step;
+    while (tokens.children[found + step]) {
+      const next = at(found + step);
+      if (next.top !== at(found).top || step * (next.left - left) > 0) break;
+      found += step;
+    }
+    return found;
+  }
+
+  function show(token) {
     tokens.children[state.token]?.setAttribute("aria-selected", "false");
     state.token = token;
     tooltip.hidden = token === null;
@@ -237,9 +269,7 @@ function textPanel(state, redraw) {
     span.setAttribute("aria-selected", "true");
     tokens.setAttribute("aria-activedescendant", span.id);
     tooltip.replaceChildren(...describe(state, token));
-    if (scroll) span.scrollIntoView({ block: "nearest" });
-    const [outer, own] = [box.getBoundingClientRect(), span.getClientRects()[0]];
-    if (!own) return;
+    const [outer, own] = [node.getBoundingClientRect(), span.getClientRects()[0]];
     const room = outer.width - tooltip.offsetWidth;
     tooltip.style.left = `${Math.max(0, Math.min(room, own.left - outer.left))}px`;
     tooltip.style.top = `${own.bottom - outer.top + 6}px`;
@@ -249,43 +279,51 @@ function textPanel(state, redraw) {
     if (shown !== state.rawPassage) {
       shown = state.rawPassage;
       tokens.replaceChildren(
-        ...state.clean.tokens.map((text, i) =>
-          make("span", { id: `${id}-${i}`, role: "option", "aria-selected": "false", "data-i": i, "data-blank": blank(text) }, visible(text)),
-        ),
+        ...state.clean.tokens.map((text, i) => {
+          const said = text.trim() ? undefined : (BLANK[text] ?? "blank");
+          const named = { id: `${id}-${i}`, "data-token": i, "aria-label": said };
+          return make(
+            "span",
+            { role: "option", "aria-selected": "false", ...named },
+            visible(text),
+          );
+        }),
       );
     }
     paint(state, tokens.children);
     if (state.token !== null) tooltip.replaceChildren(...describe(state, state.token));
   }
-  return { node: box, draw };
+  return { node, draw };
 }
 
-/** Colours and marks of all tokens. Of a colour only its depth is set here; see explorer.css. */
-function paint(state, spans) {
-  const { mode, before, after } = state;
+/** Colors and marks of all tokens. Of a color only its depth is set here; see explorer.css. */
+function paint(state, tokens) {
+  const { mode, before, after, damage, margin, lit } = state;
   const slots = mode === "before" ? before : after;
   const scale = scaleOf(state);
-  for (let i = 0; i < spans.length; i++) {
-    const [span, read] = [spans[i], i + 1 < spans.length];
-    const experts = read ? expertsAt(slots, i + 1) : [];
-    let [hue, depth] = ["none", 0];
-    if (mode === "damage" && state.run) {
-      hue = state.damage[i] > 0 ? "hurt" : "helped";
-      depth = Math.min(1, Math.abs(state.damage[i]) / scale);
-    } else if (mode === "margin" && read) {
-      [hue, depth] = ["margin", 1 - Math.min(1, state.margin[i + 1] / scale)];
-    } else if (mode !== "damage" && experts.length) {
-      [hue, depth] = expertLook(experts[0][0]);
-    }
-    span.dataset.hue = hue;
-    span.style.setProperty("--depth", depth.toFixed(2));
-    const routed = read && state.run && (mode === "before" || mode === "after");
-    span.classList.toggle("changed", routed && setOf(before, i + 1) !== setOf(after, i + 1));
-    span.classList.toggle("dim", state.lit !== null && !experts.some(([expert]) => expert === state.lit));
+  const looks = {
+    damage: (i) => [damage?.[i] > 0 ? "hurt" : "helped", Math.abs(damage?.[i] ?? 0) / scale],
+    margin: (i) => ["margin", Math.max(0, 1 - margin[i + 1] / scale) ** 2],
+    before: (i) => expertLook(expertsAt(slots, i + 1)[0]),
+    after: (i) => expertLook(expertsAt(slots, i + 1)[0]),
+  };
+  const routed = state.run && (mode === "before" || mode === "after");
+  for (let i = 0; i < tokens.length; i++) {
+    const read = i + 1 < tokens.length;
+    const [hue, depth] = read || mode === "damage" ? looks[mode](i) : ["none", 0];
+    const token = tokens[i];
+    token.dataset.hue = hue;
+    token.style.setProperty("--depth", Math.max(0, Math.min(1, depth)).toFixed(2));
+    const changed = routed && read && setOf(before, i + 1) !== setOf(after, i + 1);
+    token.classList.toggle("changed", Boolean(changed));
+    const uses = lit === null || (read && expertsAt(slots, i + 1).some(([e]) => e === lit));
+    token.classList.toggle("dim", !uses);
   }
 }
 
-const expertLook = (expert) => [expert % HUES, [0.85, 0.5, 0.28][Math.floor(expert / HUES) % 3]];
+/** Hue and depth for a token whose first choice is this one; none if it has no expert. */
+const expertLook = ([expert] = []) =>
+  expert === undefined ? ["none", 0] : [expert % HUES, DEPTHS[Math.floor(expert / HUES) % 3]];
 
 function scaleOf(state) {
   if (state.mode === "damage") return state.run ? roundScale(state.damage, 0.97) : 1;
@@ -296,12 +334,17 @@ function scaleOf(state) {
 function describe(state, token) {
   const { clean, run, damage } = state;
   const row = (name, ...values) => make("div", {}, make("b", {}, name), " ", ...values);
+  const told = ([expert, weight]) => `${expert} (${weight.toFixed(2)})`;
   const list = (slots) =>
-    expertsAt(slots, token + 1).map(([e, weight]) => `${e} (${weight.toFixed(2)})`).join(", ") || "none";
+    expertsAt(slots, token + 1)
+      .map(told)
+      .join(", ") || "none";
   const loss = run
     ? `${fixed(clean.nll[token])} → ${fixed(run.nll[token])} nats (${signed(damage[token])})`
     : `${fixed(clean.nll[token])} nats`;
-  const rows = [row(quoted(clean.tokens[token]), `token ${token + 1}`), row("loss", loss)];
+  const own = clean.tokens[token];
+  const text = own ? `“${inline(own)}”` : "(part of the character before)";
+  const rows = [row(text, `token ${token + 1}`), row("loss", loss)];
   if (token + 1 === clean.tokens.length) return [...rows, row("read by", "nobody: it is the last")];
   const [before, after] = [list(state.before), list(state.after)];
   const name = state.about.sites.length > 1 ? `experts, ${state.siteName}` : "experts";
@@ -309,7 +352,7 @@ function describe(state, token) {
   return [...rows, row("margin", fixed(state.margin[token + 1]))];
 }
 
-/** What colours mean, with numbers. */
+/** What colors mean, with numbers. */
 function legend(state) {
   const scale = scaleOf(state);
   const ramp = (hues, low, middle, high) => [
@@ -319,261 +362,356 @@ function legend(state) {
   ];
   if (state.mode === "damage") return ramp("diverging", `−${scale}`, "0", `+${scale} nats`);
   if (state.mode === "margin") return ramp("sequential", "0: about to change", "", `${scale}`);
-  const chips = Array.from({ length: Math.min(24, state.about.sites[state.site].experts) }, (_, e) => {
-    const chip = make("span", { class: "chip" }, String(e));
-    const [hue, depth] = expertLook(e);
+  const { experts } = state.about.sites[state.site];
+  const chips = Array.from({ length: Math.min(CHIPS, experts) }, (_, expert) => {
+    const chip = make("span", { class: "chip" }, String(expert));
+    const [hue, depth] = expertLook([expert]);
     chip.dataset.hue = hue;
     chip.style.setProperty("--depth", depth);
     return chip;
   });
-  return [make("span", { class: "chips" }, chips), make("span", {}, "first choice; underlined: another set than before")];
+  const said = "first choice; underlined: another set under the perturbation";
+  return [make("span", { class: "chips" }, chips), make("span", {}, said)];
 }
 
 // The other panels --------------------------------------------------------------------------------
 
-/** Nats per token over the strengths of the perturbation. */
+/** Nats per token over the strengths of the perturbation; a click on a point chooses it. */
 function curvePanel(state) {
-  const [width, height, left, bottom, top, right] = [380, 210, 46, 38, 12, 14];
-  const box = make("div", {});
+  const [width, height, left, right, top, bottom] = [380, 210, 46, 14, 12, 38];
+  const picture = make("div");
   const progress = make("p", { class: "note" });
+  const node = panel("damage", "Damage curve, nats per token", picture, progress);
 
   function draw() {
-    const { control, model, clean } = state;
-    const nats = model.get("curve").nats;
+    const { control, model, clean, about } = state;
+    const { strengths, parameter, name } = control;
+    const { nats } = model.get("curve");
     const known = nats.filter(Number.isFinite);
-    const strengths = control.strengths;
-    const [x0, x1] = [Math.min(...strengths), Math.max(...strengths)];
-    let [y0, y1] = [Math.min(clean.nats, ...known), Math.max(clean.nats, ...known)];
-    [y0, y1] = [y0 - 0.06 * (y1 - y0 || 1), y1 + 0.06 * (y1 - y0 || 1)];
-    const x = (s) => (x1 > x0 ? left + ((s - x0) / (x1 - x0)) * (width - left - right) : width / 2);
-    const y = (v) => top + ((y1 - v) / (y1 - y0)) * (height - top - bottom);
-    const at = strengths.map((s, i) => [x(s), nats[i]]).filter(([, v]) => Number.isFinite(v));
-    const axis = ticks(y0, y1).map((v) => [
-      make("line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) }),
-      make("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end" }, plain(v)),
+    const [x0, x1] = [strengths[0], strengths.at(-1)];
+    const [low, high] = [Math.min(clean.nats, ...known), Math.max(clean.nats, ...known)];
+    const room = 0.06 * (high - low || 1);
+    const x = (s) => left + ((s - x0) / (x1 - x0 || 1)) * (width - left - right);
+    const y = (v) => top + ((high + room - v) / (high - low + 2 * room)) * (height - top - bottom);
+    const across = (v, kind) =>
+      make("line", { class: kind, x1: left, x2: width - right, y1: y(v), y2: y(v) });
+    const label = (text, x, y, anchor, kind) =>
+      make("text", { x, y, "text-anchor": anchor, class: kind }, text);
+
+    const rules = ticks(low - room, high + room).flatMap((v) => [
+      across(v, "rule"),
+      label(plain(v), left - 6, y(v) + 4, "end"),
     ]);
-    const named = control.parameter === null ? { [x0]: "off", [x1]: "on" } : null;
     let edge = -Infinity; // of the number before, so that none stand on each other
     const numbers = strengths.map((s) => {
-      const text = named && x1 > x0 ? named[s] : plain(s);
-      if (x(s) - edge < 4 + 4 * text.length) return null;
-      edge = x(s) + 4 * text.length;
-      return make("text", { x: x(s), y: height - bottom + 16, "text-anchor": "middle" }, text);
+      const text = strengthText(control, s);
+      if (x(s) - 3.5 * text.length < edge) return null;
+      edge = x(s) + 3.5 * text.length + 3;
+      return label(text, x(s), height - bottom + 16, "middle");
     });
-    const points = strengths.map((s, i) =>
-      Number.isFinite(nats[i])
-        ? make("circle", { class: s === model.get("strength") ? "point now" : "point", cx: x(s), cy: y(nats[i]), r: s === model.get("strength") ? 5.5 : 3.5, click: () => state.ask({ strength: s }) },
-            make("title", {}, `${control.parameter ?? control.name} ${plain(s)}: ${fixed(nats[i])}`))
-        : null,
+    const points = strengths
+      .map((s, i) => ({ s, v: nats[i], now: s === model.get("strength") }))
+      .filter(({ v }) => Number.isFinite(v));
+    const line = points.map(
+      ({ s, v }, i) => `${i ? "L" : "M"}${x(s).toFixed(1)} ${y(v).toFixed(1)}`,
     );
-    const path = at.map(([px, v], i) => `${i ? "L" : "M"}${px.toFixed(1)} ${y(v).toFixed(1)}`).join("");
-    const said = at.length ? `${fixed(Math.min(...known))} to ${fixed(Math.max(...known))}` : "";
-    box.replaceChildren(
-      make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Damage curve of ${control.name}: ${said} nats per token; clean ${fixed(clean.nats)}` },
-        axis.flat(),
-        make("line", { class: "clean", x1: left, x2: width - right, y1: y(clean.nats), y2: y(clean.nats) }),
-        make("text", { class: "clean", x: width - right, y: y(clean.nats) - 5, "text-anchor": "end" }, "clean"),
-        make("path", { class: "curve", d: path }),
-        points,
+    const marks = points.map(({ s, v, now }) => {
+      const look = { class: now ? "point now" : "point", r: now ? 5.5 : 3.5 };
+      const choose = { click: () => state.ask({ strength: s }) };
+      const told = make("title", {}, `${parameter ?? name} ${plain(s)}: ${fixed(v)}`);
+      return make("circle", { cx: x(s), cy: y(v), ...look, ...choose }, told);
+    });
+    const range = `${fixed(low)} to ${fixed(high)} nats per token, clean ${fixed(clean.nats)}`;
+    const named = { role: "img", "aria-label": `Damage curve of ${name}: ${range}` };
+    picture.replaceChildren(
+      make(
+        "svg",
+        { viewBox: `0 0 ${width} ${height}`, ...named },
+        rules,
+        across(clean.nats, "clean"),
+        label("clean", width - right, y(clean.nats) - 5, "end"),
+        make("path", { class: "curve", d: line.join("") }),
+        marks,
         numbers,
-        make("text", { class: "title", x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, control.parameter ?? ""),
+        label(parameter ?? name, (left + width - right) / 2, height - 4, "middle", "title"),
       ),
     );
     const missing = nats.filter((v) => v === null).length;
-    progress.textContent = missing && state.about.live ? `${nats.length - missing} of ${nats.length} points` : "";
+    const busy = missing && about.live;
+    progress.textContent = busy ? `${nats.length - missing} of ${nats.length} points` : "";
   }
-  return { node: panel("damage", "Damage curve, nats per token", box, progress), draw };
+  return { node, draw };
 }
 
-/** Each expert's share of the slots, clean and now; a click asks for its card. */
+/** Each expert's share of the slots, clean and perturbed; a click asks for its card. */
 function expertsPanel(state, redraw) {
+  const bar = (kind) => make("i", { class: kind });
+  const said = "perturbed; a click opens an expert's card";
+  const key = make("p", { class: "key note" }, bar("before"), "clean ", bar("after"), said);
   const rows = make("div", { class: "rows" });
+  const node = panel("experts", "Experts: share of the slots", key, rows);
+
   const light = (expert) => () => {
     state.lit = expert;
     redraw();
   };
-  let buttons = [];
+
+  function row(expert) {
+    const bars = make("span", { class: "bars" }, bar("before"), bar("after"));
+    const acts = {
+      click: () => state.ask({ expert: [state.site, expert] }),
+      pointerenter: light(expert),
+      pointerleave: light(null),
+      focus: light(expert),
+      blur: light(null),
+    };
+    const name = make("span", { class: "id" }, String(expert));
+    return make(
+      "button",
+      { type: "button", ...acts },
+      name,
+      bars,
+      make("span", { class: "shares" }),
+    );
+  }
 
   function draw() {
     const { experts } = state.about.sites[state.site];
     const [before, after] = [loads(state.before, experts), loads(state.after, experts)];
-    const most = Math.max(...before, ...after, 1e-9);
-    if (buttons.length !== experts) {
-      buttons = Array.from({ length: experts }, (_, e) =>
-        make("button", { type: "button", click: () => state.ask({ expert: [state.site, e] }), pointerenter: light(e), pointerleave: light(null), focus: light(e), blur: light(null) },
-          make("span", { class: "id" }, String(e)),
-          make("span", { class: "bars" }, make("i", { class: "before" }), make("i", { class: "after" })),
-          make("span", { class: "shares" }),
-        ),
-      );
-      rows.replaceChildren(...buttons);
+    const most = Math.max(...before, ...after) || 1;
+    if (rows.children.length !== experts) {
+      rows.replaceChildren(...Array.from({ length: experts }, (_, expert) => row(expert)));
     }
-    const picked = state.model.get("expert");
-    buttons.forEach((button, e) => {
+    const [site, picked] = state.model.get("expert");
+    for (const [e, button] of [...rows.children].entries()) {
       const [, bars, shares] = button.children;
-      bars.children[0].style.width = `${(100 * before[e]) / most}%`;
-      bars.children[1].style.width = `${(100 * after[e]) / most}%`;
-      shares.textContent = state.run ? `${percent(before[e])} → ${percent(after[e])}` : percent(before[e]);
-      button.setAttribute("aria-label", `expert ${e}: ${shares.textContent} of the slots`);
-      button.setAttribute("aria-pressed", String(picked[0] === state.site && picked[1] === e));
-    });
+      [before, after].forEach((load, i) => {
+        bars.children[i].style.width = `${(100 * load[e]) / most}%`;
+      });
+      shares.textContent = percent(before[e]) + (state.run ? ` → ${percent(after[e])}` : "");
+      button.setAttribute("aria-pressed", String(site === state.site && picked === e));
+    }
   }
-  const key = make("p", { class: "key note" }, make("i", { class: "before" }), "clean ", make("i", { class: "after" }), "perturbed; a click opens an expert's card");
-  return { node: panel("experts", "Experts: share of the slots", key, rows), draw };
+  return { node, draw };
 }
 
 /** Of a Cartesian layer: how often A's and B's experts are used together, before and after. */
 function gridPanel(state) {
   const maps = make("div", { class: "maps" });
-  const node = panel("grid", "A × B: used together", maps);
+  const node = panel("grid", "", maps);
 
-  function heat(title, share, most, cell) {
+  function heat(title, share, most) {
     const [rows, columns] = [share.length, share[0].length];
-    const rects = share.flatMap((line, a) =>
-      Array.from(line, (v, b) =>
-        make("rect", { class: "cell", x: 22 + b * cell, y: 6 + a * cell, width: cell - 0.6, height: cell - 0.6, "fill-opacity": Math.sqrt(v / most).toFixed(3) }, make("title", {}, `A ${a}, B ${b}: ${percent(v)}`)),
-      ),
+    const cell = 200 / Math.max(rows, columns);
+    const cells = share.flatMap((line, a) =>
+      Array.from(line, (v, b) => {
+        const place = {
+          x: 22 + b * cell,
+          y: 6 + a * cell,
+          width: 0.95 * cell,
+          height: 0.95 * cell,
+        };
+        const look = { class: "cell", "fill-opacity": Math.sqrt(v / most).toFixed(3) };
+        return make(
+          "rect",
+          { ...place, ...look },
+          make("title", {}, `A ${a}, B ${b}: ${percent(v)}`),
+        );
+      }),
     );
     const [w, h] = [columns * cell, rows * cell];
-    return make("figure", {},
-      make("svg", { viewBox: `0 0 ${w + 26} ${h + 26}`, role: "img", "aria-label": `${title}: share of tokens by expert of A (rows) and of B (columns), at most ${percent(Math.max(...share.flatMap((r) => [...r])))}` },
-        make("rect", { class: "frame", x: 22, y: 6, width: w, height: h }),
-        rects,
-        make("text", { x: 14, y: 6 + h / 2, "text-anchor": "end" }, "A"),
-        make("text", { x: 22 + w / 2, y: h + 20, "text-anchor": "middle" }, "B")),
-      make("figcaption", {}, title));
+    const named = `${title}: A in rows, B in columns, up to ${percent(largest(share))}`;
+    const svg = make(
+      "svg",
+      { viewBox: `0 0 ${w + 26} ${h + 26}`, role: "img", "aria-label": named },
+      cells,
+      make("text", { x: 14, y: 6 + h / 2, "text-anchor": "end" }, "A"),
+      make("text", { x: 22 + w / 2, y: h + 20, "text-anchor": "middle" }, "B"),
+    );
+    return make("figure", {}, svg, make("figcaption", {}, title));
   }
 
   function draw() {
     const { layer } = state.about.sites[state.site];
-    const pair = state.about.sites.filter((site) => site.layer === layer).slice(0, 2);
-    node.hidden = pair.length < 2;
-    if (node.hidden) return;
-    const [A, B] = pair;
-    const use = (run) => jointUse(run.slots[A.name], run.slots[B.name], A.experts, B.experts);
-    const found = { before: use(state.clean), ...(state.run && { after: use(state.run) }) };
-    const most = Math.max(...Object.values(found).flatMap((share) => share.map((line) => Math.max(...line))), 1e-9);
-    const cell = Math.max(3, Math.min(12, 200 / Math.max(A.experts, B.experts)));
-    maps.replaceChildren(...Object.entries(found).map(([title, share]) => heat(title, share, most, cell)));
-    node.firstChild.textContent = `A × B of layer ${layer}: used together, up to ${percent(most)} of tokens`;
+    const [A, B] = state.about.sites.filter((site) => site.layer === layer);
+    node.hidden = !B;
+    if (!B) return;
+    const use = ({ slots }) => jointUse(slots[A.name], slots[B.name], A.experts, B.experts);
+    const found = { clean: use(state.clean), ...(state.run && { perturbed: use(state.run) }) };
+    const most = Math.max(...Object.values(found).map(largest)) || 1;
+    const figures = Object.entries(found).map(([title, share]) => heat(title, share, most));
+    maps.replaceChildren(...figures);
+    const title = `A × B of layer ${layer}: used together, by up to ${percent(most)} of tokens`;
+    node.firstChild.textContent = title;
   }
   return { node, draw };
 }
+
+const largest = (share) => Math.max(...share.map((line) => Math.max(...line)));
 
 /** What is known of the expert that was clicked. */
 function cardPanel(state) {
   const node = make("section", { class: "panel card", "aria-live": "polite" });
   let shown;
 
+  const open = (site, expert) => () => {
+    const number = state.about.sites.findIndex(({ name }) => name === site);
+    state.ask({ expert: [number, expert] });
+  };
+  const small = (text) => make("small", {}, text);
+  const list = (title, kind, items) =>
+    items.length ? [make("h3", {}, title), make("ul", { class: kind }, items)] : [];
+
+  const context = ({ before, token, after, weight }) => {
+    const read = make("mark", {}, inline(token).replace(" ", "␣"));
+    const around = (text) => make("bdi", {}, inline(text));
+    return make("li", {}, around(before), read, around(after), small(weight.toFixed(2)));
+  };
+  const affinity = ({ name, share, tokens }) => {
+    const bar = make("i", { class: "after" });
+    bar.style.width = `${100 * share}%`;
+    const bars = make("span", { class: "bars" }, bar);
+    return make("li", {}, make("span", {}, name), bars, small(`${percent(share)} of ${tokens}`));
+  };
+  const near =
+    (site) =>
+    ({ expert, cka, null: chance }) => {
+      const button = make(
+        "button",
+        { type: "button", click: open(site, expert) },
+        `expert ${expert}`,
+      );
+      return make("li", {}, button, small(`${fixed(cka, 2)} (null ${fixed(chance, 2)})`));
+    };
+
   function draw() {
     const card = state.model.get("card");
     node.hidden = !card.site;
     if (shown === card || !card.site) return;
     shown = card;
-    const facts = [
-      ["load", `${percent(card.load)} of the slots, at a mean weight of ${card.weight.toFixed(2)}`],
-      ["when dropped", `${signed(card.damage, 4)} nats per token`],
-    ];
-    const contexts = card.contexts.map(({ before, token, after, weight }) =>
-      make("li", {}, make("bdi", {}, visible(before)), make("mark", {}, visible(token).replace(/[\n ]/g, "␣")), make("bdi", {}, visible(after)), make("small", {}, weight.toFixed(2))));
-    const meters = card.affinity.map(({ name, share, tokens }) => {
-      const bar = make("i", { class: "after" });
-      bar.style.width = `${100 * share}%`;
-      return make("li", {}, make("span", {}, name), make("span", { class: "bars" }, bar), make("small", {}, `${percent(share)} of ${tokens}`));
-    });
-    const nearest = card.nearest.map(({ expert, cka, null: chance }) =>
-      make("li", {}, make("button", { type: "button", click: () => state.ask({ expert: [sites().indexOf(card.site), expert] }) }, `expert ${expert}`),
-        make("small", {}, `${cka.toFixed(2)} (null ${chance === null ? "–" : chance.toFixed(2)})`)));
-    const list = (title, name, items) => (items.length ? [make("h3", {}, title), make("ul", { class: name }, items)] : []);
+    const facts = {
+      load: `${percent(card.load)} of the slots, at a mean weight of ${card.weight.toFixed(2)}`,
+      "when dropped": `${signed(card.damage, 4)} nats per token`,
+    };
+    const from = card.num_documents === 1 ? "one text" : `${card.num_documents} documents`;
+    const close = { "aria-label": "close the card", click: () => state.ask({ expert: [] }) };
     node.replaceChildren(
       make("h2", {}, `Expert ${card.expert}, ${card.site}`),
-      make("button", { type: "button", class: "close", "aria-label": "close the card", click: () => state.ask({ expert: [] }) }, "×"),
-      make("dl", {}, facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])),
-      ...list("Its heaviest tokens", "contexts", contexts),
-      ...list(`Share of tokens that it reads, by ${card.by}`, "affinity", meters),
-      ...list("Nearest by outputs (CKA)", "nearest", nearest),
-      make("p", { class: "note" }, `From ${card.num_tokens} tokens of ${card.num_documents === 1 ? "one text" : `${card.num_documents} documents`}: no interval.`),
+      make("button", { type: "button", class: "close", ...close }, "×"),
+      make(
+        "dl",
+        {},
+        ...Object.entries(facts).map(([k, v]) => [make("dt", {}, k), make("dd", {}, v)]),
+      ),
+      ...list("Its heaviest tokens", "contexts", card.contexts.map(context)),
+      ...list(`Share of tokens it reads, by ${card.by}`, "affinity", card.affinity.map(affinity)),
+      ...list("Nearest by outputs (CKA)", "nearest", card.nearest.map(near(card.site))),
+      make("p", { class: "note" }, `From ${card.num_tokens} tokens of ${from}: no interval.`),
     );
   }
-  const sites = () => state.about.sites.map(({ name }) => name);
   return { node, draw };
 }
 
 /** Perturbation, strength, sites; in a notebook another text. */
 function controlsPanel(state) {
-  const { model } = state;
-  const names = Object.fromEntries(state.about.controls.map(({ name }) => [name, name]));
-  const perturbation = select(names, (name) => {
-    const { start } = state.about.controls.find((control) => control.name === name);
-    state.ask({ perturbation: name, strength: start });
+  const { model, about } = state;
+  const perturbation = select(
+    about.controls.map(({ name }) => [name, name]),
+    (name) => {
+      const { start } = about.controls.find((control) => control.name === name);
+      state.ask({ perturbation: name, strength: start });
+    },
+  );
+  const slider = make("input", {
+    ...{ type: "range", min: 0, step: 1 },
+    input: () => state.ask({ strength: state.control.strengths[slider.value] }),
   });
-  const slider = make("input", { type: "range", min: 0, step: 1, input: () => state.ask({ strength: state.control.strengths[slider.value] }) });
-  const value = make("output", {});
-  const sliderField = field("", slider, value);
-  const places = select(Object.fromEntries(state.about.places.map((p) => [p, p])), (where) => state.ask({ where }));
-  const about = make("p", { class: "note" });
-  const text = make("textarea", { rows: 6, spellcheck: "false", "aria-label": "text to read" });
+  const value = make("output");
+  const strength = field("", slider, value);
+  const where = select(
+    about.places.map((place) => [place, place]),
+    (place) => state.ask({ where: place }),
+  );
+  const note = make("p", { class: "note" });
+  const node = make("div", { class: "controls" }, field("perturbation", perturbation), strength);
+  node.append(field("at", where), note);
+
   const read = () => state.ask({ text: text.value });
-  text.addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && read());
-  // JupyterLab has keys of its own.
-  text.dataset.lmSuppressShortcuts = "true";
-  const other = make("details", {}, make("summary", {}, "Another text"), text, make("button", { type: "button", click: read }, "Read it"));
-  const node = make("div", { class: "controls" }, field("perturbation", perturbation), sliderField, field("at", places), about, state.about.live ? other : null);
+  const text = make("textarea", {
+    ...{ rows: 6, spellcheck: "false", "aria-label": "text to read" },
+    "data-lm-suppress-shortcuts": "true", // JupyterLab has keys of its own
+    keydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && read(),
+  });
+  const button = make("button", { type: "button", click: read }, "Read it");
+  if (about.live)
+    node.append(make("details", {}, make("summary", {}, "Another text"), text, button));
   let given;
 
   function draw() {
-    const { control } = state;
+    const { control, clean } = state;
+    const now = model.get("strength");
+    const distances = control.strengths.map((s) => Math.abs(s - now));
     perturbation.value = control.name;
-    places.value = model.get("where");
+    where.value = model.get("where");
     slider.max = control.strengths.length - 1;
-    const distances = control.strengths.map((s) => Math.abs(s - model.get("strength")));
     slider.value = distances.indexOf(Math.min(...distances));
-    const words = control.parameter === null ? (model.get("strength") ? "on" : "off") : plain(model.get("strength"));
-    value.textContent = words;
-    slider.setAttribute("aria-valuetext", words);
     slider.disabled = control.strengths.length < 2;
-    sliderField.firstChild.textContent = control.parameter ?? "strength";
-    about.textContent = control.about;
-    if (given !== state.clean.text) text.value = given = state.clean.text;
+    value.textContent = strengthText(control, now);
+    slider.setAttribute("aria-valuetext", value.textContent);
+    strength.firstChild.textContent = control.parameter ?? "strength";
+    note.textContent = control.about;
+    if (given !== clean.text) text.value = given = clean.text;
   }
   return { node, draw };
 }
 
-/** How the text is coloured, at which site. */
+/** How the text is colored, and at which site. */
 function modePanel(state, redraw) {
   const group = `mode-${views++}`;
-  const radios = Object.entries(MODES).map(([mode, name]) =>
-    make("label", {}, make("input", { type: "radio", name: group, value: mode, checked: mode === state.mode && "", change: () => ((state.mode = mode), redraw()) }), make("span", {}, name)));
-  const site = select(Object.fromEntries(state.about.sites.map(({ name }, i) => [i, name])), (i) => ((state.site = +i), redraw()));
-  const key = make("div", { class: "legend" });
-  const node = make("div", { class: "modes" }, make("fieldset", {}, make("legend", {}, "colour"), radios), field("site", site), key);
-  const draw = () => {
-    site.value = state.site;
-    key.replaceChildren(...legend(state));
+  const choose = (change) => {
+    Object.assign(state, change);
+    redraw();
   };
+  const radios = Object.entries(MODES).map(([mode, name]) => {
+    const checked = mode === state.mode && "";
+    const radio = { type: "radio", name: group, value: mode, checked };
+    const input = make("input", { ...radio, change: () => choose({ mode }) });
+    return make("label", {}, input, make("span", {}, name));
+  });
+  const sites = state.about.sites.map(({ name }, i) => [i, name]);
+  const site = select(sites, (number) => choose({ site: Number(number) }));
+  const key = make("div", { class: "legend" });
+  const colors = make("fieldset", {}, make("legend", {}, "color"), radios);
+  const node = make("div", { class: "modes" }, colors, field("site", site), key);
+  const draw = () => key.replaceChildren(...legend(state));
   return { node, draw };
 }
 
 /** What the numbers are, and what they are not. */
-function summary(state) {
-  const { clean, run, about } = state;
-  const [tokens, perByte] = [clean.tokens.length, clean.tokens.length / clean.num_bytes / Math.LN2];
+function summary({ clean, run }) {
+  const tokens = clean.tokens.length;
+  const bits = (nats) => fixed((nats * tokens) / clean.num_bytes / Math.LN2);
   const loss = run
-    ? `${fixed(clean.nats)} → ${fixed(run.nats)} nats per token (${signed(run.nats - clean.nats)}), ${fixed(clean.nats * perByte)} → ${fixed(run.nats * perByte)} bits per byte`
-    : `${fixed(clean.nats)} nats per token, ${fixed(clean.nats * perByte)} bits per byte`;
-  const cut = clean.num_given > tokens ? ` Cut: these are the first ${tokens} of ${clean.num_given} tokens.` : "";
-  const windows = tokens > clean.length ? ` Read in windows of ${clean.length} tokens, each without those before it.` : "";
-  return [make("strong", {}, loss), ` One text of ${tokens} tokens: no interval.${cut}${windows}`];
+    ? `${fixed(clean.nats)} → ${fixed(run.nats)} nats per token ` +
+      `(${signed(run.nats - clean.nats)}), ${bits(clean.nats)} → ${bits(run.nats)} bits per byte`
+    : `${fixed(clean.nats)} nats per token, ${bits(clean.nats)} bits per byte`;
+  const notes = [` One text of ${tokens} tokens: no interval.`];
+  if (clean.num_given > tokens)
+    notes.push(`Cut to the first ${tokens} of ${clean.num_given} tokens.`);
+  if (tokens > clean.length) {
+    notes.push(`Read in windows of ${clean.length} tokens, each without those before it.`);
+  }
+  return [make("strong", {}, loss), notes.join(" ")];
 }
 
 // All of it ---------------------------------------------------------------------------------------
 
-const TRAITS = ["about", "passage", "run", "curve", "card", "message", "answered", "perturbation", "strength", "where", "expert"];
+const ANSWERS = ["about", "passage", "run", "curve", "card", "message", "answered"];
+const QUESTION = ["perturbation", "strength", "where", "expert"];
 
 function render({ model, el }) {
   const state = new State(model);
   state.read();
-  const whole = state.about.view !== "tokens";
   let frame = 0;
   const redraw = () => {
     frame ||= requestAnimationFrame(() => {
@@ -581,46 +719,47 @@ function render({ model, el }) {
       draw();
     });
   };
-  const text = textPanel(state, redraw);
-  const modes = modePanel(state, redraw);
   const said = make("p", { class: "summary" });
   const message = make("p", { class: "message", role: "alert" });
+  const [modes, text] = [modePanel(state, redraw), textPanel(state)];
   const main = make("div", { class: "main" }, modes.node, text.node);
-  const parts = [modes, text];
-  const nodes = [said, message];
-  if (whole) {
-    const [controls, curve, experts, grid, card] = [controlsPanel(state), curvePanel(state), expertsPanel(state, redraw), gridPanel(state), cardPanel(state)];
-    parts.push(controls, curve, experts, grid, card);
-    const side = make("div", { class: "side" }, curve.node, experts.node, card.node);
-    main.append(grid.node);
-    nodes.unshift(controls.node);
-    nodes.push(make("div", { class: "columns" }, main, side));
+  const root = make("div", { class: "moe-explorer" });
+  let panels = [modes, text];
+  if (state.about.view === "tokens") {
+    root.append(said, message, main);
   } else {
-    nodes.push(main);
+    const controls = controlsPanel(state);
+    const grid = gridPanel(state);
+    const beside = [curvePanel(state), expertsPanel(state, redraw), cardPanel(state)];
+    panels = [controls, ...panels, grid, ...beside];
+    main.append(grid.node);
+    const side = make("div", { class: "side" }, ...beside.map(({ node }) => node));
+    root.append(controls.node, said, message, make("div", { class: "columns" }, main, side));
   }
-  const root = make("div", { class: `moe-explorer ${whole ? "whole" : "alone"}` }, nodes);
   el.append(root);
 
   function draw() {
     state.read();
-    root.classList.toggle("busy", model.get("asked") !== model.get("answered"));
+    root.classList.toggle("busy", waits());
     said.replaceChildren(...summary(state));
     message.textContent = model.get("message");
-    parts.forEach((part) => part.draw());
+    panels.forEach((panel) => panel.draw());
     fill();
   }
 
-  /** While nobody waits for anything else, the curve's points that nobody asked for yet. */
+  const waits = () => model.get("asked") !== model.get("answered");
+
+  /** While nothing else is waited for, the next point of the curve that nobody asked for yet. */
   function fill() {
-    if (!state.about.live || model.get("asked") !== model.get("answered")) return;
     const next = model.get("curve").nats.indexOf(null);
-    if (next >= 0) state.ask({ wanted: next });
+    if (state.about.live && next >= 0 && !waits()) state.ask({ wanted: next });
   }
 
-  TRAITS.forEach((name) => model.on(`change:${name}`, redraw));
+  const events = [...ANSWERS, ...QUESTION].map((name) => `change:${name}`);
+  events.forEach((event) => model.on(event, redraw));
   draw();
   return () => {
-    TRAITS.forEach((name) => model.off(`change:${name}`, redraw));
+    events.forEach((event) => model.off(event, redraw));
     cancelAnimationFrame(frame);
   };
 }

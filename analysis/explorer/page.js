@@ -1,4 +1,3 @@
-
 // In a page the answers lie in it, one for each condition; what is set is looked up.
 class Answers {
   constructor({ runs, cards, ...traits }) {
@@ -30,7 +29,8 @@ class Answers {
     const { nats } = this.traits.passage;
     if (strength === this.control(perturbation).neutral) return { nats };
     return this.runs.find(
-      (run) => run.perturbation === perturbation && run.strength === strength && run.where === where,
+      (run) =>
+        run.perturbation === perturbation && run.strength === strength && run.where === where,
     );
   }
 
