@@ -280,7 +280,7 @@ function textPanel(state) {
       shown = state.rawPassage;
       tokens.replaceChildren(
         ...state.clean.tokens.map((text, i) => {
-          const said = text.trim() ? undefined : (BLANK[text] ?? "blank");
+          const said = visible(text).trim() ? undefined : (BLANK[text] ?? "blank");
           const named = { id: `${id}-${i}`, "data-token": i, "aria-label": said };
           return make(
             "span",
@@ -524,6 +524,7 @@ function gridPanel(state) {
     const svg = make(
       "svg",
       { viewBox: `0 0 ${w + 26} ${h + 26}`, role: "img", "aria-label": named },
+      make("rect", { class: "frame", x: 21, y: 5, width: w + 2, height: h + 2 }),
       cells,
       make("text", { x: 14, y: 6 + h / 2, "text-anchor": "end" }, "A"),
       make("text", { x: 22 + w / 2, y: h + 20, "text-anchor": "middle" }, "B"),
