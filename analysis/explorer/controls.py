@@ -78,7 +78,7 @@ def about_of(p: Perturbation) -> str:
 def neutral_of(p: Perturbation) -> float | None:
     """The strength at which it changes nothing."""
     strength = p.identity().strength
-    return OFF if math.isnan(p.strength) else None if math.isnan(strength) else strength
+    return None if math.isnan(p.strength) or math.isnan(strength) else strength
 
 
 def _control(name: str, p: Perturbation, num_experts: int) -> Control:

@@ -15,7 +15,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 from tqdm.auto import tqdm
 
-from analysis.explorer.controls import ON, Control, about_of, neutral_of
+from analysis.explorer.controls import OFF, ON, Control, about_of, neutral_of
 from analysis.explorer.session import Session
 from analysis.explorer.wire import Json
 from analysis.measure import Asked, conditions_of
@@ -171,7 +171,7 @@ class Answers:
             p = condition.perturbation
             name, strength, _ = _keys(condition).values()
             parameter = None if math.isnan(p.strength) else p.strength_field or "strength"
-            neutral = neutral_of(p)
+            neutral = OFF if parameter is None else neutral_of(p)
             before = found[name].strengths if name in found else ()
             stops = {*before, strength, strength if neutral is None else neutral}
             start = found[name].start if name in found else strength

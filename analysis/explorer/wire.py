@@ -31,8 +31,8 @@ def packed(values: Tensor, step: float = 1.0) -> Json:
 
 
 def slots_json(slots: Slots) -> Json:
-    """ids and weights (N, K) row by row; weights in 255ths of the largest, at least one where a slot
-    is in use."""
+    """ids and weights (N, K) row by row; weights in 255ths of 1, or of the largest, at least one
+    where a slot is in use."""
     step = max(1.0, float(slots.weights_NK.max())) / 255
     weights_NK = slots.weights_NK.clamp(min=step) * (slots.weights_NK != 0)
     weights = packed(weights_NK, step)
