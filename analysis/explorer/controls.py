@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
@@ -103,9 +104,14 @@ def _field(p: Perturbation) -> str | None:
 
 def _schema(p: Perturbation, field: str) -> dict[str, Any]:
     """The JSON schema of a field; where it takes several types, that of its number."""
-    schema = TypeAdapter(type(p)).json_schema()["properties"][field]
+    schema = _schemas(type(p))[field]
     numbers = (s for s in schema.get("anyOf", ()) if s["type"] in ("integer", "number"))
     return next(numbers, schema)
+
+
+@cache
+def _schemas(cls: type) -> dict[str, dict[str, Any]]:
+    return TypeAdapter(cls).json_schema()["properties"]
 
 
 def _number(schema: dict[str, Any], strength: float) -> float | int:

@@ -23,15 +23,19 @@ OPTIONS = [
 OWN = ("file:", "data:", "blob:", "about:", "chrome:", "http://127.0.0.1", "ws://127.0.0.1")
 
 
+def chromium() -> str | None:
+    """Where it is."""
+    return shutil.which("chromium") or shutil.which("google-chrome")
+
+
 class Browser:
     """A window of one size; `driver` is selenium's."""
 
     def __init__(self, width: int, height: int, dark: bool):
         from selenium import webdriver
 
-        chromium = shutil.which("chromium") or shutil.which("google-chrome")
         options = webdriver.ChromeOptions()
-        options.binary_location = chromium
+        options.binary_location = chromium() or ""
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         for option in OPTIONS:
             options.add_argument(option)
@@ -74,11 +78,10 @@ class Browser:
 
 @pytest.fixture(scope="session")
 def _installed():
-    found = shutil.which("chromedriver") and (
-        shutil.which("chromium") or shutil.which("google-chrome")
-    )
     try:
         import selenium  # noqa: F401
+
+        found = chromium() and shutil.which("chromedriver")
     except ImportError:
         found = None
     if not found:
