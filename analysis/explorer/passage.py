@@ -24,7 +24,7 @@ from analysis.adapters import (
     tokenizer_of,
 )
 from analysis.measure import CleanPass, Intervention, calibrate, calibration_documents, prepared
-from analysis.perturb import Calibration, Condition, sites_of
+from analysis.perturb import Calibration, Condition, Tokens, models_of, sites_of, token_kinds
 from cartmoe.corpora import Document
 from cartmoe.data import IGNORE, Sequences, sequences_from
 from cartmoe.hooks import RouterSite
@@ -60,7 +60,7 @@ class Passage:
 
     model: Adapter
     docs: Sequences
-    num_given: int
+    num_given: int = 0
     calibrated_on: Sequences | None = None
 
     @classmethod
@@ -108,12 +108,11 @@ class Passage:
     @cached_property
     def margins(self) -> dict[RouterSite, Tensor]:
         """(N,) how far each clean decision is from another one; see `Router.margin`."""
-        return {
-            site: self.model.router(site).margin(routing, self.clean.dense[site].count_T)[
-                self.used_T
-            ]
-            for site, routing in self.clean.routings.items()
-        }
+        clean, found = self.clean, {}
+        for site, routing in clean.routings.items():
+            margin_T = self.model.router(site).margin(routing, clean.dense[site].count_T)
+            found[site] = margin_T[self.used_T]
+        return found
 
     @cached_property
     def target_ids(self) -> list[int]:
@@ -129,19 +128,17 @@ class Passage:
     def run(self, condition: Condition) -> Run:
         """The text under a condition, from the first segment in which it acts. Raises `ValueError`
         for one that cannot act on the model."""
-        sites_of(self.model, condition.where, tokens=True)
-        clean = self.clean
-        clean.draws.clear()  # of another seed or site; they are quickly made
-        with owned(self.model):
-            intervention = Intervention(
-                prepared(self.model, clean, condition),
-                self.calibration,
-                clean.routings,
-                check=True,
-            )
-            with intervention.rerunning(self.model, clean) as (segments, start):
+        model, clean, batch = self.model, self.clean, self.batch
+        sites_of(model, condition.where, tokens=True)
+        kinds_V = token_kinds(model, [condition.where])
+        clean.tokens = Tokens.of(batch.tokens_SL, batch.sequence_id_S, kinds_V)
+        clean.draws.clear()  # they may be of other sites, and are quickly made
+        with owned(model, *models_of([condition])):
+            ready = prepared(model, clean, condition)
+            acting = Intervention(ready, self.calibration, clean.routings, check=True)
+            with acting.rerunning(model, clean) as (segments, start):
                 end = run(segments, start)
-            losses = clean.losses.compare(self.model, end.hidden_BLD.flatten(0, 1))
+            losses = clean.losses.compare(model, end.hidden_BLD.flatten(0, 1))
         return self._run(losses["nll"], end.decisions)
 
     def _run(self, nll_T: Tensor, decisions: Iterable[Routing]) -> Run:

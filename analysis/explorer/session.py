@@ -9,7 +9,7 @@ from typing import Any
 from analysis.adapters import Adapter, check_documents, load, routed_adapter
 from analysis.explorer.cards import Cards
 from analysis.explorer.controls import Control, controls, perturbation_of
-from analysis.explorer.passage import LIMIT, Passage, default_text
+from analysis.explorer.passage import Passage, default_text
 from analysis.explorer.wire import Json, passage_json, run_json
 from analysis.perturb import Condition, Where
 from cartmoe.config import check_choice
@@ -34,21 +34,19 @@ class Session:
         docs: Sequences | None = None,
         length: int = 256,
     ):
+        if docs is not None:
+            check_documents(docs, model)
         self.model, self.docs, self.length = model, docs, length
         self.sites = model.sites()
         self.controls = {control.name: control for control in controls(self.sites)}
-        self.observed = Passage(model, docs, 0) if docs is not None else None
+        self._cards_of_docs = None if docs is None else Cards(Passage(model, docs))
         self.read(default_text() if text is None else text)
 
     @classmethod
     def of(cls, model: object, *given: Any) -> Session:
         """Of a model under study, a `cartmoe.LanguageModel`, or what `analysis.load` takes. Raises
-        `ValueError` for a dense one, and for documents in tokens that it does not know."""
-        model = load(model) if isinstance(model, str | Path) else model
-        session = cls(routed_adapter(model), *given)
-        if session.docs is not None:
-            check_documents(session.docs, session.model)
-        return session
+        `ValueError` for a dense one."""
+        return cls(routed_adapter(load(model) if isinstance(model, str | Path) else model), *given)
 
     def read(self, text: str) -> None:
         """Another text. Raises `ValueError` for one that cannot be read, and then stays with the
@@ -56,16 +54,13 @@ class Session:
         self.passage = Passage.of(self.model, text, self.length, self.docs)
         self.text = text
         self._answers: dict[Condition, Json | Exception] = {}
-        if self.observed is None or not hasattr(self, "cards"):
-            self.cards = Cards(self.observed or self.passage)
+        self.cards = self._cards_of_docs or Cards(self.passage)
 
     @cached_property
     def about(self) -> Json:
-        """What does not change: model, limit (tokens), places, sites, controls; what
-        is shown, and whether a kernel answers."""
+        """What does not change: places, sites, controls; the view ("whole", or the text alone,
+        "tokens"), and whether it is live, with a kernel that answers."""
         return {
-            "model": self.model.name,
-            "limit": LIMIT,
             "places": self.places,
             "sites": [
                 {"name": str(s), "layer": s.layer, "stage": s.stage, "experts": s.num_experts}

@@ -19,6 +19,7 @@ from .conftest import TEXT
 
 QUESTIONS = [("DropTop", 1, "all"), ("GaussianNoise", 0.5, "stage 1"), ("NoRouted", 1, "layer 2")]
 QUESTIONS += [("RandomRouting", 1.0, "layer 0 stage 1"), ("Lag", 2, "all"), ("Worst", 1, "all")]
+QUESTIONS += [("DropTop", 2, "stage 0 tokens letter"), ("TopK", 1, "layer 0 positions 3:9")]
 
 
 def unpacked(numbers):
