@@ -104,7 +104,8 @@ def _field(p: Perturbation) -> str | None:
 
 def _schema(p: Perturbation, field: str) -> dict[str, Any]:
     """The JSON schema of a field; where it takes several types, that of its number."""
-    schema = _schemas(type(p))[field]
+    cls: Any = type(p)
+    schema = _schemas(cls)[field]
     numbers = (s for s in schema.get("anyOf", ()) if s["type"] in ("integer", "number"))
     return next(numbers, schema)
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from analysis.adapters.base import as_adapter
+from analysis.adapters.load import adapt
 from analysis.explorer.session import Session
+from cartmoe.tokenizers import ByteTokenizer
 
 TEXT = "def queue(size):\n\treturn [0] * size  # naïve, 漢字\n" * 2
 
@@ -11,7 +12,7 @@ TEXT = "def queue(size):\n\treturn [0] * size  # naïve, 漢字\n" * 2
 @pytest.fixture(scope="session")
 def model(tiny_model):
     """A Cartesian one that knows every byte."""
-    return as_adapter(tiny_model("cartesian", vocab_size=256))
+    return adapt(tiny_model("cartesian", vocab_size=256), ByteTokenizer())
 
 
 @pytest.fixture
