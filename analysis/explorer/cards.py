@@ -120,7 +120,7 @@ class Cards:
             self._pairs[site] = found.pairs
         pairs = self._pairs[site]
         own = pairs[(pairs.expert_i == expert) & (pairs.expert_j != SHARED)]
-        rows = own.dropna(subset="value").nlargest(NEAREST, "value").itertuples()
+        rows = own.dropna(subset=["value", "null"]).nlargest(NEAREST, "value").itertuples()
         return [
             {"expert": int(row.expert_j), "cka": round(row.value, 3), "null": round(row.null, 3)}
             for row in rows

@@ -9,10 +9,8 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment
-from markupsafe import Markup
 from tqdm.auto import tqdm
 
 from analysis.explorer.controls import OFF, ON, Control, about_of, neutral_of
@@ -25,7 +23,7 @@ from cartmoe.data import Sequences
 from cartmoe.files import path_of, write_atomically
 
 HERE = Path(__file__).parent
-LARGEST = 1_000_000  # characters of a page whose conditions nobody chose
+LARGEST = 1_000_000  # bytes of a page whose conditions nobody chose
 # Those: everywhere, at the strengths that the model's controls have; then DropTop(1) by place.
 GRID = {
     "DropTop": (1, 2, 3, 4),
@@ -95,7 +93,7 @@ def explorer_page(
         for condition in chosen:
             answers.add(condition)
             bar.update()
-            if conditions is None and len(page_of(answers, title, about)) > LARGEST:
+            if conditions is None and len(page_of(answers, title, about).encode()) > LARGEST:
                 answers.runs.pop()
                 break
     return page_of(answers, title, about)
@@ -185,11 +183,10 @@ def page_of(answers: Answers, title: str, about: str) -> Page:
     """The page of these answers."""
     style = _read("page.css") + _read("explorer.css")
     script = _read("explorer.js") + _read("page.js")
-    template = Environment(autoescape=True).from_string(_read("page.html"))
-    parts = {"style": style, "script": script, "answers": answers.json()}
     policy = POLICY.format(script=_hash(script), style=_hash(style))
-    safe: dict[str, Any] = {name: Markup(part) for name, part in parts.items()}
-    return Page(template.render(title=title, about=about, policy=Markup(policy), **safe))
+    parts = dict(title=title, about=about, policy=policy, style=style, script=script)
+    template = Environment(autoescape=True).from_string(_read("page.html"))
+    return Page(template.render(parts, answers=answers.json()))
 
 
 def _keys(condition: Condition) -> Json:

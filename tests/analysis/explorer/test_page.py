@@ -128,7 +128,7 @@ def test_a_page_of_a_thousand_tokens_is_no_megabyte():
 
 def test_what_does_not_fit_is_left_out(model, monkeypatch):
     whole = an.explorer_page(model, TEXT, cards=False, progress=False)
-    monkeypatch.setattr("analysis.explorer.page.LARGEST", len(whole) - 1)
+    monkeypatch.setattr("analysis.explorer.page.LARGEST", len(whole.encode()) - 1)
     smaller = an.explorer_page(model, TEXT, cards=False, progress=False)
     assert len(answers_of(smaller)["runs"]) == len(answers_of(whole)["runs"]) - 1
 
