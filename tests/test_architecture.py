@@ -17,7 +17,7 @@ PACKAGES = ("cartmoe", "analysis")
 
 # A room imports only rooms that stand before it.
 ROOMS = ["stats", "plots", "adapters", "perturb", "measure", "overlap.metrics", "overlap", "study"]
-ROOMS += ["report"]
+ROOMS += ["report", "explorer"]
 APART = {("overlap", "study"), ("adapters", "plots"), ("perturb", "plots"), ("measure", "plots")}
 APART |= {("overlap", "plots"), ("overlap.metrics", "plots"), ("study", "plots")}
 LONGEST = 250  # lines of a file
@@ -42,8 +42,11 @@ NEVER = {
     ],
     "analysis.perturb": ["analysis.study"],
 }
-# Who may import transformers.
-ONLY = {"transformers": {"cartmoe.hf", "analysis.adapters.pretrained"}}
+# Who may import what comes with an extra.
+ONLY = {
+    "transformers": {"cartmoe.hf", "analysis.adapters.pretrained"},
+    "anywidget": {"analysis.explorer.widget"},
+}
 
 
 class Import(NamedTuple):

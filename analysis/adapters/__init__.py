@@ -28,7 +28,7 @@ from analysis.adapters.base import (
     routed_adapter,
 )
 from analysis.adapters.cartmoe import CartMoEAdapter
-from analysis.adapters.corpus import documents
+from analysis.adapters.corpus import documents, tokenizer_of
 from analysis.adapters.load import (
     adapt,
     identity_of,

@@ -45,9 +45,7 @@ def documents(
     texts that are none, and numbers below 1.
     """
     under_study = None if model is None else as_adapter(model)
-    tokenizer: Any = (under_study and under_study.tokenizer) or ByteTokenizer()
-    if isinstance(under_study, TransformersAdapter) and under_study.tokenizer is None:
-        raise ValueError(f"{under_study.name} has no tokenizer: analysis.adapt(model, tokenizer)")
+    tokenizer = tokenizer_of(under_study)
     if split is not None:
         check_choice("split", split, (*SPLITS, "all"))
     limits: dict[str, Any] = dict(length=length, limit=limit, windows=windows)
@@ -71,6 +69,13 @@ def documents(
         found = documents_of(source._replace(documents=iter(found)), split, seen)
     docs = sequences_from(found, tokenizer, **limits)
     return docs.by_group({d.id: d.group for d in found}) if is_built_in(corpus) else docs
+
+
+def tokenizer_of(model: Adapter | None) -> Any:
+    """The model's tokenizer, or bytes. Raises `ValueError` for a pretrained model without one."""
+    if isinstance(model, TransformersAdapter) and model.tokenizer is None:
+        raise ValueError(f"{model.name} has no tokenizer: analysis.adapt(model, tokenizer)")
+    return (model and model.tokenizer) or ByteTokenizer()
 
 
 def _check_seen(

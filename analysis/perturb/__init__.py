@@ -43,4 +43,4 @@ from analysis.perturb.noise import Noise, hash_key, mix64, sequence_hash
 from analysis.perturb.recorded import Replay
 from analysis.perturb.trace import Trace
 from analysis.perturb.trace_arrays import check_lengths
-from analysis.perturb.where import Where, sites_of, token_kinds
+from analysis.perturb.where import KINDS, Where, kind_of, sites_of, token_kinds
