@@ -1,6 +1,10 @@
 """Words and figures from tables.
 
 text.py      what a study found, in words
+verdicts.py  what its controls say
+figures.py   its figures: of each the table, the picture, and what it shows
+captions.py  the words beside figures
+cite.py      how to cite
 study.py     the tables and figures that a study leaves in its directory; its tables as files that
              other programs read
 overlap.py   those that `python -m analysis overlap` leaves
@@ -8,6 +12,7 @@ models.py    the models that come with the project
 made.py      what a folder was made from; pictures drawn into it
 """
 
+from analysis.report.captions import caption
 from analysis.report.models import models_text
 from analysis.report.overlap import finished, named, write_overlap
 from analysis.report.study import export, plot, summarize

@@ -1,0 +1,88 @@
+"""What a study found, in sentences that are made from its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from math import comb
+
+import pandas as pd
+
+from analysis import stats
+from analysis.measure import Results
+from analysis.report.text import NOT_OF_SEEDS, whole_conditions
+from analysis.report.verdicts import positive_control
+
+# What is there to give others their meaning, and would be the ends of every list.
+ANCHORS = ("DropUnchosen", "RandomRouting", "NoRouted", "ResidualNoise")
+FEWEST = 3  # training seeds of each of two models, below which families are not ordered
+
+
+def summary(
+    results: Results, made: Mapping[str, pd.DataFrame], margin: float | None = None
+) -> list[str]:
+    """Sentences; `made` are the tables of `analysis.report.text.tables`, margin that of the
+    contrasts."""
+    if not results.has_conditions:
+        return ["Nothing but clean runs was measured.", f"{NOT_OF_SEEDS}."]
+    damage = made["damage"]
+    return [
+        *ends(damage),
+        f"{positive_control(damage)}.",
+        *contrasts_text(made.get("contrasts"), margin),
+        seeds_allow(results),
+        f"{NOT_OF_SEEDS}.",
+    ]
+
+
+def ends(damage: pd.DataFrame) -> list[str]:
+    """Of each checkpoint the condition that costs most and the one that costs least, among those
+    that act everywhere and are no anchors; beside them random routing."""
+    known = damage[damage.label.isin(whole_conditions(damage)) & damage.delta_nats.notna()]
+    anchors = known["name"].isin(ANCHORS)
+    said = []
+    for (model, seed), rows in known[~anchors].groupby(["model", "train_seed"], sort=False):
+        found = rows.loc[[rows.delta_nats.idxmax(), rows.delta_nats.idxmin()]]
+        most, least = _costs(found)
+        text = f"{most} costs most, {least} least" if len(rows) > 1 else f"{most} is the cost"
+        mine = known[(known.model == model) & (known.train_seed == seed)]
+        random = _costs(stats.find(mine, "RandomRouting").tail(1))
+        beside = f"; {random[0]}" if random else ""
+        said.append(f"{model} (seed {seed}), nats per token: {text}{beside}.")
+    return said
+
+
+def _costs(rows: pd.DataFrame) -> list[str]:
+    texts = stats.interval_texts(rows, "delta_nats", "low", "high", digits=2)
+    return [f"{label} {text}" for label, text in zip(rows.label, texts, strict=True)]
+
+
+def contrasts_text(table: pd.DataFrame | None, margin: float | None) -> list[str]:
+    """How the contrasts came out."""
+    if table is None:
+        return ["No contrast was named beforehand, so none is tested."]
+    reference = table.reference.iloc[0]
+    bar = f", margin {margin:g} nats per token" if margin else ""
+    head = f"Contrasts named beforehand ({reference} less each other model{bar}), of {len(table)}"
+    found = {
+        verdict: ", ".join(rows.model + " under " + rows.condition)
+        for verdict, rows in table.groupby("verdict", sort=False)
+    }
+    return [
+        f"{head}: " + "; ".join(f"{verdict}: {names}" for verdict, names in found.items()) + "."
+    ]
+
+
+def seeds_allow(results: Results) -> str:
+    """The smallest p that the numbers of training seeds allow, and whether families are ordered."""
+    seeds = results.losses.groupby("model").train_seed.nunique()
+    if len(seeds) < 2:
+        return "One model was measured, so models are not compared."
+    a, b = max(combinations(seeds, 2), key=lambda pair: comb(sum(pair), pair[0]))
+    least = min(1.0, 2 / comb(a + b, a))
+    said = (
+        f"With {a} and {b} training seeds, the most that two models have, the smallest p of a "
+        f"permutation test over seeds is {least:.2g}."
+    )
+    few = " Families are not ordered: that needs at least three training seeds of each."
+    return said + (few if seeds.min() < FEWEST else "")
