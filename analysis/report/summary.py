@@ -68,9 +68,8 @@ def contrasts_text(table: pd.DataFrame | None, margin: float | None) -> list[str
         verdict: ", ".join(rows.model + " under " + rows.condition)
         for verdict, rows in table.groupby("verdict", sort=False)
     }
-    return [
-        f"{head}: " + "; ".join(f"{verdict}: {names}" for verdict, names in found.items()) + "."
-    ]
+    each = "; ".join(f"{verdict}: {names}" for verdict, names in found.items())
+    return [f"{head}: {each}."]
 
 
 def seeds_allow(results: Results) -> str:
