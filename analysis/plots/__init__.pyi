@@ -21,4 +21,5 @@ from .relation import relation_dots as relation_dots
 from .routing import flip_calibration as flip_calibration
 from .routing import saturation_curve as saturation_curve
 from .style import paper_style as paper_style
+from .style import picture_bytes as picture_bytes
 from .style import save as save

@@ -50,7 +50,7 @@ def caption(study: Results | str | Path, figure: str | None = None) -> str:
 def words(results: Results, plan: Plan, figure: str | None = None) -> str:
     """`caption` of results that are read already."""
     if figure is None:
-        said, labels = " ".join(_of_all(results, plan)), _labels(results.damage(full=True))
+        said, labels = " ".join(of_all(results, plan)), _labels(results.damage(full=True))
     else:
         check_choice("figure", figure, FIGURES)
         shown = FIGURES[figure]
@@ -67,7 +67,7 @@ def caption_text(results: Results, plan: Plan, shown: Shown, table: pd.DataFrame
     labels = _labels(shown.rows(table))
     many = len(labels) > MOST_LABELS
     conditions = f"{len(labels)} conditions." if many else f"Conditions: {'; '.join(labels)}."
-    return " ".join([alt_text(shown, table), *_of_all(results, plan), conditions])
+    return " ".join([alt_text(shown, table), *of_all(results, plan), conditions])
 
 
 def alt_text(shown: Shown, table: pd.DataFrame) -> str:
@@ -98,7 +98,7 @@ def _name(row: Mapping[str, Any]) -> str:
     return ", ".join([str(row["model"]), f"seed {row['train_seed']}", *map(str, of)])
 
 
-def _of_all(results: Results, plan: Plan) -> list[str]:
+def of_all(results: Results, plan: Plan) -> list[str]:
     """Sentences that are true of every figure: n and unit, interval, seeds, scale, state."""
     unit, unfinished = unit_of(plan), unfinished_text(results)
     sentences = [

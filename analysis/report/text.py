@@ -9,13 +9,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.measure import Results
-from analysis.report.verdicts import (
-    covered,
-    failed_cells,
-    identity_control,
-    positive_control,
-    without_effect,
-)
+from analysis.report.verdicts import covered, failed_cells, verdicts
 
 NOT_OF_SEEDS = (
     "Intervals are of documents drawn again, each within the domain of most of its tokens: another "
@@ -99,8 +93,7 @@ def describe(
         parts.append(stats.format_robustness(made["robustness"]))
         damage = made["damage"]
         parts += _every_condition(damage)
-        parts += [*covered(results), *identity_control(damage)]
-        parts += [positive_control(damage), *without_effect(damage)]
+        parts += [*covered(results), *verdicts(damage)]
         parts += _taken_apart(made, whole_conditions(damage))
     number = made["clean"].num_documents.min()
     parts += [stats.FEW_NOTE] if number < stats.FEW_DOCUMENTS else []

@@ -15,6 +15,11 @@ SETS = ("full", "selection", "no_refill", "part set")  # effects that let anothe
 DOSE = {"selection": "changed", "weights": "mass_moved", "output": "output_change"}
 
 
+def verdicts(damage: pd.DataFrame) -> list[str]:
+    """Of every control, in the order in which they decide."""
+    return [*identity_control(damage), positive_control(damage), *without_effect(damage)]
+
+
 def said(table: pd.DataFrame, texts: Iterable[str]) -> list[str]:
     """For each row, of which model it says that."""
     models = zip(table.model, table.train_seed, texts, strict=True)

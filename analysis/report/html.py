@@ -1,0 +1,109 @@
+"""Parts of a page: templates of this folder, tables, and pictures that share one document."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from analysis.plots import picture_bytes
+from analysis.stats import bounds_of, column_texts
+
+LONG = 12  # rows, of more a table is folded
+SCALE = 2.0  # CSS pixels of a picture's point: its letters of 8 points are 16 pixels high
+UNIT = "pt"  # of an SVG's own size
+
+
+def render(template: str, **values: Any) -> str:
+    """The page of a template in this folder; what is put in is escaped, unless it is `Markup`.
+
+    base.html has what every page has: language, policy (nothing is loaded from anywhere), style,
+    skip link, and table of contents from `sections`, pairs (id, title).
+    """
+    loader = FileSystemLoader(Path(__file__).parent)
+    options: dict[str, Any] = dict(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return Environment(loader=loader, autoescape=True, **options).get_template(template).render(
+        values
+    )  # fmt: skip
+
+
+class Column(NamedTuple):
+    """Of a table: its title, and whether it has numbers, which are aligned."""
+
+    title: str
+    number: bool
+
+
+class Cells(NamedTuple):
+    """A table as texts; the first `heads` columns name the row."""
+
+    name: str
+    title: str
+    columns: list[Column]
+    rows: list[list[str]]
+    heads: int = 1
+
+    @property
+    def folded(self) -> bool:
+        return len(self.rows) > LONG
+
+
+def cells(
+    name: str, title: str, table: pd.DataFrame, columns: Mapping[str, str] | None = None
+) -> Cells:
+    """A table of this package for `table` of base.html, intervals in the cells of their values.
+
+    columns   name -> title of those that are shown where the table has them; default: all, by
+              their names
+    """
+    bounds = {bound for column in table for bound in bounds_of(table, column) or ()}
+    shown = columns or {
+        column: column.replace("_", " ") for column in table if column not in bounds
+    }
+    shown = {column: said for column, said in shown.items() if column in table}
+    texts = [column_texts(table, column) for column in shown]
+    numbers = [pd.api.types.is_numeric_dtype(table[column]) for column in shown]
+    described = [Column(said, number) for said, number in zip(shown.values(), numbers, strict=True)]
+    signed = [
+        [_minus(text) for text in column] if number else column
+        for column, number in zip(texts, numbers, strict=True)
+    ]
+    return Cells(name, title, described, [list(row) for row in zip(*signed, strict=True)])
+
+
+def _minus(text: str) -> str:
+    return re.sub(r"(?<![\de])-(?=\d)", "\N{MINUS SIGN}", text)
+
+
+def inline_svg(figure: Figure, name: str, labelled_by: str) -> Markup:
+    """The picture as an element of a page that has others: its ids begin with its name, its style
+    stands in that of the page, and the element with the id `labelled_by` says what it shows."""
+    text = picture_bytes(figure, "svg", name).decode()
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg ") :],
+                  flags=re.DOTALL)  # fmt: skip
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"(?<= d=\")[^\"]*", _rounded, text)
+    width, height = (
+        SCALE * float(size) for size in re.findall(rf'(?:width|height)="([\d.]+){UNIT}"', text)[:2]
+    )
+    opening = re.search(r'viewBox="[^"]*"', text)
+    box = opening[0] if opening else ""
+    head = f'<svg {box} width="{width:.0f}" height="{height:.0f}" role="img"'
+    body = text[text.index(">") + 1 :]
+    return Markup(f'{head} aria-labelledby="{labelled_by}">{body}')  # of matplotlib, which escapes
+
+
+def _rounded(path: re.Match[str]) -> str:
+    """A path to a hundredth of a point."""
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", path[0])
+
+
+def listed(texts: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
