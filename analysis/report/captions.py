@@ -148,28 +148,16 @@ def seeds_text(results: Results) -> str:
 
 def models_text(results: Results) -> str:
     """The models, with their size and what they were trained on where that is known."""
-    sizes: dict[str, list[str]] = {}  # those of one size together
-    for model, rows in results.models.groupby("model", sort=False):
-        facts = [(rows.get("parameters"), "parameters"), (rows.get("trained_tokens"), "tokens")]
-        known = [
-            f"{_millions(values)} million {what}" + (" of training" if what == "tokens" else "")
-            for values, what in facts
-            if values is not None and values.notna().all()
-        ]
-        sizes.setdefault(", ".join(known), []).append(str(model))
-    names = [*dict.fromkeys(results.losses.model)]
-    if not sizes:
-        return f"Models: {', '.join(names)}."
-    return f"Models: {'; '.join(_sized(size, models) for size, models in sizes.items())}."
-
-
-def _sized(size: str, models: Iterable[str]) -> str:
-    return f"{', '.join(models)}" + (f" ({size})" if size else "")
-
-
-def _millions(values: pd.Series) -> str:
-    low, high = (f"{value / MILLION:,.3g}" for value in (values.min(), values.max()))
-    return low if low == high else f"{low} to {high}"
+    names, known = [*dict.fromkeys(results.losses.model)], results.models.set_index("model")
+    sizes = known.parameters.dropna().groupby(level=0).first() / MILLION
+    tokens = known.trained_tokens.dropna().astype(float) / MILLION
+    each = [f"{name} {sizes[name]:,.3g}" if name in sizes else str(name) for name in names]
+    unit = "Models and their millions of parameters" if len(sizes) else "Models"
+    trained = ""
+    if len(tokens):
+        ends = dict.fromkeys(f"{end:,.3g}" for end in (tokens.min(), tokens.max()))
+        trained = f"; trained on {' to '.join(ends)} million tokens"
+    return f"{unit}: {', '.join(each)}{trained}."
 
 
 def _range(values: pd.Series) -> str:

@@ -16,8 +16,8 @@ from analysis.plots import picture_bytes
 from analysis.stats import bounds_of, column_texts
 
 LONG = 12  # rows, of more a table is folded
+POINTS = 72  # an inch
 SCALE = 2.0  # CSS pixels of a picture's point: its letters of 8 points are 16 pixels high
-UNIT = "pt"  # of an SVG's own size
 
 
 def render(template: str, **values: Any) -> str:
@@ -27,10 +27,9 @@ def render(template: str, **values: Any) -> str:
     skip link, and table of contents from `sections`, pairs (id, title).
     """
     loader = FileSystemLoader(Path(__file__).parent)
-    options: dict[str, Any] = dict(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return Environment(loader=loader, autoescape=True, **options).get_template(template).render(
-        values
-    )  # fmt: skip
+    how: dict[str, Any] = dict(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    pages = Environment(loader=loader, autoescape=True, **how)
+    return pages.get_template(template).render(values)
 
 
 class Column(NamedTuple):
@@ -63,22 +62,21 @@ def cells(
               their names
     """
     bounds = {bound for column in table for bound in bounds_of(table, column) or ()}
-    shown = columns or {
-        column: column.replace("_", " ") for column in table if column not in bounds
-    }
-    shown = {column: said for column, said in shown.items() if column in table}
-    texts = [column_texts(table, column) for column in shown]
-    numbers = [pd.api.types.is_numeric_dtype(table[column]) for column in shown]
-    described = [Column(said, number) for said, number in zip(shown.values(), numbers, strict=True)]
-    signed = [
-        [_minus(text) for text in column] if number else column
-        for column, number in zip(texts, numbers, strict=True)
-    ]
-    return Cells(name, title, described, [list(row) for row in zip(*signed, strict=True)])
+    own = {column: column.replace("_", " ") for column in table if column not in bounds}
+    shown = {column: said for column, said in (columns or own).items() if column in table}
+    described, texts = [], []
+    for column, said in shown.items():
+        number = pd.api.types.is_numeric_dtype(table[column])
+        described.append(Column(said, number))
+        own_texts = column_texts(table, column)
+        texts.append([_typeset(text) for text in own_texts] if number else own_texts)
+    return Cells(name, title, described, [list(row) for row in zip(*texts, strict=True)])
 
 
-def _minus(text: str) -> str:
-    return re.sub(r"(?<![\de])-(?=\d)", "\N{MINUS SIGN}", text)
+def _typeset(number: str) -> str:
+    """With true minus signs, and commas between thousands."""
+    text = re.sub(r"(?<![\de])-(?=\d)", "\N{MINUS SIGN}", number)
+    return f"{int(text):,}" if text.isdecimal() else text
 
 
 def inline_svg(figure: Figure, name: str, labelled_by: str) -> Markup:
@@ -89,14 +87,10 @@ def inline_svg(figure: Figure, name: str, labelled_by: str) -> Markup:
                   flags=re.DOTALL)  # fmt: skip
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     text = re.sub(r"(?<= d=\")[^\"]*", _rounded, text)
-    width, height = (
-        SCALE * float(size) for size in re.findall(rf'(?:width|height)="([\d.]+){UNIT}"', text)[:2]
-    )
-    opening = re.search(r'viewBox="[^"]*"', text)
-    box = opening[0] if opening else ""
-    head = f'<svg {box} width="{width:.0f}" height="{height:.0f}" role="img"'
-    body = text[text.index(">") + 1 :]
-    return Markup(f'{head} aria-labelledby="{labelled_by}">{body}')  # of matplotlib, which escapes
+    width, height = (SCALE * POINTS * size for size in figure.get_size_inches())
+    size = f'viewBox="0 0 {width / SCALE:g} {height / SCALE:g}" width="{width:g}"'
+    head = f'<svg {size} role="img" aria-labelledby="{labelled_by}">'
+    return Markup(head + text[text.index(">") + 1 :])  # of matplotlib, which escapes
 
 
 def _rounded(path: re.Match[str]) -> str:

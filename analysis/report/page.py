@@ -27,7 +27,7 @@ from analysis.report.cite import BIBTEX
 from analysis.report.figures import drawn, shown_in, unfinished_text
 from analysis.report.html import Cells, cells, inline_svg, listed, render
 from analysis.report.page_tables import robustness_cells, table_cells
-from analysis.report.summary import summary
+from analysis.report.summary import ends, summary
 from analysis.report.text import NOT_OF_SEEDS, sampling, tables
 from analysis.report.verdicts import covered, failed_cells, verdicts
 from analysis.study import read, read_plan
@@ -74,14 +74,14 @@ def page_of(results: Results, plan: Plan, progress: bool = False) -> str:
     figures = _figures(results, plan, progress)
     labels = [] if damage is None else damage.label.unique()
     values = dict(
-        title=f"{study['name']}: what depends on the router",
+        title=f"{study['name']}: how much depends on the router",
         unfinished=unfinished_text(results),
         asked=_asked(results, plan),
         models=_models(results, plan),
         conditions=_conditions(plan),
         summary=summary(results, made, (contrasts or {}).get("margin")),
         figures=figures,
-        of_all=" ".join(of_all(results, plan)),
+        ends=[] if damage is None else ends(damage),
         robustness=robustness_cells(made),
         controls=[] if damage is None else [*failed_cells(results), *verdicts(damage)],
         tables=table_cells(made),
@@ -123,7 +123,7 @@ def _figures(results: Results, plan: Plan, progress: bool) -> list[dict[str, Any
             plt.close(figure)
         said = alt_text(shown, table)
         more = caption_text(results, plan, shown, table).removeprefix(said)
-        if figures:  # what is true of all stands once, above
+        if figures:  # what is true of all stands in the first
             more = more.replace(common, "")
         number = len(figures) + 1
         figures.append(dict(name=name, number=number, svg=svg, says=said, more=more.strip()))

@@ -12,6 +12,7 @@ from analysis import stats
 from analysis.measure import Results
 from analysis.report.text import NOT_OF_SEEDS, whole_conditions
 from analysis.report.verdicts import positive_control
+from analysis.stats import CHECKPOINT
 
 # What is there to give others their meaning, and would be the ends of every list.
 ANCHORS = ("DropUnchosen", "RandomRouting", "NoRouted", "ResidualNoise")
@@ -21,13 +22,18 @@ FEWEST = 3  # training seeds of each of two models, below which families are not
 def summary(
     results: Results, made: Mapping[str, pd.DataFrame], margin: float | None = None
 ) -> list[str]:
-    """Sentences; `made` are the tables of `analysis.report.text.tables`, margin that of the
-    contrasts."""
+    """What is said of all models; `made` are the tables of `analysis.report.text.tables`, margin
+    that of the contrasts. `ends` says what there is of each."""
     if not results.has_conditions:
         return ["Nothing but clean runs was measured.", f"{NOT_OF_SEEDS}."]
     damage = made["damage"]
+    controls = {
+        "Disabling each token’s first choice": "DropTop(1)",
+        "Random routing": "RandomRouting",
+    }
+    spans = [_span(said, damage, name) for said, name in controls.items()]
     return [
-        *ends(damage),
+        *filter(None, spans),
         f"{positive_control(damage)}.",
         *contrasts_text(made.get("contrasts"), margin),
         seeds_allow(results),
@@ -35,26 +41,34 @@ def summary(
     ]
 
 
+def _span(said: str, damage: pd.DataFrame, name: str) -> str:
+    """Between what a condition costs these checkpoints; "" if it was not measured."""
+    found = pd.concat([stats.find(rows, name).tail(1) for _, rows in damage.groupby(CHECKPOINT)])
+    found = found[found.delta_nats.notna()].sort_values("delta_nats")
+    if found.empty:
+        return ""
+    texts = stats.interval_texts(found, "delta_nats", "low", "high", digits=2)
+    between = f"between {texts[0]} and {texts[-1]}" if len(texts) > 1 else texts[0]
+    checkpoints = f"these {len(texts)} checkpoints" if len(texts) > 1 else "this checkpoint"
+    return f"{said} costs {checkpoints} {between} nats per token."
+
+
 def ends(damage: pd.DataFrame) -> list[str]:
     """Of each checkpoint the condition that costs most and the one that costs least, among those
-    that act everywhere and are no anchors; beside them random routing."""
+    that act everywhere and are no anchors (nats per token)."""
     known = damage[damage.label.isin(whole_conditions(damage)) & damage.delta_nats.notna()]
-    anchors = known["name"].isin(ANCHORS)
+    known = known[~known["name"].isin(ANCHORS)]
     said = []
-    for (model, seed), rows in known[~anchors].groupby(["model", "train_seed"], sort=False):
-        found = rows.loc[[rows.delta_nats.idxmax(), rows.delta_nats.idxmin()]]
-        most, least = _costs(found)
-        text = f"{most} costs most, {least} least" if len(rows) > 1 else f"{most} is the cost"
-        mine = known[(known.model == model) & (known.train_seed == seed)]
-        random = _costs(stats.find(mine, "RandomRouting").tail(1))
-        beside = f"; {random[0]}" if random else ""
-        said.append(f"{model} (seed {seed}), nats per token: {text}{beside}.")
+    for (model, seed), rows in known.groupby(["model", "train_seed"], sort=False):
+        most, least = _costs(rows.loc[[rows.delta_nats.idxmax(), rows.delta_nats.idxmin()]])
+        text = f"most under {most}; least under {least}" if len(rows) > 1 else f"under {most}"
+        said.append(f"{model} (seed {seed}): {text}.")
     return said
 
 
 def _costs(rows: pd.DataFrame) -> list[str]:
     texts = stats.interval_texts(rows, "delta_nats", "low", "high", digits=2)
-    return [f"{label} {text}" for label, text in zip(rows.label, texts, strict=True)]
+    return [f"{label}, {text}" for label, text in zip(rows.label, texts, strict=True)]
 
 
 def contrasts_text(table: pd.DataFrame | None, margin: float | None) -> list[str]:
