@@ -41,16 +41,16 @@ def summary(
     ]
 
 
-def _span(said: str, damage: pd.DataFrame, name: str) -> str:
-    """Between what a condition costs these checkpoints; "" if it was not measured."""
+def _span(said: str, damage: pd.DataFrame, name: str) -> list[str]:
+    """Between what a condition costs these checkpoints, if it was measured."""
     found = pd.concat([stats.find(rows, name).tail(1) for _, rows in damage.groupby(CHECKPOINT)])
     found = found[found.delta_nats.notna()].sort_values("delta_nats")
     if found.empty:
-        return ""
+        return []
     texts = stats.interval_texts(found, "delta_nats", "low", "high", digits=2)
     between = f"between {texts[0]} and {texts[-1]}" if len(texts) > 1 else texts[0]
     checkpoints = f"these {len(texts)} checkpoints" if len(texts) > 1 else "this checkpoint"
-    return f"{said} costs {checkpoints} {between} nats per token."
+    return [f"{said} costs {checkpoints} {between} nats per token."]
 
 
 def ends(damage: pd.DataFrame) -> list[str]:
@@ -94,8 +94,8 @@ def seeds_allow(results: Results) -> str:
     a, b = max(combinations(seeds, 2), key=lambda pair: comb(sum(pair), pair[0]))
     least = min(1.0, 2 / comb(a + b, a))
     said = (
-        f"With {a} and {b} training seeds, the most that two models have, the smallest p of a "
-        f"permutation test over seeds is {least:.2g}."
+        f"No two models have more than {a} and {b} training seeds: the smallest p that a "
+        f"permutation test over seeds allows is {least:.2g}."
     )
     few = " Families are not ordered: that needs at least three training seeds of each."
     return said + (few if seeds.min() < FEWEST else "")

@@ -112,7 +112,7 @@ def test_what_a_study_leaves(done, tiny):
     figures = {path.name for path in (done / "figures").glob("[!.]*")}
     drawn = ("droptop_strength", "droptop_mass", "noise_strength", "noise_mass", "noise_doses",
              "controls", "stages", "catalogue")  # fmt: skip
-    assert figures == {f"{name}.{kind}" for name in drawn for kind in ("pdf", "png")}
+    assert figures == {f"{name}.{kind}" for name in drawn for kind in ("pdf", "png", "svg", "txt")}
     text = report.summarize(done)
     assert text == (done / "robustness.txt").read_text()
     assert "UNFINISHED" not in text
