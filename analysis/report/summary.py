@@ -27,13 +27,9 @@ def summary(
     if not results.has_conditions:
         return ["Nothing but clean runs was measured.", f"{NOT_OF_SEEDS}."]
     damage = made["damage"]
-    controls = {
-        "Disabling each token’s first choice": "DropTop(1)",
-        "Random routing": "RandomRouting",
-    }
-    spans = [_span(said, damage, name) for said, name in controls.items()]
     return [
-        *filter(None, spans),
+        *_span("Disabling each token’s first choice", damage, "DropTop(1)"),
+        *_span("Random routing", damage, "RandomRouting"),
         f"{positive_control(damage)}.",
         *contrasts_text(made.get("contrasts"), margin),
         seeds_allow(results),

@@ -169,7 +169,6 @@ def test_names_are_shown_as_they_are(page):
 def test_what_it_says(page):
     for said in (
         "conditions and measured on 4 documents of",
-        "Disabling each token’s first choice costs these 2 checkpoints between",
         "Positive control: too few documents (4; at least 20)",
         f"beforehand ({RTL} less each other model, margin 0.1 nats per token), of 1",
         "No two models have more than 1 and 1 training seeds",
@@ -186,6 +185,9 @@ def test_what_it_says(page):
     ):
         assert said in page.text, said
     assert "Unfinished" not in page.text
+    first, *rest = page.texts("li")[10:]  # after the contents
+    assert re.match("Disabling each token’s first choice costs these 2 checkpoints between ", first)
+    assert all(text[0].isalpha() or text.startswith(("<", RTL)) for text in rest)
 
 
 def test_the_same_study_is_the_same_page(study, source, tmp_path):
