@@ -108,8 +108,8 @@ FIGURES = {
     "noise_doses": Shown(
         fitting(NOISE),
         lambda t: plots.dose_panels(t, "GaussianNoise"),
-        "The same change of loss under noise over four doses: its standard deviation, mass moved, "
-        "experts exchanged, and the relative change of the layer's output.",
+        "Change of loss under noise on the router's logits, over four doses: its standard "
+        "deviation, mass moved, experts exchanged, and the relative change of the layer's output.",
         NOISE,
     ),
     "stages": Shown(

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from analysis.plots import picture_bytes
 from analysis.stats import bounds_of, column_texts
 
-LONG = 12  # rows, of more a table is folded
+LONG = 16  # rows, of more a table is folded
 POINTS = 72  # an inch
 SCALE = 2.0  # CSS pixels of a picture's point: its letters of 8 points are 16 pixels high
 
