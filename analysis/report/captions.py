@@ -26,7 +26,7 @@ from cartmoe.files import path_of
 
 MOST_LABELS = 12  # conditions that a caption names; of more it says the number
 MILLION = 1e6
-MARKUP = re.compile(r"[*`](\w[^*`]*)[*`]")  # of docstrings
+EMPHASIS, CODE = re.compile(r"\*(\w[^*]*)\*"), re.compile(r"`([^`]*)`")  # in docstrings
 Plan = Mapping[str, Any]
 
 
@@ -72,14 +72,15 @@ def caption_text(results: Results, plan: Plan, shown: Shown, table: pd.DataFrame
 
 def alt_text(shown: Shown, table: pd.DataFrame) -> str:
     """For who does not see the figure: what is drawn, and the ends of what it shows."""
-    return f"{shown.says} {reading(shown.read(table))}"
+    return f"{shown.says} {reading(shown.subject(shown.rows(table)))}"
 
 
 def reading(rows: pd.DataFrame) -> str:
     """The largest and the smallest value of a table, with interval, and whose they are."""
     if "carried" in rows:  # a curve over shares of tokens
         worst = rows[rows.share <= 0.01].groupby("model", sort=False).carried.max().dropna()
-        return f"The worst 1 % of tokens carry {worst.min():.0%} to {worst.max():.0%} of it."
+        least, most = (f"{100 * share:.0f} %" for share in (worst.min(), worst.max()))
+        return f"The worst 1 % of tokens carry {least} to {most} of it."
     known = rows[rows.delta_nats.notna()]
     if known.empty:
         return "Nothing of it is known: no token was changed."
@@ -200,7 +201,9 @@ def definitions(labels: Iterable[str]) -> list[str]:
     names = dict.fromkeys(re.split(r"[(,]", label)[0] for label in labels)
     docs = {name: inspect.getdoc(PERTURBATIONS[name]) for name in names if name in PERTURBATIONS}
     first = {name: " ".join((doc or "").split("\n\n")[0].split()) for name, doc in docs.items()}
-    return [MARKUP.sub(r"\1", f"{name}: {text}") for name, text in first.items()]
+    return [
+        CODE.sub(r'"\1"', EMPHASIS.sub(r"\1", f"{name}: {text}")) for name, text in first.items()
+    ]
 
 
 def versions_text(plan: Plan) -> str:

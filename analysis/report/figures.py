@@ -10,14 +10,35 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import plots
+from analysis import plots, stats
 from analysis.measure import Results
 
 SUBJECT = "DropTop(1)"
 NOISE, TOP = r"GaussianNoise\([^,]+\)", r"DropTop\(\d+\)"
-CONTROLS = r"(DropTop|DropChosen|DropUnchosen)\(1\)|RandomRouting\([^,]+\)|NoRouted"
 STAGES = r"DropTop\(1\)(, stage \d+)?(, scores)?"
+CONTROLS = (SUBJECT, "DropChosen(1)", "DropUnchosen(1)", "RandomRouting", "NoRouted")
 Table = Callable[[Results], pd.DataFrame]
+Rows = Callable[[pd.DataFrame], pd.DataFrame]
+
+
+def every(table: pd.DataFrame) -> pd.DataFrame:
+    """All rows."""
+    return table
+
+
+def where(column: str, pattern: str) -> Rows:
+    """Those rows in which that column fits the pattern, whole."""
+    return lambda table: table[table[column].str.fullmatch(pattern)]
+
+
+def controls(damage: pd.DataFrame) -> pd.DataFrame:
+    """DropTop(1) and what stands beside it; of random routing the greatest share."""
+    found = [
+        stats.find(rows, name).tail(1)
+        for _, rows in damage.groupby(stats.CHECKPOINT, sort=False)
+        for name in CONTROLS
+    ]
+    return pd.concat(found)
 
 
 class Shown(NamedTuple):
@@ -26,23 +47,15 @@ class Shown(NamedTuple):
     table     what it is drawn from, without rows where the study has nothing of it
     picture   draws that table
     says      a sentence: what is drawn; its caption begins with it
-    labels    fits (whole) the labels of those rows that are drawn, where the table has labels
-    subject   likewise, of those that it is there for; default: all that are drawn
+    rows      those of the table that are drawn
+    subject   those of them that it is there for, of which the caption tells the ends
     """
 
     table: Table
     picture: Callable[[pd.DataFrame], Axes | Figure]
     says: str
-    labels: str = ".*"
-    subject: str | None = None
-
-    def rows(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Those that are drawn."""
-        return table[table.label.str.fullmatch(self.labels)] if "label" in table else table
-
-    def read(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Those of them that it is there for."""
-        return self._replace(labels=self.subject or self.labels).rows(table)
+    rows: Rows = every
+    subject: Rows = every
 
 
 def fitting(pattern: str) -> Table:
@@ -74,51 +87,51 @@ FIGURES = {
         "What each token's first choice is worth: change of loss when it is disabled (DropTop(1)), "
         "beside the controls: an expert that the token does not use, any one that it uses, routing "
         "of another token, and no routed expert at all.",
-        CONTROLS,
-        re.escape(SUBJECT),
+        controls,
+        where("label", re.escape(SUBJECT)),
     ),
     "droptop_strength": Shown(
         fitting(TOP),
         lambda t: plots.damage_curve(t, "DropTop"),
         "Change of loss over the number of highest-ranked experts that are disabled for each "
         "token, a line for each model.",
-        TOP,
+        where("label", TOP),
     ),
     "droptop_mass": Shown(
         fitting(TOP),
         lambda t: plots.damage_curve(t, "DropTop", x="mass_moved"),
         "Change of loss when highest-ranked experts are disabled, over the routing mass that this "
         "moves (total variation between a token's clean and perturbed weights).",
-        TOP,
+        where("label", TOP),
     ),
     "noise_strength": Shown(
         fitting(NOISE),
         lambda t: plots.damage_curve(t, "GaussianNoise"),
         "Change of loss over the standard deviation of Gaussian noise on the router's logits, in "
         "units of each token's own.",
-        NOISE,
+        where("label", NOISE),
     ),
     "noise_mass": Shown(
         fitting(NOISE),
         lambda t: plots.damage_curve(t, "GaussianNoise", "mass_moved"),
         "Change of loss under noise on the router's logits, over the routing mass that it moves: "
         "a standard deviation means something else in every model.",
-        NOISE,
+        where("label", NOISE),
     ),
     "noise_doses": Shown(
         fitting(NOISE),
         lambda t: plots.dose_panels(t, "GaussianNoise"),
         "Change of loss under noise on the router's logits, over four doses: its standard "
         "deviation, mass moved, experts exchanged, and the relative change of the layer's output.",
-        NOISE,
+        where("label", NOISE),
     ),
     "stages": Shown(
         fitting(STAGES),
         plots.stage_dots,
         "Change of loss when the first choice is disabled in all routers and at each stage alone, "
         "masked on logits or on scores (after the softmax).",
-        STAGES,
-        re.escape(SUBJECT),
+        where("label", STAGES),
+        where("label", re.escape(SUBJECT)),
     ),
     "catalogue": Shown(
         lambda r: r.damage(full=True),
@@ -130,24 +143,28 @@ FIGURES = {
         plots.split_bars,
         "Damage divided by Shapley values among what a changed decision changes: the set of "
         "experts, their weights, and mass that is lost.",
+        where("part", "set|weights|mass"),
     ),
     "cascade": Shown(
         lambda r: r.cascade(),
         plots.cascade_dots,
         "Damage with later routers working from the changed stream, and with their clean "
         "decisions replayed; the difference is the cascade.",
+        subject=where("part", "cascade"),
     ),
     "layers": Shown(
         lambda r: r.additivity(),
         plots.layer_profile,
         "Damage at each router alone over the depth of the model; beside it their sum, and the "
         "damage at all of them at once.",
+        subject=where("part", "layer.*"),
     ),
     "gap": Shown(
         flips_per_token,
         plots.gap_curve,
         "Damage of the worst flips of experts that were found within a budget, and of as many "
         "random ones; the space between the lines is the robustness gap.",
+        subject=where("part", "gap"),
     ),
     "tails": Shown(
         of_tokens(lambda r: r.tail_curve([SUBJECT])),

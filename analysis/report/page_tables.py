@@ -21,8 +21,8 @@ SHOWN: dict[str, tuple[str, dict[str, str]]] = {
                "perplexity": "perplexity", "bits_per_byte": "bits per byte"},
     ),
     "contrasts": (
-        "Contrasts named beforehand",
-        {"model": "reference less", "condition": "condition"} | COST
+        "Contrasts named beforehand: the reference less each model",
+        {"model": "model", "condition": "condition"} | COST
         | {"p": "p", "min_p": "smallest p", "p_holm": "p (Holm)", "verdict": "verdict",
            "speaks_for": "speaks for"},
     ),
