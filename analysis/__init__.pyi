@@ -62,6 +62,7 @@ from .perturb import Worst as Worst
 from .perturb import cascade_arms as cascade_arms
 from .perturb import site_arms as site_arms
 from .perturb import split_arms as split_arms
+from .report import caption as caption
 from .report import export as export
 from .stats import Bootstrap as Bootstrap
 from .stats import latex as latex

@@ -1,5 +1,5 @@
-"""python -m analysis run STUDY.toml | summarize | plot | export DIR | record | overlap MODEL |
-models | schema"""
+"""python -m analysis run STUDY.toml | summarize | plot | report | export DIR | record |
+overlap MODEL | models | schema"""
 
 from __future__ import annotations
 
@@ -185,6 +185,18 @@ def plot(out: Path = OUT, to: Path = TO) -> None:
     from analysis.study import progress_of
 
     _print(progress_of(out), report.plot(out, progress=True, to=to))
+
+
+@app.command()
+def report(
+    study: Path = typer.Argument(metavar="DIR", help="The --out of a study, finished or not."),
+    out: Path = typer.Option(None, "--out", "-o", help="The page; default: DIR/report.html."),
+    progress: bool = typer.Option(True, help="Show a progress bar."),
+) -> None:
+    """Write a study as one page, and print its path: nothing else is needed to read it."""
+    from analysis.report import write_report
+
+    typer.echo(write_report(study, out, progress))
 
 
 @app.command()

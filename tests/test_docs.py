@@ -191,7 +191,7 @@ def printed(directory):
 
 
 def test_commands(printed, directory):
-    assert len(printed) == 13
+    assert len(printed) == 14
     assert re.search(r"^step +2$", printed["info runs/mine"], re.MULTILINE)
     assert "cartesian" in printed["import AUTHORS_DIR --out DIR"]
     dry, run = (text for words, text in printed.items() if words.startswith("run "))
@@ -237,6 +237,7 @@ def test_commands_are_found():
         "analysis run",
         "analysis summarize",
         "analysis plot",
+        "analysis report",
         "analysis export",
         "analysis record",
         "analysis overlap",

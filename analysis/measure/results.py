@@ -21,7 +21,7 @@ from cartmoe.files import path_of
 
 TOKENS = ["document_id", "sequence_id", *BYTES]
 FACTS = ["model", "train_seed", "layer", "stage", "metric", "value"]
-MODELS = ["model", "train_seed", "coverage"]
+MODELS = ["model", "train_seed", "coverage", "parameters", "trained_tokens"]
 # Columns of damage that a reader needs first.
 SHORT = [
     *("model", "train_seed", "label", "num_documents", "num_touched"),
@@ -40,7 +40,8 @@ class Results:
     """Tables: `losses` and `routing` hold sums, everything else is derived.
 
     facts      model, train_seed, layer, stage, metric, value: what is fixed by the architecture
-    models     model, train_seed, coverage: of a pretrained model how much of its experts is seen
+    models     model, train_seed, coverage (of a pretrained model how much of its experts is seen),
+               parameters, trained_tokens (NaN where nothing says how many)
     finished, planned   cells; a half-finished study can be read like a finished one
     cells      a row a finished cell: the columns that name it, shard, seconds
     failed     a row a cell that killed its workers: the columns that name it, shard, reason
@@ -208,8 +209,12 @@ def describe(model: Adapter) -> Description:
         for site in model.sites()
         for metric, value in model.router(site).facts.items()
     ]
-    covered = named | {"coverage": getattr(model, "coverage", "")}
-    return Description(model.name, model.family, model.train_seed, facts, covered)
+    described = named | {
+        "coverage": getattr(model, "coverage", ""),
+        "parameters": sum(p.numel() for p in model.module.parameters()),
+        "trained_tokens": getattr(model, "trained_on", {}).get("tokens"),
+    }
+    return Description(model.name, model.family, model.train_seed, facts, described)
 
 
 def join(measured: Sequence[tuple[Adapter, Sequence[Cell]]]) -> Results:

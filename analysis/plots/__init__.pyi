@@ -22,4 +22,5 @@ from .routing import flip_calibration as flip_calibration
 from .routing import saturation_curve as saturation_curve
 from .style import FAMILY_STYLE as FAMILY_STYLE
 from .style import paper_style as paper_style
+from .style import picture_bytes as picture_bytes
 from .style import save as save

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -213,26 +214,45 @@ def darker(color: str, share: float = 0.25) -> str:
     return to_hex((1 - share) * np.array(to_rgb(color)))
 
 
-def save(figure_or_axes: Figure | Axes, stem: str | Path) -> list[Path]:
-    """Write stem.png (300 dpi) and stem.pdf (text kept as text); returns both paths.
+# Text stays text in a PDF and in an SVG (paper.mplstyle): it can be searched and copied, and is
+# smaller than letters drawn as paths. No dates: the same picture is the same bytes.
+KINDS: dict[str, dict[str, Any]] = {
+    "png": {"dpi": 300},
+    "pdf": {"metadata": {"CreationDate": None}},
+    "svg": {"metadata": {"Date": None}},
+}
+
+
+def save(figure_or_axes: Figure | Axes, stem: str | Path, text: str | None = None) -> list[Path]:
+    """Write stem.png (300 dpi), stem.pdf and stem.svg (text kept as text); returns the paths.
+
+    text   what is to stand beside them, such as `analysis.caption` gives, as stem.txt
 
     Folders are made, files replaced only when they are complete; the figure stays open.
     """
-    figure = getattr(figure_or_axes, "figure", figure_or_axes)
     stem = Path(stem)
-    if stem.suffix in (".png", ".pdf"):
+    if stem.suffix.removeprefix(".") in KINDS:
         stem = stem.with_suffix("")
     stem.parent.mkdir(parents=True, exist_ok=True)
+    contents = {kind: picture_bytes(figure_or_axes, kind, stem.name) for kind in KINDS}
+    contents |= {} if text is None else {"txt": text.encode()}
     paths = []
-    kinds: dict[str, Any] = {"png": {"dpi": 300}, "pdf": {"metadata": {"CreationDate": None}}}
-    for kind, options in kinds.items():
+    for kind, content in contents.items():
         path = stem.with_name(f"{stem.name}.{kind}")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with paper_style():
-                figure.savefig(temporary, format=kind, **options)
+            temporary.write_bytes(content)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         paths.append(path)
     return paths
+
+
+def picture_bytes(figure_or_axes: Figure | Axes, kind: str, name: str) -> bytes:
+    """The picture as a file of that kind ("png", "pdf", "svg"), whose ids follow from `name`."""
+    figure = getattr(figure_or_axes, "figure", figure_or_axes)
+    file = io.BytesIO()
+    with paper_style(), mpl.rc_context({"svg.hashsalt": name}):
+        figure.savefig(file, format=kind, **KINDS[kind])
+    return file.getvalue()

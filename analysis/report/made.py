@@ -71,10 +71,10 @@ def write_tables(
     return list(paths)
 
 
-def draw(picture: Picture, path: Path) -> list[Path]:
-    """The picture in the paper's style, saved as the path with each ending."""
+def draw(picture: Picture, path: Path, text: str | None = None) -> list[Path]:
+    """The picture in the paper's style, saved as the path with each ending, its text beside it."""
     with plots.paper_style():
         drawing = picture()
-        files = plots.save(drawing, path)
+        files = plots.save(drawing, path, text)
         plt.close(getattr(drawing, "figure", drawing))
     return files

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from analysis.adapters import Adapter, load
 from analysis.overlap import Overlap
 from analysis.overlap.metrics import METRICS
 from analysis.plots import SHARES, SIMILAR
+from analysis.report.cite import BIBTEX
 from analysis.report.made import Note, Picture, draw, write_note, write_tables
 from analysis.stats import CHECKPOINT, facts_of
 from analysis.study import manifest
@@ -72,16 +73,37 @@ def write_overlap(overlap: Overlap, out: Path, asked: dict[str, Any]) -> list[Pa
     said, note = asked | manifest(), out / MANIFEST
     write_note(note, said, [])
     files = write_tables({n: t for n, t in overlap.tables.items() if not t.empty}, out)
-    for name, picture in _pictures(overlap):
-        files += draw(picture, out / "figures" / name)
+    for name, picture, metrics, own in _pictures(overlap):
+        files += draw(picture, out / "figures" / name, _words(metrics, own, asked))
     write_note(note, said, files)
     return [note, *files]
 
 
-def _pictures(overlap: Overlap) -> Iterator[tuple[str, Picture]]:
-    """For all models one picture a metric of pairs; for each model its first site in detail."""
+def _words(metrics: Iterable[str], overlap: Overlap, asked: Mapping[str, Any]) -> str:
+    """Beside a picture of these metrics: what they are, of which models, on what, how to cite."""
+    rows = pd.concat(overlap.tables.values())
+    rows = rows[rows.metric.isin([*metrics])]
+    said = [f"{facts_of(name).label}: {METRICS[name].about}." for name in rows.metric.unique()]
+    checkpoints = rows[["model", "train_seed"]].drop_duplicates().itertuples()
+    models = [f"{row.model} (seed {row.train_seed})" for row in checkpoints]
+    said.append(f"Models: {', '.join(models)}.")
+    if "corpus" in asked:
+        said.append(
+            f"Text: {asked['documents']} documents at most of {asked['corpus']}, {asked['length']} "
+            f"tokens of each; probe: {asked['probe']} tokens."
+        )
+    resampled = rows[rows.low.notna()]
+    if len(resampled):
+        number, unit = resampled.num_units.max(), resampled.unit.iloc[0]
+        said.append(f"Intervals: 95 %, jackknife, n = {number} ({unit}); null: under chance.")
+    return f"{' '.join(said)}\n\n{BIBTEX}"
+
+
+def _pictures(overlap: Overlap) -> Iterator[tuple[str, Picture, Sequence[str], Overlap]]:
+    """Its name, what draws it, of which metrics and what it is. For all models one picture a metric
+    of pairs; for each model its first site in detail."""
     for name in _within_sites(overlap):
-        yield name, partial(plots.overlap_profile, overlap, name)
+        yield name, partial(plots.overlap_profile, overlap, name), [name], overlap
     rows = pd.concat([table[CHECKPOINT] for table in overlap.tables.values()])
     for checkpoint in rows.drop_duplicates().itertuples(index=False):
         own = overlap.map(partial(_rows_of, checkpoint))
@@ -91,13 +113,14 @@ def _pictures(overlap: Overlap) -> Iterator[tuple[str, Picture]]:
                 draw = partial(plots.substitution_matrix, own, **_first_site(own, name))
             else:
                 draw = partial(plots.overlap_heatmap, own, name)  # of the first site
-            yield f"{stem}-{name}", draw
+            yield f"{stem}-{name}", draw, [name], own
         for layer in _cartesian_layers(own)[:1]:
-            yield f"{stem}-usage", partial(plots.cartesian_usage, own, layer=layer)
+            usage = partial(plots.cartesian_usage, own, layer=layer)
+            yield f"{stem}-usage", usage, ["transition", *SHARES, *SIMILAR], own
         name = "domain_specialization"
         if name in set(own.experts.metric):
             draw = partial(plots.specialization, own, **_first_site(own, name))
-            yield f"{stem}-domains", draw
+            yield f"{stem}-domains", draw, [name], own
 
 
 def _within_sites(overlap: Overlap) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -12,13 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from analysis import plots
-from analysis.measure import Results
+from analysis.report.captions import words
+from analysis.report.figures import drawn, shown_in
 from analysis.report.made import Note, draw, write_note, write_tables
 from analysis.report.text import describe, tables
 from analysis.study import STORE, Store, read, read_plan, source_sha256
@@ -30,52 +26,6 @@ from cartmoe.lock import locked
 NOTE = ".made.json"  # what tables or figures were made from, and their names
 # The rooms that decide what they look like.
 CODE = ("analysis/measure", "analysis/stats", "analysis/plots", "analysis/report")
-# The table a picture is drawn from, empty where the study has nothing of it; and the picture.
-Picture = tuple[Callable[[Results], pd.DataFrame], Callable[[pd.DataFrame], Axes | Figure]]
-
-
-def fitting(pattern: str) -> Callable[[Results], pd.DataFrame]:
-    """The table of damage if a label (see `stats.label`) fits the pattern, else none of it."""
-
-    def table(results: Results) -> pd.DataFrame:
-        damage = results.damage(full=True)
-        return damage if damage.label.str.fullmatch(pattern).any() else damage[:0]
-
-    return table
-
-
-def of_tokens(table: Callable[[Results], pd.DataFrame]) -> Callable[[Results], pd.DataFrame]:
-    """That table of DropTop(1) if it was measured and every token's loss was kept."""
-    subject = fitting(re.escape(SUBJECT))
-    return lambda r: table(r) if r.tokens and len(subject(r)) else pd.DataFrame()
-
-
-def flips_per_token(results: Results) -> pd.DataFrame:
-    """The robustness gaps that stand on one axis."""
-    gap = results.gap()
-    return gap[gap.per == "token"] if len(gap) else gap
-
-
-SUBJECT = "DropTop(1)"
-NOISE, TOP = r"GaussianNoise\([^,]+\)", r"DropTop\(\d+\)"
-
-FIGURES: dict[str, Picture] = {
-    "droptop_strength": (fitting(TOP), lambda t: plots.damage_curve(t, "DropTop")),
-    "droptop_mass": (fitting(TOP), lambda t: plots.damage_curve(t, "DropTop", x="mass_moved")),
-    "noise_strength": (fitting(NOISE), lambda t: plots.damage_curve(t, "GaussianNoise")),
-    "noise_mass": (fitting(NOISE), lambda t: plots.damage_curve(t, "GaussianNoise", "mass_moved")),
-    "noise_doses": (fitting(NOISE), lambda t: plots.dose_panels(t, "GaussianNoise")),
-    "controls": (fitting(re.escape(SUBJECT)), plots.control_dots),
-    "stages": (fitting(r"DropTop\(1\)(, stage \d+)?(, scores)?"), plots.stage_dots),
-    "catalogue": (lambda r: r.damage(full=True), plots.catalogue_dots),
-    "split": (lambda r: r.split(), plots.split_bars),
-    "cascade": (lambda r: r.cascade(), plots.cascade_dots),
-    "layers": (lambda r: r.additivity(), plots.layer_profile),
-    "gap": (flips_per_token, plots.gap_curve),
-    "tails": (of_tokens(lambda r: r.tail_curve([SUBJECT])), plots.tail_shares),
-    "position": (of_tokens(lambda r: r.damage_by("position", [SUBJECT])), plots.group_curve),
-    "frequency": (of_tokens(lambda r: r.damage_by("frequency", [SUBJECT])), plots.group_curve),
-}
 
 
 def summarize(out: Path, to: Path | None = None) -> str:
@@ -99,17 +49,15 @@ def summarize(out: Path, to: Path | None = None) -> str:
 
 
 def plot(out: Path, progress: bool = False, to: Path | None = None) -> list[Path]:
-    """Draw every figure that the study has the conditions for: PNG and PDF in figures/ of `to`,
-    by default of `out`."""
+    """Draw every figure that the study has the conditions for: PNG, PDF and SVG in figures/ of
+    `to`, by default of `out`, and its words beside it (see `analysis.report.captions`)."""
 
     def write(folder: Path) -> list[Path]:
-        results, files = read(out), []
-        drawn = FIGURES.items() if results.has_conditions else ()
-        bar = tqdm(drawn, desc="drawing", unit="figure", disable=not progress)
-        for name, (table_of, picture) in bar:
-            table = table_of(results)
-            if not table.empty:
-                files += draw(partial(picture, table), folder / name)
+        results, plan, files = read(out), read_plan(out), []
+        bar = tqdm(shown_in(results), desc="drawing", unit="figure", disable=not progress)
+        for name, shown, table in bar:
+            text = words(results, plan, name)
+            files += draw(partial(drawn, shown, table, results), folder / name, text)
         return files
 
     return _once(out, (to or out) / "figures", write)

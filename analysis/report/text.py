@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from analysis import stats
 from analysis.measure import Results
+from analysis.report.verdicts import covered, failed_cells, verdicts
 
-LEAST = 1e-6  # routed weight or output that moved less did not: weights are rounded
 NOT_OF_SEEDS = (
     "Intervals are of documents drawn again, each within the domain of most of its tokens: another "
     "training run is not in them, nor in anything that is said of one checkpoint"
 )
-SETS = ("full", "selection", "no_refill", "part set")  # effects that let another set through
 # Tables of damage taken apart, each a method of `Results`, and their titles.
 APART = {
     "split": "Damage divided: Shapley values, main effects and their interaction",
@@ -23,8 +22,6 @@ APART = {
     "additivity": "Damages at single sites, their sum, and all sites at once",
     "gap": "Robustness gap: the worst flips found against as many random ones",
 }
-# What each expectation is measured by; see `Perturbation.expects`.
-DOSE = {"selection": "changed", "weights": "mass_moved", "output": "output_change"}
 
 
 def tables(results: Results, contrasts: Mapping[str, Any] | None = None) -> dict[str, pd.DataFrame]:
@@ -84,7 +81,7 @@ def describe(
     unfinished = "UNFINISHED: " if results.finished < results.planned else ""
     parts = [
         f"{unfinished}{results.finished} of {results.planned} cells are measured",
-        *_failed(results),
+        *failed_cells(results),
         "Clean validation loss (nats per token [95 % interval over documents; of the standard "
         "library, over packages])",
         _text(made["clean"][columns]),
@@ -96,8 +93,7 @@ def describe(
         parts.append(stats.format_robustness(made["robustness"]))
         damage = made["damage"]
         parts += _every_condition(damage)
-        parts += [*_covered(results), *_identity(damage)]
-        parts += [_positive_control(damage), *_without_effect(damage)]
+        parts += [*covered(results), *verdicts(damage)]
         parts += _taken_apart(made, whole_conditions(damage))
     number = made["clean"].num_documents.min()
     parts += [stats.FEW_NOTE] if number < stats.FEW_DOCUMENTS else []
@@ -117,56 +113,6 @@ def sampling(data: Mapping[str, Any]) -> str:
         f"Text: {documents} of {data['corpus']} ({data['split']}), of each domain as large a share "
         f"as it has of that text; {of_each}"
     )
-
-
-def _said(table: pd.DataFrame, texts: Iterable[str]) -> list[str]:
-    """For each row, of which model it says that."""
-    models = zip(table.model, table.train_seed, texts, strict=True)
-    return [f"{model} (seed {seed}): {text}" for model, seed, text in models]
-
-
-def _failed(results: Results) -> list[str]:
-    failed = results.failed
-    if failed.empty:
-        return []
-    texts = stats.label(failed) + ", shard " + failed.shard.astype(str) + ": " + failed.reason
-    title = f"FAILED: {len(failed)} cells killed their workers"
-    return ["\n  ".join([title, *_said(failed, texts)])]
-
-
-def _identity(damage: pd.DataFrame) -> list[str]:
-    """The verdict on the hooks themselves: an identity that is not exactly 0 voids the study."""
-    identity = damage[damage["name"] == "Identity"]
-    if identity.empty:
-        return []
-    wrong = identity[(identity[["delta_nats", "kl", "mass_moved"]] != 0).any(axis=1)]
-    if wrong.empty:
-        return ["Identity control: hooks alone change nothing, to the last bit: passed"]
-    names = ", ".join(_said(wrong, map("{:g}".format, wrong.delta_nats)))
-    return [f"Identity control FAILED: hooks alone change the loss of {names}"]
-
-
-def _covered(results: Results) -> list[str]:
-    """Of pretrained models, what is seen of their experts."""
-    rows = results.models[results.models.coverage != ""]
-    return [f"{row.model} (seed {row.train_seed}): {row.coverage}" for row in rows.itertuples()]
-
-
-def _positive_control(damage: pd.DataFrame) -> str:
-    if not (damage["name"] == "RandomRouting").any():
-        return "Positive control: RandomRouting was not run, so nothing shows that routing matters"
-    failed = stats.positive_control(damage)
-    number = damage.num_documents.min()
-    if number < stats.FEW_DOCUMENTS:
-        return (
-            f"Positive control: too few documents ({number}; at least {stats.FEW_DOCUMENTS}) to "
-            "show that random routing hurts"
-        )
-    if failed.empty:
-        return "Positive control: random routing hurts every model (interval above 0): passed"
-    texts = stats.interval_texts(failed, "delta_nats", "low", "high", digits=4)
-    names = ", ".join(_said(failed, texts))
-    return f"Positive control FAILED: random routing is not shown to hurt {names}"
 
 
 def _every_condition(damage: pd.DataFrame) -> list[str]:
@@ -189,22 +135,6 @@ def _every_condition(damage: pd.DataFrame) -> list[str]:
 
 def _share(row: Any) -> str:
     return "-" if pd.isna(row.num_touched) else f"{row.num_touched / row.num_tokens:.0%}"
-
-
-def _without_effect(damage: pd.DataFrame) -> list[str]:
-    """Conditions that did not change what they are there to change: they failed, and say nothing
-    of robustness."""
-    failed = []
-    for expects, dose in DOSE.items():
-        # An effect that lets only a part of a changed decision through may let through nothing:
-        # that is a result.
-        through = SETS if expects == "selection" else ("full",)
-        must_move = (damage.expects == expects) & damage.effect.str.startswith(through)
-        wrong = must_move & (damage.strength != 0) & ~(damage[dose] >= LEAST)
-        failed.append(damage[wrong].assign(dose=dose))
-    found = pd.concat(failed).sort_index()
-    names = "; ".join(_said(found, found.label + " has " + found.dose + " of 0"))
-    return [f"FAILED, changed nothing: {names}"] if names else []
 
 
 def _taken_apart(made: Mapping[str, pd.DataFrame], whole: list[str]) -> list[str]:

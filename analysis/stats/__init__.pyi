@@ -43,6 +43,8 @@ from .robustness import robustness_table as robustness_table
 from .seeds import over_seeds as over_seeds
 from .texts import FEW_DOCUMENTS as FEW_DOCUMENTS
 from .texts import FEW_NOTE as FEW_NOTE
+from .texts import bounds_of as bounds_of
+from .texts import column_texts as column_texts
 from .texts import interval_texts as interval_texts
 from .texts import number_text as number_text
 from .tokens import tail_curve as tail_curve

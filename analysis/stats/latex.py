@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 
 import pandas as pd
 
 from analysis.stats.bootstrap import whole
 from analysis.stats.columns import check_choice
-from analysis.stats.texts import FEW, FEW_NOTE, interval_texts, number_text
-
-# Columns of bounds, by the column that they are of, beside NAME_low and NAME_high, NAME low and
-# NAME high.
-BOUNDS = {
-    **dict.fromkeys(("delta_nats", "nats", "value", "r"), ("low", "high")),
-    "delta_bits_per_byte": ("bpb_low", "bpb_high"),
-    "bits_per_byte": ("bpb_low", "bpb_high"),
-    "perplexity_ratio": ("ratio_low", "ratio_high"),
-}
-UNSIGNED = ("nats", "bits_per_byte", "perplexity", "perplexity_ratio")  # no changes
+from analysis.stats.texts import FEW, FEW_NOTE, bounds_of, column_texts, value_text
 
 
 def latex(
@@ -47,7 +37,7 @@ def latex(
     table = table.set_axis(table.columns.map(str), axis=1)
     if not table.columns.is_unique:
         raise ValueError(f"table has two columns of one name; it has {', '.join(table.columns)}")
-    bounds = {name: found for name in table if (found := _bounds_of(table, name))}
+    bounds = {name: found for name in table if (found := bounds_of(table, name))}
     beside = {bound for found in bounds.values() for bound in found}
     chosen = columns or [name for name in table if name not in beside]
     for name in chosen:
@@ -55,7 +45,7 @@ def latex(
     if not isinstance(chosen, Mapping):
         chosen = {name: name.replace("_", " ") for name in chosen}
     cells = {
-        name: _intervals(table, name, bounds[name], digits)
+        name: [_number(text) for text in column_texts(table, name, digits)]
         if name in bounds
         else [_text(value, digits) for value in table[name]]
         for name in chosen
@@ -74,24 +64,12 @@ def latex(
     return f"% {FEW_NOTE}\n{text}" if few and not caption else text
 
 
-def _bounds_of(table: pd.DataFrame, name: str) -> tuple[str, str] | None:
-    candidates = [(f"{name}_low", f"{name}_high"), (f"{name} low", f"{name} high")]
-    candidates += [BOUNDS[name]] if name in BOUNDS else []
-    return next((pair for pair in candidates if set(pair) <= set(table.columns)), None)
-
-
-def _intervals(table: pd.DataFrame, name: str, bounds: tuple[str, str], digits: int) -> list[str]:
-    texts = interval_texts(table, name, *bounds, digits=digits)
-    return [_number(text.removeprefix("+") if name in UNSIGNED else text) for text in texts]
-
-
 def _text(value: object, digits: int) -> str:
-    if value is None or value is pd.NA or value is pd.NaT or value != value:
-        return "-"
-    if not isinstance(value, Real):
-        text = _escaped(str(value))
-        return f"{{}}{text}" if text.startswith("[") else text  # else an option of what is before
-    return _number(str(value) if isinstance(value, Integral) else number_text(float(value), digits))
+    text = value_text(value, digits)
+    if isinstance(value, Real) or text == "-":
+        return _number(text)
+    text = _escaped(text)
+    return f"{{}}{text}" if text.startswith("[") else text  # else an option of what is before
 
 
 def _number(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,16 @@ FEW_NOTE = (
     "intervals 82 % held the truth at 10 documents, 77 % at 5, 47 % at 2"
 )
 SMALLEST = 6  # decimals; what is smaller is written with an exponent
+
+# Columns of bounds, by the column that they are of, beside NAME_low and NAME_high, NAME low and
+# NAME high.
+BOUNDS = {
+    **dict.fromkeys(("delta_nats", "nats", "value", "r"), ("low", "high")),
+    "delta_bits_per_byte": ("bpb_low", "bpb_high"),
+    "bits_per_byte": ("bpb_low", "bpb_high"),
+    "perplexity_ratio": ("ratio_low", "ratio_high"),
+}
+UNSIGNED = ("nats", "bits_per_byte", "perplexity", "perplexity_ratio")  # no changes
 
 
 def decimals(values: Iterable[float], digits: int = 3) -> int:
@@ -52,6 +63,28 @@ def interval_texts(
     few = table.get("num_documents", pd.Series(np.inf, table.index)) < FEW_DOCUMENTS
     marks = [FEW if f else "" for f in few]
     return [_text(*each, digits, sign) for each in zip(numbers.to_numpy(), marks, strict=True)]
+
+
+def bounds_of(table: pd.DataFrame, name: str) -> tuple[str, str] | None:
+    """The columns with the bounds of that one, if it has any."""
+    candidates = [(f"{name}_low", f"{name}_high"), (f"{name} low", f"{name} high")]
+    candidates += [BOUNDS[name]] if name in BOUNDS else []
+    return next((pair for pair in candidates if set(pair) <= set(table.columns)), None)
+
+
+def column_texts(table: pd.DataFrame, name: str, digits: int = 3) -> list[str]:
+    """A column as people read it, each cell with its bounds where the table has them."""
+    if bounds := bounds_of(table, name):
+        return interval_texts(table, name, *bounds, digits=digits, sign=name not in UNSIGNED)
+    return [value_text(value, digits) for value in table[name]]
+
+
+def value_text(value: object, digits: int = 3) -> str:
+    """A number, whole or with so many decimals, or a text; "-" for what is missing."""
+    if value is None or value is pd.NA or value is pd.NaT or value != value:
+        return "-"
+    whole = not isinstance(value, Real) or isinstance(value, Integral)
+    return str(value) if whole else number_text(float(value), digits)  # type: ignore[arg-type]
 
 
 def _text(row: Sequence[float], mark: str, digits: int, sign: bool) -> str:

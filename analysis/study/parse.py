@@ -40,8 +40,9 @@ def read_study(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no study at {path}")
     with named(f"{path}: not TOML"):
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    return study_fields(table, str(path), path.stem)
+        text = path.read_text(encoding="utf-8-sig")
+        table = tomllib.loads(text)
+    return study_fields(table, str(path), path.stem) | {"toml": text}
 
 
 def study_fields(table: Mapping[str, Any], origin: str, default_name: str) -> dict[str, Any]:

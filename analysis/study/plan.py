@@ -21,7 +21,7 @@ from analysis.study.store import cell_key
 from analysis.study.study import Study
 from analysis.study.texts import Texts, tokenizer_of
 from analysis.study.worker import PlannedCell, Source, Task, opened
-from cartmoe.checkpoint import read_config
+from cartmoe.checkpoint import read_config, read_meta
 from cartmoe.hooks import RouterSite
 
 TASKS_A_WORKER = 3  # at least so many, so that none waits long for the last one
@@ -145,7 +145,9 @@ class Plan:
         if spec.hf and checkpoint:
             return opened(checkpoint.path.resolve(), checkpoint.identity, spec.name)
         config = read_config(checkpoint.path) if checkpoint else spec.config
-        return skeleton(config, name=spec.name, train_seed=spec.train_seed)
+        model = skeleton(config, name=spec.name, train_seed=spec.train_seed)
+        model.trained_on = read_meta(checkpoint.path) if checkpoint else {}
+        return model
 
     def _subject(self, model: Adapter, spec: ModelSpec) -> Subject:
         model.train_seed = spec.train_seed

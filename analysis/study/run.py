@@ -63,7 +63,7 @@ def run(
     with locked(out), Store(out / STORE) as store:
         finished = _undamaged(store)
         work = _ready(plan, out, finished, trainers_of(study, executor, plan.threads), progress)
-        write_sealed(out / PLAN, _described(study, work))
+        write_sealed(out / PLAN, _described(plan, work))
         _measure_missing(plan, work, finished, store, executor, progress)
         try:
             return read(out)
@@ -161,10 +161,13 @@ def _measure_missing(
                 bar.update(len(task.cells))
 
 
-def _described(study: Study, work: Sequence[Work]) -> dict[str, Any]:
+def _described(plan: Plan, work: Sequence[Work]) -> dict[str, Any]:
     """plan.json names every cell, so that results can be read without the models or the data."""
+    study, texts = plan.study, plan.texts.values()
     return {
         "study": study_dict(study),
+        "toml": study.toml,
+        "corpus_fingerprint": next(iter(texts)).corpus.fingerprint,
         "contrasts": study.contrasts and asdict(study.contrasts),
         "manifest": manifest(),
         "facts": [row for w in work for row in w.described.facts],

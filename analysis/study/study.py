@@ -55,6 +55,7 @@ class Study:
 
     only     the models of those conditions that are not for all
     origin   what errors name: the file that it was read from
+    toml     the text of that file
     """
 
     name: str
@@ -65,6 +66,7 @@ class Study:
     contrasts: Contrasts | None = None
     only: Mapping[Condition, Only] = field(default_factory=dict, hash=False)
     origin: str = field(default="study", compare=False)
+    toml: str = field(default="", compare=False, repr=False)
 
     @classmethod
     def read(cls, path: str | Path) -> Study:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from analysis.__main__ import app
 
-COMMANDS = ["run", "summarize", "plot", "export"]
+COMMANDS = ["run", "summarize", "plot", "report", "export"]
 
 
 def call(*arguments):
@@ -94,6 +94,17 @@ def test_export(small, tmp_path):
     assert result.stdout.splitlines() == [str(tmp_path / f"{name}.csv") for name in names]
 
 
+def test_report(small, tmp_path):
+    _, out, _ = small
+    result = call("report", out, "-o", tmp_path / "page.html", "--no-progress")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == f"{tmp_path / 'page.html'}\n"
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+    assert (
+        error_of("report", out, "-o", tmp_path) == f"out is '{tmp_path}', a directory; name a file"
+    )
+
+
 def test_workers(small, tmp_path):
     """Of a finished study nothing is left to do for them."""
     path, out, _ = small
@@ -168,7 +179,7 @@ def test_wrong_usage(arguments):
 # ---- mistakes
 
 
-@pytest.mark.parametrize("command", ["summarize", "plot", "export"])
+@pytest.mark.parametrize("command", COMMANDS[1:])
 def test_directories_without_a_study(tmp_path, command):
     for path in (tmp_path / "missing", tmp_path, tmp_path / "file"):
         (tmp_path / "file").write_text("x")

@@ -140,8 +140,8 @@ def test_tables(finished, tmp_path):
 
 def test_pictures(finished, tmp_path, monkeypatch):
     """One of them: a damaged one is drawn anew with all others, which takes seconds."""
-    figures = {"catalogue": report.study.FIGURES["catalogue"]}
-    monkeypatch.setattr(report.study, "FIGURES", figures)
+    figures = {"catalogue": report.figures.FIGURES["catalogue"]}
+    monkeypatch.setattr(report.figures, "FIGURES", figures)
     shutil.copytree(
         finished[1], tmp_path / "kept", ignore=shutil.ignore_patterns("models", "figures")
     )

@@ -21,7 +21,7 @@ import analysis as an
 from cartmoe.checkpoint import newest
 
 pytestmark = pytest.mark.slow
-COMMANDS = ("train", "run", "summarize", "plot", "export", "record", "overlap")
+COMMANDS = ("train", "run", "summarize", "plot", "report", "export", "record", "overlap")
 
 
 @pytest.fixture
@@ -39,6 +39,8 @@ def command_of(finished, corpus):
             "run": [*analysis, "run", str(toml), quiet, "--out", str(out)],
             "summarize": [*analysis, "summarize", str(out)],
             "plot": [*analysis, "plot", str(out)],
+            "report": [*analysis, "report", str(out_of_study), quiet, "--out",
+                       str(out / "page.html")],
             "export": [*analysis, "export", str(out_of_study), "--format", "csv",
                        "--out", str(out)],
             "record": [*analysis, "record", str(model), "--study", str(toml), quiet,
@@ -95,12 +97,13 @@ def test_a_place_where_nobody_can_write(finished, command_of, tmp_path, name):
     assert str(place) in done.stderr
 
 
-@pytest.mark.parametrize("name", ["summarize", "plot", "export"])
+@pytest.mark.parametrize("name", ["summarize", "plot", "report", "export"])
 def test_a_finished_study_is_read_from_there(finished, tmp_path, name):
     place = tmp_path / "place"
     shutil.copytree(finished[1], place)
     command = [sys.executable, "-m", "analysis", name, str(place)]
-    command += ["--out" if name == "export" else "--to", str(tmp_path / "here")]
+    here = tmp_path / "here" / ("page.html" if name == "report" else "")
+    command += ["--to" if name in ("summarize", "plot") else "--out", str(here)]
     command += ["--format", "csv"] if name == "export" else []
     done = without_writing(place, command)
     assert done.returncode == 0, done.stderr

@@ -267,10 +267,10 @@ def test_the_scale_widens_only_where_it_must(frame):
     assert plots.damage_curve(curve).get_yscale() == "symlog"
 
 
-def test_save_writes_both_files_with_text_and_nothing_else(frame, tmp_path):
+def test_save_writes_three_files_with_text_and_nothing_else(frame, tmp_path):
     ax = plots.damage_curve(frame)
     paths = plots.save(ax, tmp_path / "new" / "figure.1")
-    assert paths == [tmp_path / "new" / "figure.1.png", tmp_path / "new" / "figure.1.pdf"]
+    assert paths == [tmp_path / "new" / f"figure.1.{kind}" for kind in ("png", "pdf", "svg")]
     assert sorted(paths[0].parent.iterdir()) == sorted(paths)
     assert paths[0].read_bytes().startswith(b"\x89PNG")
     assert plt.imread(paths[0]).shape[1] == round(3.3 * 300)
@@ -278,8 +278,14 @@ def test_save_writes_both_files_with_text_and_nothing_else(frame, tmp_path):
     assert b"/TrueType" in pdf or b"/CIDFontType2" in pdf
     assert b"/Type3" not in pdf
     assert plt.fignum_exists(ax.figure.number)
+    svg = paths[2].read_text()
+    assert ">change of loss (nats per token)</text>" in svg
+    assert "<dc:date>" not in svg
     assert plots.save(ax.figure, tmp_path / "again.pdf")[0] == tmp_path / "again.png"
-    assert plots.save(ax, tmp_path / "new" / "figure.1")[1].read_bytes() == pdf
+    again = plots.save(ax, tmp_path / "new" / "figure.1", "what it shows")
+    assert [path.read_bytes() for path in again[1:3]] == [pdf, svg.encode()]
+    assert again[3] == tmp_path / "new" / "figure.1.txt"
+    assert again[3].read_text() == "what it shows"
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -287,8 +293,8 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     old = tmp_path / "a.png"
     old.write_bytes(b"old")
 
-    def break_down(path, **_):
-        path.write_bytes(b"half")
+    def break_down(file, **_):
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(figure, "savefig", break_down)

@@ -7,6 +7,7 @@ import sys
 import pandas as pd
 import pytest
 
+from analysis.report.page import write_report
 from analysis.report.study import export, plot, summarize
 from analysis.study.folder import read
 from analysis.study.run import run
@@ -87,6 +88,7 @@ def test_a_study_that_nobody_may_write_to(done, tmp_path):
     (picture, *_) = plot(study, to=tmp_path / "mine")
     assert picture.parent == tmp_path / "mine" / "figures"
     export(study, "csv", tmp_path / "mine")
+    assert write_report(study, tmp_path / "mine" / "page.html").is_file()
     assert before == {path: path.stat().st_mtime_ns for path in sorted(study.rglob("*"))}
 
 

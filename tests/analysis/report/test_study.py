@@ -18,7 +18,7 @@ from analysis.perturb.decisions import TopK
 from analysis.perturb.flips import Worst
 from analysis.perturb.logits import GaussianNoise, RandomRouting
 from analysis.perturb.masks import DropTop
-from analysis.report.study import FIGURES
+from analysis.report.figures import FIGURES, drawn
 from analysis.report.text import describe, measured, sampling, tables
 from analysis.study.specs import Data
 
@@ -88,11 +88,10 @@ def test_from_a_sweep_to_every_table(made):
 
 
 def test_every_figure_is_drawn_from_a_whole_study(made):
-    for name, (table_of, picture) in FIGURES.items():
-        table = table_of(made)
+    for name, shown in FIGURES.items():
+        table = shown.table(made)
         assert len(table), name
-        drawing = picture(table)
-        plt.close(drawing.figure)
+        plt.close(drawn(shown, table, made))
 
 
 def test_the_text_has_every_section(made):

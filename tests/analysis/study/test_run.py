@@ -24,7 +24,7 @@ from analysis.perturb.condition import Condition
 from analysis.perturb.decisions import UniformWeights
 from analysis.perturb.logits import GaussianNoise, RandomRouting
 from analysis.perturb.masks import DropTop
-from analysis.report.study import FIGURES
+from analysis.report.figures import FIGURES
 from analysis.report.text import describe
 from analysis.study.estimate import dry_run
 from analysis.study.folder import _paired, read
@@ -112,7 +112,7 @@ def test_what_a_study_leaves(done, tiny):
     figures = {path.name for path in (done / "figures").glob("[!.]*")}
     drawn = ("droptop_strength", "droptop_mass", "noise_strength", "noise_mass", "noise_doses",
              "controls", "stages", "catalogue")  # fmt: skip
-    assert figures == {f"{name}.{kind}" for name in drawn for kind in ("pdf", "png")}
+    assert figures == {f"{name}.{kind}" for name in drawn for kind in ("pdf", "png", "svg", "txt")}
     text = report.summarize(done)
     assert text == (done / "robustness.txt").read_text()
     assert "UNFINISHED" not in text
@@ -158,7 +158,7 @@ def test_again_does_nothing(done, tiny):
 def two_figures(monkeypatch):
     """A figure takes half a second."""
     chosen = {name: FIGURES[name] for name in ("controls", "noise_mass")}
-    monkeypatch.setattr("analysis.report.study.FIGURES", chosen)
+    monkeypatch.setattr("analysis.report.figures.FIGURES", chosen)
 
 
 @pytest.mark.usefixtures("two_figures")
