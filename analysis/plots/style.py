@@ -1,10 +1,8 @@
-"""What all pictures share: size, fonts, a colour and a marker for each family, scales, saving."""
+"""What all pictures share: size, fonts, a color and a marker for each family."""
 
 from __future__ import annotations
 
 import inspect
-import io
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -212,47 +210,3 @@ def marker_look(style: dict[str, str]) -> dict[str, Any]:
 def darker(color: str, share: float = 0.25) -> str:
     """So much of it black: letters need more contrast than lines."""
     return to_hex((1 - share) * np.array(to_rgb(color)))
-
-
-# Text stays text in a PDF and in an SVG (paper.mplstyle): it can be searched and copied, and is
-# smaller than letters drawn as paths. No dates: the same picture is the same bytes.
-KINDS: dict[str, dict[str, Any]] = {
-    "png": {"dpi": 300},
-    "pdf": {"metadata": {"CreationDate": None}},
-    "svg": {"metadata": {"Date": None}},
-}
-
-
-def save(figure_or_axes: Figure | Axes, stem: str | Path, text: str | None = None) -> list[Path]:
-    """Write stem.png (300 dpi), stem.pdf and stem.svg (text kept as text); returns the paths.
-
-    text   what is to stand beside them, such as `analysis.caption` gives, as stem.txt
-
-    Folders are made, files replaced only when they are complete; the figure stays open.
-    """
-    stem = Path(stem)
-    if stem.suffix.removeprefix(".") in KINDS:
-        stem = stem.with_suffix("")
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    contents = {kind: picture_bytes(figure_or_axes, kind, stem.name) for kind in KINDS}
-    contents |= {} if text is None else {"txt": text.encode()}
-    paths = []
-    for kind, content in contents.items():
-        path = stem.with_name(f"{stem.name}.{kind}")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        paths.append(path)
-    return paths
-
-
-def picture_bytes(figure_or_axes: Figure | Axes, kind: str, name: str) -> bytes:
-    """The picture as a file of that kind ("png", "pdf", "svg"), whose ids follow from `name`."""
-    figure = getattr(figure_or_axes, "figure", figure_or_axes)
-    file = io.BytesIO()
-    with paper_style(), mpl.rc_context({"svg.hashsalt": name}):
-        figure.savefig(file, format=kind, **KINDS[kind])
-    return file.getvalue()

@@ -14,7 +14,13 @@ from matplotlib.colors import to_hex
 
 from analysis import plots, stats
 from analysis.plots.marks import ZONE, spread
-from analysis.plots.style import FAMILY_STYLE, darker, family_styles, model_styles
+from analysis.plots.style import (
+    FAMILY_STYLE,
+    PAGE_WIDTH,
+    darker,
+    family_styles,
+    model_styles,
+)
 from analysis.stats.bootstrap import Bootstrap
 
 from ..synthetic import FAMILIES, routing, study
@@ -286,6 +292,16 @@ def test_save_writes_three_files_with_text_and_nothing_else(frame, tmp_path):
     assert [path.read_bytes() for path in again[1:3]] == [pdf, svg.encode()]
     assert again[3] == tmp_path / "new" / "figure.1.txt"
     assert again[3].read_text() == "what it shows"
+
+
+def test_two_columns_are_wide_and_the_letters_stay(frame, tmp_path):
+    ax = plots.damage_curve(frame)
+    png, *_ = plots.save(ax, tmp_path / "wide", columns=2)
+    assert plt.imread(png).shape[1] == round(PAGE_WIDTH * 300)
+    assert ax.xaxis.label.get_fontsize() == 8
+    assert not is_clipped(ax.figure)
+    with pytest.raises(ValueError, match="columns is 3; choose one of 1, 2"):
+        plots.save(ax, tmp_path / "wider", columns=3)
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
