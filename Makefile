@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= runs/quick
 
-.PHONY: study study-from-scratch trained pretrained catalogue overlap models test test-slow bench lint lab notebooks clean
+.PHONY: study study-from-scratch trained pretrained catalogue overlap models test test-slow test-browser bench lint lab notebooks clean
 
 study: .venv/core
 	$(BIN)/python -m analysis run studies/quick.toml --out $(OUT)
@@ -18,6 +18,11 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	$(TEST) -m slow
+
+# In a real browser: Debian has it as chromium and chromium-driver; axe-core comes by npm.
+test-browser: .venv/dev
+	$(PIP) -e '.[browser]'
+	$(BIN)/python -m pytest -m browser
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks
@@ -58,11 +63,12 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# On the tour.
 lab: .venv/dev
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks/00_tour.ipynb
 
-# The stories, executed on the finished study, with their pictures.
-notebooks: .venv/dev study pretrained
+# The stories with their pictures, on as much text as they are meant for; in tests it is little.
+notebooks: .venv/dev
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:

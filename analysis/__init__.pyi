@@ -4,6 +4,9 @@ from .adapters import adapt as adapt
 from .adapters import documents as documents
 from .adapters import load as load
 from .adapters import models as models
+from .explorer import explore as explore
+from .explorer import explorer_page as explorer_page
+from .explorer import tokens_page as tokens_page
 from .measure import Comparison as Comparison
 from .measure import Results as Results
 from .measure import calibrate as calibrate

@@ -4,6 +4,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks import (
+    explorer,
     layers,
     memory,
     overlap,
@@ -20,7 +21,7 @@ print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capabilit
 if not has_bf16():
     print("bf16 is slower than fp32 here: its rows are left out\n")
 print(f"{'what':<75} {'ratio':>7}  goal")
-parts = (layers, steps, memory, sweeps, pretrained, overlap, overlap_function, studies)
+parts = (layers, steps, memory, sweeps, pretrained, overlap, overlap_function, explorer, studies)
 for part in parts:
     for row in part.rows():
         tqdm.write(f"{row.what:<75} {row.ratio:>7.3f}  {row.goal:<8} {row.detail}")

@@ -14,9 +14,9 @@ import platform
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from tqdm.auto import tqdm
 
@@ -61,7 +61,24 @@ def open_source(corpus: str | Path) -> Source:
     return source._replace(documents=_with_text(source))
 
 
-def is_built_in(corpus: str | Path) -> bool:
+def in_memory(texts: Mapping[str, str]) -> Source:
+    """Texts by name, a document each, in one domain. Raises `ValueError` for what is no text."""
+    for name, text in texts.items():
+        if not (isinstance(name, str) and isinstance(text, str)):
+            kinds = f"a {type(name).__name__} and a {type(text).__name__}"
+            raise ValueError(f"corpus has {kinds} where it must have a name and its text")
+    documents = (Document(name, _of_content(text), "text", text) for name, text in texts.items())
+    digest = hashlib.sha256(json.dumps(dict(texts)).encode()).hexdigest()
+    source = Source("texts given", digest, documents)
+    return source._replace(documents=_with_text(source))
+
+
+def _of_content(text: str) -> str:
+    """The group of a text: adding others or reordering them moves it nowhere."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_built_in(corpus: object) -> TypeGuard[str]:
     """Whether it is the name of a built-in corpus, with options or without; a path never is."""
     return isinstance(corpus, str) and corpus.partition(":")[0] in CORPORA
 
@@ -239,8 +256,7 @@ def _files_at(root: Path) -> dict[str, Path]:
 def _user_documents(files: dict[str, Path]) -> Iterator[Document]:
     for name, path in tqdm(files.items(), desc="reading", delay=1):
         for id, domain, text in READERS[suffix_of(path)](name, path):
-            # Split by content: adding a file or reordering lines moves no other document.
-            yield Document(id, hashlib.sha256(text.encode()).hexdigest()[:16], domain, text)
+            yield Document(id, _of_content(text), domain, text)
 
 
 # Each is called with the options behind its name, a text, or without any.

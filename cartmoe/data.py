@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from cartmoe.cards import card
 from cartmoe.config import check_choice, check_whole
 from cartmoe.corpora import Document
 from cartmoe.tokenized import Corpus, document_ids, prepare
@@ -115,6 +116,18 @@ class Sequences:
         documents, domains = len(set(self.document_id)), ", ".join(sorted(set(self.domain)))
         size = f"{len(self)} x {self.tokens_SL.shape[1]}, {self.num_tokens:,} tokens"
         return f"Sequences({size} of {documents} documents; domains {domains})"
+
+    def _repr_html_(self) -> str:
+        """How much text there is, by domain."""
+        rows = pd.DataFrame({"domain": self.domain, "documents": self.document_id})
+        rows["tokens"] = (self.targets_SL != IGNORE).sum(1).cpu().numpy()
+        rows["bytes"] = self.num_bytes_S.cpu().numpy()
+        sums = rows.groupby("domain").agg(
+            documents=("documents", "nunique"), tokens=("tokens", "sum"), bytes=("bytes", "sum")
+        )
+        size = f"{len(self)} windows of {self.tokens_SL.shape[1]} tokens"
+        title = f"{self.num_tokens:,} tokens to predict in {size}"
+        return card(title, tables={"by domain": sums.reset_index()})
 
     def __getitem__(self, rows: slice) -> Sequences:
         return self._each(lambda v: v[rows])

@@ -277,7 +277,7 @@ def _short(error: Exception) -> str:
 
 
 def markdown(found: pd.DataFrame) -> str:
-    """The table as README has it."""
+    """The table as docs/pretrained.md has it."""
     lines = [f"| {' | '.join(['family', *COLUMNS])} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for row in found.to_dict("records"):
         cells = [row["refused"]] if row["refused"] else [row[name] for name in COLUMNS]

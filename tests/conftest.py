@@ -6,6 +6,7 @@ import sys
 
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy too, and of processes that are started
+os.environ.setdefault("DOCUMENTS", "4")  # that notebooks read; `make notebooks` reads more
 
 import hypothesis
 import pytest

@@ -1,9 +1,10 @@
-"""README.md: what it names is there, and what it tells users to type works.
+"""README.md and docs/: what they name is there, and what they tell users to type works.
 
-Its commands are run in order in an empty directory, where quick.toml is a tiny study and "stdlib"
+Their commands are run in order in an empty directory, where quick.toml is a tiny study and "stdlib"
 a tiny corpus; training is cut short by options behind its own.
 """
 
+import importlib.util
 import re
 import shlex
 import tomllib
@@ -26,8 +27,12 @@ from .tiny import MODEL, tiny_study, write_corpus
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-PROSE = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+# In the order in which code goes on from what stands before.
+PAGES = ["studies", "pretrained", "perturbations", "overlap", "families", "numbers", "faq"]
+DOCS = {page: (ROOT / "docs" / f"{page}.md").read_text() for page in PAGES}
+TEXT = "\n".join([README, *DOCS.values()])
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+PROSE = re.sub(r"^```.*?^```", "", TEXT, flags=re.DOTALL | re.MULTILINE)
 SPANS = re.findall(r"`([^`]+)`", PROSE)
 APPS = {"cartmoe": cartmoe_app, "analysis": analysis_app}
 SHORT = [
@@ -38,6 +43,14 @@ SHORT = [
 ]
 
 
+def load_script(path):
+    """A module that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def commands():
     """Every `python -m ...` of ours, in order, as words, also those in comments."""
     lines = [line for _, block in BLOCKS for line in block.splitlines()]
@@ -46,33 +59,37 @@ def commands():
     return [shlex.split(part.partition(" > ")[0])[2:] for part in ours]
 
 
-def section(title):
-    """The text under a heading."""
-    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)[1]
-
-
-def first_column(title):
-    """Names in a section's table."""
-    return re.findall(r"^\| (`.*?`) \|", section(title), re.MULTILINE)
+def first_column(page):
+    """Names in a page's table."""
+    return re.findall(r"^\| (`.*?`) \|", DOCS[page], re.MULTILINE)
 
 
 # What is named is there, and what is there is named ----------------------------------------------
 
 
+def test_every_page_is_linked_and_read():
+    assert sorted(PAGES) == sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
+    assert [page for page in PAGES if f"`docs/{page}.md`" not in README] == []
+
+
 def test_families_and_presets():
-    assert first_column("Families") == [f"`{family}`" for family in FAMILIES]
-    presets = re.search(r"^Presets (.*?);", section("Families"), re.MULTILINE)[1]
+    assert first_column("families") == [f"`{family}`" for family in FAMILIES]
+    presets = re.search(r"^Presets (.*?);", DOCS["families"], re.MULTILINE)[1]
     assert presets == ", ".join(f"`{preset}`" for preset in PRESETS)
 
 
-def test_perturbations():
-    names = re.findall(r"`(\w+)`", " ".join(first_column("Perturbations")))
-    assert sorted(names) == sorted(analysis.PERTURBATIONS)
-
-
-def test_metrics():
-    names = re.findall(r"`(\w+)`", " ".join(first_column("What experts have in common")))
-    assert sorted(names) == sorted(analysis.METRICS)
+def test_tables_say_what_the_dicts_say():
+    tables = load_script(ROOT / "docs" / "tables.py")
+    found = [
+        name for page in tables.PAGES for _, name, _ in tables.MARKED.findall(page.read_text())
+    ]
+    assert sorted(found) == sorted(tables.TABLES)
+    for page in tables.PAGES:
+        assert tables.filled(page.read_text()) == page.read_text(), "python docs/tables.py"
+    for name in (*analysis.PERTURBATIONS, *analysis.METRICS):
+        assert f"| `{name}` |" in README
+    emptied = tables.MARKED.sub(r"\1\3", README)
+    assert tables.filled(emptied) == README != emptied
 
 
 @pytest.mark.parametrize("package", APPS)
@@ -90,7 +107,8 @@ def test_make_targets():
 
 
 def test_the_tree_exists():
-    (tree,) = [block for _, block in BLOCKS if "cartmoe/ " in block]
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
+    (tree,) = [block for block in blocks if "cartmoe/ " in block]
     folders, paths = [ROOT], []  # the last one of each depth
     for line in tree.splitlines():
         names = re.findall(r"(?<![\w/.])[\w-]+(?:\.py|/)(?=[\s,]|$)", line)
@@ -108,7 +126,8 @@ def test_files_in_the_text_exist():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_pictures_exist():
+def test_pictures_exist_and_are_told():
+    assert len(re.findall(r'<img [^>]*alt="[^"]{30,}', README)) == README.count("<img ")
     pictures = re.findall(r'<img src="([^"]+)"', README)
     assert sorted(pictures) == sorted(f"gallery/{p.name}" for p in (ROOT / "gallery").iterdir())
 
@@ -126,7 +145,7 @@ def test_names_of_the_packages_exist():
 
 def test_the_other_name_of_the_command():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert "`cartmoe-study`" in README
+    assert "`cartmoe-study`" in DOCS["studies"]
     assert scripts["cartmoe-study"] == "analysis.__main__:app"
 
 

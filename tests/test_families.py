@@ -1,4 +1,4 @@
-"""studies/families.py, and README's table that it makes."""
+"""studies/families.py, and the table of docs/pretrained.md that it makes."""
 
 import re
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 
 from studies import families
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-TABLE = dict(re.findall(r"^\| (\w+) \| (.*) \|$", README.partition("how far</summary>")[2], re.M))
+PAGE = (Path(__file__).parents[1] / "docs" / "pretrained.md").read_text(encoding="utf-8")
+TABLE = dict(re.findall(r"^\| (\w+) \| (.*) \|$", PAGE.partition("how far</summary>")[2], re.M))
 
 
 def test_every_family_of_the_installed_library_is_listed():

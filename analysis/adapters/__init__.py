@@ -12,7 +12,8 @@ seat.py      what sits there meanwhile: fused.py, where experts are called toget
              by one; router.py, tap.py: a router asked through its own forward
 stream.py    layers run one by one; layouts.py: weights of experts however they are kept
 owned.py     one measures it at a time, undisturbed
-load.py      from a path or an object to a model under study, and documents that fit it
+load.py      from a path or an object to a model under study; corpus.py: documents that fit it
+card.py      what a model shows of itself in a notebook
 """
 
 from analysis.adapters.base import (
@@ -27,9 +28,9 @@ from analysis.adapters.base import (
     routed_adapter,
 )
 from analysis.adapters.cartmoe import CartMoEAdapter
+from analysis.adapters.corpus import documents, tokenizer_of
 from analysis.adapters.load import (
     adapt,
-    documents,
     identity_of,
     load,
     models,

@@ -20,6 +20,7 @@ from analysis.adapters.base import (
     State,
     as_adapter,
 )
+from analysis.adapters.card import model_card
 from analysis.adapters.identity import tensors_sha256
 from analysis.adapters.stand_in import standing_in
 from cartmoe.ffn import RoutedStage
@@ -52,6 +53,9 @@ class CartMoEAdapter:
     def __repr__(self) -> str:
         size = f"{self.model.num_parameters():,} parameters, {len(self.sites())} routers"
         return f"CartMoEAdapter({self.name}: {self.family}, {size}, train_seed {self.train_seed})"
+
+    def _repr_html_(self) -> str:
+        return model_card(self)
 
     @property
     def module(self) -> LanguageModel:

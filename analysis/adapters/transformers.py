@@ -22,6 +22,7 @@ from analysis.adapters.base import (
     Segment,
 )
 from analysis.adapters.body import Body
+from analysis.adapters.card import model_card
 from analysis.adapters.checks import check_causal, check_coverage, checked
 from analysis.adapters.form import call, is_library, logits_of, vocab_size_of
 from analysis.adapters.given import given_to
@@ -77,6 +78,9 @@ class TransformersAdapter:
     def __repr__(self) -> str:
         size = f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.coverage}"
         return f"TransformersAdapter({self.name}: {self.family}, {size})"
+
+    def _repr_html_(self) -> str:
+        return model_card(self)
 
     def _attach(self, experts: Sequence[str] | None, routers: Sequence[str] | None) -> None:
         refuse_compiled(self.model)

@@ -10,17 +10,18 @@ generate.py, regret.py, margins.py   text, better routes, flips that margins pre
 rows.py                           sums of sequences, means over tokens with intervals over documents
 """
 
-from analysis.measure.calibrate import calibrate
+from analysis.measure.calibrate import calibrate, calibration_documents
 from analysis.measure.clean import CleanPass
 from analysis.measure.compare import compare
 from analysis.measure.comparison import Comparison
 from analysis.measure.generate import generation_agreement
-from analysis.measure.intervene import perturbed
+from analysis.measure.intervene import Intervention, perturbed
 from analysis.measure.losses import loss_gradient, output_slopes
 from analysis.measure.margins import flip_prediction
+from analysis.measure.prepare import prepared
 from analysis.measure.regret import regret
 from analysis.measure.results import FACTS, MODELS, Description, Results, describe, key_columns
 from analysis.measure.reuse import worth_reusing
 from analysis.measure.saved import is_saved
 from analysis.measure.shard import Cell, measure
-from analysis.measure.sweep import Asked, sweep
+from analysis.measure.sweep import Asked, conditions_of, sweep

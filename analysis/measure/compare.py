@@ -17,7 +17,7 @@ from analysis.measure.calibrate import calibrate, calibration_documents
 from analysis.measure.comparison import Comparison, drifts_of
 from analysis.measure.results import join
 from analysis.measure.shard import measure
-from analysis.measure.sweep import Asked, conditions_of, named
+from analysis.measure.sweep import Asked, conditions_of, several_models
 from analysis.perturb import Condition, GateSwap, Perturbation, Replay, Trace, map_inner, parts_of
 from cartmoe.data import Sequences
 
@@ -82,7 +82,7 @@ def _named(models: Mapping[str, object]) -> dict[str, Adapter]:
             f"models is {models!r}; give at least two by name, such as "
             '{"base": model, "tuned": other}'
         )
-    return {model.name: model for model in named(models)}
+    return {model.name: model for model in several_models(models)}
 
 
 def _sources(p: Perturbation, models: Mapping[str, Adapter]) -> list[tuple[type, str]]:

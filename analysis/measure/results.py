@@ -16,6 +16,7 @@ from analysis.measure.saved import BYTES, KEY, TABLES, read_tables, write_tables
 from analysis.measure.shard import Cell
 from analysis.perturb import Condition
 from analysis.stats import Pairs, pair
+from cartmoe.cards import card
 from cartmoe.files import path_of
 
 TOKENS = ["document_id", "sequence_id", *BYTES]
@@ -64,6 +65,22 @@ class Results:
         size = f"{clean.document_id.nunique()} documents, {self.losses.condition.nunique() - 1}"
         cells = f"{self.finished} of {self.planned} cells"
         return f"Results of {', '.join(models)}: {size} conditions, {cells}; damage(), table(), ..."
+
+    def _repr_html_(self) -> str:
+        """The clean models, and the changes of loss that are largest."""
+        title = repr(self).partition(";")[0]
+        if self.finished < self.planned:
+            title = f"Unfinished. {title}"
+        clean = self.clean()
+        names = clean[["model", "train_seed"]]
+        loss = stats.interval_texts(clean, "nats", "low", "high", sign=False)
+        shown = {"clean loss, nats per token": names.assign(loss=loss)}
+        if self.has_conditions:
+            damage = self.damage().sort_values("delta_nats", ascending=False, kind="stable")
+            change = stats.interval_texts(damage, "delta_nats", "low", "high")
+            keys = damage[["model", "train_seed", "label"]]
+            shown["damage(), nats per token"] = keys.assign(change=change)
+        return card(title, tables=shown)
 
     def save(self, path: str | Path) -> None:
         """Keep it in a new folder, from which `analysis.read` gives it back to the last bit. Raises

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,8 @@ def sweep(
 ) -> Results:
     """Measure perturbations of models in memory on the same documents; `run` is its long form.
 
-    model         a model under study, a `cartmoe.LanguageModel`, or several by name, paths too
+    model         a model under study, a `cartmoe.LanguageModel`, or several: a list, in which seeds
+                  of one model keep its name, or by a name of yours; paths too
     docs          from `analysis.documents`
     where, point, seed   for perturbations that are no `Condition` of their own
     controls      also measure identity, DropChosen, DropUnchosen, RandomRouting, NoRouted, and
@@ -60,7 +62,10 @@ def sweep(
     calibration   documents that RandomRouting draws from; by default the first 32 of `docs`
     tokens        keep every token's loss, for quantiles and groups of tokens
     """
-    models = named(model) if isinstance(model, Mapping) else [routed_adapter(model)]
+    if isinstance(model, Mapping | Sequence) and not isinstance(model, str):
+        models = several_models(model)
+    else:
+        models = [_loaded(model)]
     check_documents(docs, *models)
     conditions = conditions_of(perturbations, where, point, seed, controls)
     calibration = calibration_documents(calibration, docs, *models)
@@ -75,24 +80,40 @@ def sweep(
     return join(measured)
 
 
-def named(models: Mapping[str, object]) -> list[Adapter]:
-    """Models of these names, the caller's keeping their own; what is a path is loaded. Raises
-    `ValueError` for names that conditions cannot have, none, dense models, and tokens of different
-    tokenizers."""
-    found = []
+def several_models(models: Mapping[str, object] | Sequence[object]) -> list[Adapter]:
+    """Models in a list, or by names that they have here, the caller's keeping their own; what is a
+    path is loaded. Raises `ValueError` for names that conditions cannot have, two of one name and
+    train_seed, none, dense models, and tokens of different tokenizers."""
     if not models:
-        raise ValueError("models is empty; give at least one by name")
-    for name, model in models.items():
-        if not isinstance(name, str) or not name or set(name) & set("/(),"):
-            raise ValueError(f"models has the name {name!r}; it must be a text without / ( ) ,")
-        model = load(model) if isinstance(model, str | Path) else model
-        found.append(copy.copy(routed_adapter(model)))
-        found[-1].name = name
-    known = {model.name: model.tokenizer for model in found if model.tokenizer is not None}
-    if len({tokenizer.identity for tokenizer in known.values()}) > 1:
-        listed = ", ".join(f"{name}: {tokenizer.name!r}" for name, tokenizer in known.items())
+        raise ValueError("models is empty; give at least one")
+    if isinstance(models, Mapping):
+        found = [_renamed(name, model) for name, model in models.items()]
+    else:
+        found = [_loaded(model) for model in models]
+    seen = Counter((model.name, model.train_seed) for model in found)
+    for (name, seed), times in seen.items():
+        if times > 1:
+            raise ValueError(
+                f"models has {times} of the name {name!r} and train_seed {seed}; give them names: "
+                "{'one': ..., 'other': ...}"
+            )
+    known = [(model.name, model.tokenizer) for model in found if model.tokenizer is not None]
+    if len({tokenizer.identity for _, tokenizer in known}) > 1:
+        listed = ", ".join(f"{name}: {tokenizer.name!r}" for name, tokenizer in known)
         raise ValueError(f"models read tokens of different tokenizers ({listed})")
     return found
+
+
+def _loaded(model: object) -> Adapter:
+    return routed_adapter(load(model) if isinstance(model, str | Path) else model)
+
+
+def _renamed(name: object, model: object) -> Adapter:
+    if not isinstance(name, str) or not name or set(name) & set("/(),"):
+        raise ValueError(f"models has the name {name!r}; it must be a text without / ( ) ,")
+    other = copy.copy(_loaded(model))
+    other.name = name
+    return other
 
 
 def conditions_of(

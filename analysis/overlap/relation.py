@@ -19,6 +19,7 @@ from analysis.overlap.removal import Removal
 from analysis.overlap.request import DAMAGE, fits, metric_names
 from analysis.overlap.tables import Overlap
 from analysis.stats import ALL, Bootstrap, facts_of, relation
+from cartmoe.cards import card
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 
@@ -48,6 +49,14 @@ class Relation:
         """What was measured, of which models; the tables are attributes."""
         size = f"{len(self.experts)} experts of {', '.join(self.experts.model.unique())}"
         return f"Relation of {size}; metrics {', '.join(self.metrics)}; table(), experts, ..."
+
+    def _repr_html_(self) -> str:
+        """Rank correlations of all models together."""
+        table = self.table()
+        columns = ["metric", "r", "low", "high", "null_low", "null_high", "p_holm", "num_sites"]
+        table = table[table.model == ALL] if ALL in set(table.model) else table
+        shown = {"table(), damage per weight dropped": table[columns].round(3)}
+        return card(repr(self).partition(";")[0], tables=shown)
 
     def table(
         self,

@@ -12,6 +12,7 @@ import pandas as pd
 from analysis.adapters import Adapter
 from analysis.overlap.metrics import TABLES, Estimate
 from analysis.stats import INDEX, SHARED, SITE, check_choice, check_one_step, facts_of, square
+from cartmoe.cards import card
 from cartmoe.hooks import RouterSite
 
 KEYS = [*SITE, "metric"]
@@ -50,6 +51,13 @@ class Overlap:
         seen = pd.concat([table[["model", "metric"]] for table in self.tables.values()])
         models, metrics = (", ".join(seen[name].unique()) for name in ("model", "metric"))
         return f"Overlap of {models}: {sizes}; metrics {metrics}"
+
+    def _repr_html_(self) -> str:
+        """The mean of each metric over experts or pairs of experts, beside its null."""
+        tables = pd.concat([t.assign(of=name) for name, t in self.tables.items() if len(t)])
+        keys = ["model", "train_seed", "metric", "of"]
+        means = tables.groupby(keys, sort=False)[["value", "null"]].mean().round(3).reset_index()
+        return card(repr(self).partition(";")[0], tables={"means over experts or pairs": means})
 
     @classmethod
     def join(cls, overlaps: Sequence[Overlap]) -> Overlap:

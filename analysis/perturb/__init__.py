@@ -15,7 +15,14 @@ condition.py   one arm of an experiment; arms.py: arms that belong together
 """
 
 from analysis.perturb.arms import cascade_arms, site_arms, split_arms
-from analysis.perturb.base import Identity, Perturbation, chosen_mask, map_inner, parts_of
+from analysis.perturb.base import (
+    Identity,
+    Perturbation,
+    about,
+    chosen_mask,
+    map_inner,
+    parts_of,
+)
 from analysis.perturb.catalogue import PERTURBATIONS, perturbation_class, perturbation_from_dict
 from analysis.perturb.compound import Compose, Custom, ResidualNoise
 from analysis.perturb.condition import CLEAN, DOWNSTREAM, Clean, Condition, models_of, of_one_name
@@ -36,4 +43,4 @@ from analysis.perturb.noise import Noise, hash_key, mix64, sequence_hash
 from analysis.perturb.recorded import Replay
 from analysis.perturb.trace import Trace
 from analysis.perturb.trace_arrays import check_lengths
-from analysis.perturb.where import Where, sites_of, token_kinds
+from analysis.perturb.where import KINDS, Where, kind_of, sites_of, token_kinds

@@ -8,6 +8,7 @@ decision, `p.decide(routing, router, ctx)`, for what is no map of logits.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +21,18 @@ from torch import Tensor
 
 from analysis.perturb.context import RouterContext
 from analysis.perturb.source import code_sha256
+from cartmoe.cards import card
 from cartmoe.fields import declared
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
 
 POINTS = ("logits", "scores")
 EXPECTS = ("none", "weights", "selection", "output")
+
+
+def about(cls: type) -> str:
+    """The first paragraph of a class' docstring, in a line."""
+    return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
 
 
 class Perturbation:
@@ -63,6 +70,10 @@ class Perturbation:
         changed = [(f.name, v) for f in other if (v := getattr(self, f.name)) != f.default]
         name = type(self).__name__
         return f"{name}({', '.join(f'{n}={show(v)}' for n, v in changed)})" if changed else name
+
+    def _repr_html_(self) -> str:
+        """With what it does."""
+        return card(repr(self), {"what it does": about(type(self))})
 
     @property
     def points(self) -> tuple[str, ...]:

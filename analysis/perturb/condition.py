@@ -11,7 +11,7 @@ from pydantic import SkipValidation
 from torch import Tensor
 
 from analysis.adapters import Router
-from analysis.perturb.base import POINTS, Identity, Perturbation, canonical, parts_of
+from analysis.perturb.base import POINTS, Identity, Perturbation, about, canonical, parts_of
 from analysis.perturb.catalogue import PERTURBATIONS, perturbation_from_dict
 from analysis.perturb.compound import Compose
 from analysis.perturb.context import RouterContext, after_score
@@ -19,6 +19,7 @@ from analysis.perturb.decisions import where_tokens
 from analysis.perturb.effects import EFFECTS
 from analysis.perturb.where import Where
 from analysis.stats import PLAIN, label_of
+from cartmoe.cards import card
 from cartmoe.config import check_choice
 from cartmoe.fields import Count, OneOf, declared
 from cartmoe.routing import Routing
@@ -43,6 +44,12 @@ class Condition:
     effect: Annotated[str, OneOf(EFFECTS)] = "full"
     downstream: Literal["reroute", "replay"] = "reroute"
     eval_seed: Count = 0
+
+    def _repr_html_(self) -> str:
+        """What its perturbation does, and where."""
+        p: Any = self.perturbation
+        told = {"what it does": about(type(p))} if isinstance(p, Perturbation) else {}
+        return card(str(p), told | {name: str(getattr(self, name)) for name in PLAIN})
 
     def __post_init__(self) -> None:
         p: Any = self.perturbation

@@ -1,6 +1,6 @@
 """Tables of damage in, axes out: pictures of one kind in a file, no statistics.
 
-style.py      column width, fonts, one colour and one marker a family, saving
+style.py      column width, fonts, one color and one marker a family; saving.py: as files
 marks.py      lines with intervals, rows, legends and their keys
 dots.py       rows of estimates with intervals
 conditions.py every condition, a row each; top-1 disabled beside its controls, and at each stage

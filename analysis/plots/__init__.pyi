@@ -20,6 +20,7 @@ from .relation import damage_against_overlap as damage_against_overlap
 from .relation import relation_dots as relation_dots
 from .routing import flip_calibration as flip_calibration
 from .routing import saturation_curve as saturation_curve
+from .saving import picture_bytes as picture_bytes
+from .saving import save as save
+from .style import FAMILY_STYLE as FAMILY_STYLE
 from .style import paper_style as paper_style
-from .style import picture_bytes as picture_bytes
-from .style import save as save

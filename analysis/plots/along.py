@@ -15,11 +15,12 @@ from analysis.plots.marks import (
     GREY,
     ZERO,
     change_axis,
-    draw_line,
     draw_lines,
     key,
+    label_ends,
     legend_above,
     note_few,
+    note_seeds,
     offsets,
 )
 from analysis.plots.rows import metric_rows
@@ -28,7 +29,7 @@ from analysis.stats import CHECKPOINT, INDEX, SHARED, check_choice, facts_of, si
 
 
 def overlap_profile(overlap: Any, metric: str, ax: Axes | None = None) -> Axes:
-    """A metric at each site of each checkpoint, beside its null (dotted).
+    """A metric at each site of each model, beside its null (dashes; dotted where lines join them).
 
     overlap  an object with the tables pairs, experts and sites, such as an Overlap, or one of them
 
@@ -50,19 +51,30 @@ def overlap_profile(overlap: Any, metric: str, ax: Axes | None = None) -> Axes:
         sites = sites.reset_index()
     sites = sites.sort_values("x")
     sites["x"] += sites.model.map(offsets(list(styles), 0.3))
+    dots = dots_between(rows)
     with canvas(ax, height=2.5) as ax:
-        for (model, *_), line in sites.groupby(CHECKPOINT, sort=False):
-            draw_line(ax, line, "x", "value", label=model, bars=True, **styles[model])
-            null = dict(color=styles[model]["color"], lw=0.8, ls=":", marker="_", ms=5)
-            ax.plot(line.x, line.null, **null)
+        draw_lines(ax, sites, styles, "x", "value", bars=True, **dots)
+        for model, line in sites.groupby("model", sort=False):
+            null = line.groupby("x").null.mean()
+            look = dict(color=styles[model]["color"], lw=0.8, marker="_", ms=6)
+            ax.plot(null.index, null, ls="" if dots else ":", **look)
         depth_axis(ax, rows, "layer")
         ax.set_ylabel(facts_of(metric).label + ("\nmean, quartiles" if index else ""))
+        note_seeds(ax, sites)
         handles = ax.get_legend_handles_labels()[0]
         if rows.null.notna().any():
-            handles.append(key("null", color=GREY, lw=0.8, ls=":"))
+            handles.append(key("null", color=GREY, lw=0.8, ls="" if dots else ":", marker="_"))
         # Long handles: a dash must be seen on both sides of a marker.
         legend_above(ax, handles, handlelength=2.8)
     return ax
+
+
+JOINED = 4  # layers from which on lines join sites: between two of them a line tells of nothing
+
+
+def dots_between(rows: pd.DataFrame) -> dict[str, str]:
+    """How sites of so few layers look: not joined."""
+    return {} if rows.layer.nunique() >= JOINED else {"linestyle": ""}
 
 
 WHOLES = ("sum", "joint")
@@ -77,7 +89,7 @@ def layer_profile(
     condition   the label of the joint condition, by default the first
 
     The second stage of a layer stands half a layer behind its first, at a short tick. Intervals
-    over documents.
+    over documents. Lines join the sites of four layers or more.
     """
     frame, styles = under(condition, frame, "additivity", ["part", "delta_nats"])
     condition = frame.condition.iloc[0]
@@ -87,16 +99,17 @@ def layer_profile(
     step = max(1.0, 0.15 * (last - sites.layer.min()))
     places = {name: last + step * (i + 1.5) for i, name in enumerate(WHOLES)}
     # Shares of a layer, so that a site is nearest to its tick.
-    even = np.linspace(-0.15, 0.15, len(styles)) if len(styles) > 1 else [0.0]
-    shift = frame.model.map(dict(zip(styles, even, strict=True)))
+    shift = frame.model.map(offsets(list(styles), 0.36))
     alone = frame.assign(x=depth(sites) + shift)
     whole = frame.assign(x=frame.part.map(places) + step * shift)
+    dots = dots_between(sites)
     with canvas(ax, height=2.5) as ax:
-        draw_lines(ax, alone, styles, "x", "delta_nats", bars=True)
-        draw_lines(ax, whole, styles, "x", "delta_nats", bars=True, linestyle="")
+        draw_lines(ax, alone, styles, "x", "delta_nats", "part", bars=True, **dots)
+        draw_lines(ax, whole, styles, "x", "delta_nats", "part", bars=True, linestyle="")
         ax.axvline(last + 0.9 * step, color="#A0A0A0", lw=0.6, ls=":")
         change_axis(ax.yaxis, frame.delta_nats)
         depth_axis(ax, sites, f"layer at which {condition} acts alone", places)
+        note_seeds(ax, frame)
         legend_above(ax)
     return ax
 
@@ -133,6 +146,9 @@ GROUPS = {
 }
 
 
+GAIN = "below 0: flatter predictions give these tokens more"
+
+
 def group_curve(
     frame: pd.DataFrame | Any,
     by: str = "position",
@@ -142,7 +158,11 @@ def group_curve(
     """Damage of groups of tokens with intervals over documents, a line per checkpoint.
 
     frame   the table of `stats.damage_by`, or a Results; the line breaks between domains, which
-            have no order. Raises `ValueError` for an unknown condition.
+            have no order
+
+    Below 0 a group gains: a disturbed model's predictions are flatter, which gives more probability
+    to tokens that the clean one thought next to impossible, as it does rare ones. Where that
+    happens the picture says so. Raises `ValueError` for an unknown condition.
     """
     columns = ["by", "group", "order", "delta_nats", "low", "high"]
     frame, styles = under(condition, frame, "damage_by", columns, by, [condition])
@@ -152,18 +172,29 @@ def group_curve(
     frame = frame.assign(x=frame.group.map(groups.index) + shift)
     look = {"linestyle": ""} if by == "domain" else {}
     with canvas(ax, height=2.5) as ax:
-        draw_lines(ax, frame, styles, "x", "delta_nats", bars=True, **look)
+        draw_lines(ax, frame, styles, "x", "delta_nats", "group", bars=True, **look)
         change_axis(ax.yaxis, frame.delta_nats)
+        if (frame.delta_nats < 0).any():
+            note = dict(transform=ax.get_yaxis_transform(), ha="left", va="top", size=5.5)
+            ax.text(0.01, 0, GAIN, color=GREY, **note)
         turned = sum(map(len, groups)) > 28
         turn = dict(rotation=40, ha="right", rotation_mode="anchor") if turned else {}
         ax.set_xticks(range(len(groups)), groups, **turn)
         ax.set_xlabel(GROUPS[by])
         note_few(ax, frame)
-        legend_above(ax)
+        note_seeds(ax, frame)
+        if by == "domain":
+            legend_above(ax)
+        else:
+            label_ends(ax)
     return ax
 
 
 TAIL_Y = {"carried": "share of the damage they carry", "rise": "rise of a token's loss (nats)"}
+
+
+ABOVE_ONE = "all of the damage; above it: the other tokens gain"
+NOTE: dict[str, Any] = dict(ha="left", va="bottom", size=5.5, color=GREY)
 
 
 def tail_shares(
@@ -176,16 +207,21 @@ def tail_shares(
 
     frame   the table of `stats.tail_curve`, or a Results with tokens kept
 
-    A share above 1 is no mistake: the other tokens gain. The dotted line is what an even spread
-    over tokens would give. Raises `ValueError` for an unknown condition or y.
+    A share above 1 is no mistake, and the picture says why: the other tokens gain, so that the
+    worst lose more than all together. The dotted line is what an even spread over tokens would
+    give. Raises `ValueError` for an unknown condition or y.
     """
     check_choice("y", y, TAIL_Y)
     frame, styles = under(condition, frame, "tail_curve", ["share", *TAIL_Y], [condition])
     with canvas(ax, height=2.4) as ax:
-        draw_lines(ax, frame, styles, "share", y, markevery=(0.05, 0.2))
+        draw_lines(ax, frame, styles, "share", y, marker="")
+        handles = []
         if y == "carried":
             even = np.geomspace(frame.share.min(), 1, 50)
-            ax.plot(even, even, color=GREY, lw=0.8, ls=":", label="evenly spread")
+            ax.plot(even, even, color=GREY, lw=0.8, ls=":")
+            handles = [key("evenly spread", color=GREY, lw=0.8, ls=":")]
+            ax.axhline(1, **ZERO)
+            ax.text(0.01, 1, ABOVE_ONE, transform=ax.get_yaxis_transform(), **NOTE)
         else:
             ax.axhline(0, **ZERO)
         ax.set_xscale("log")
@@ -194,5 +230,6 @@ def tail_shares(
         ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         ax.set_xlabel(f"worst tokens under {condition}")
         ax.set_ylabel(TAIL_Y[y])
-        legend_above(ax)
+        note_seeds(ax, frame)
+        legend_above(ax, [*ax.get_legend_handles_labels()[0], *handles])
     return ax

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from analysis.plots.marks import GREY, ZERO, legend_above, name_rows
 from analysis.plots.matrices import draw_panels, linear_scale
 from analysis.plots.rows import metric_rows, one_site
-from analysis.plots.style import PAGE_WIDTH, model_styles, sheet
+from analysis.plots.style import PAGE_WIDTH, model_styles, panels
 from analysis.stats import square
 
 SHARES = {"composite_a": "A", "composite_b": "B", "composite_interaction": "interaction"}
@@ -23,7 +23,12 @@ SIMILAR = {
 
 
 def cartesian_usage(
-    overlap: Any, *, layer: int, model: str | None = None, train_seed: int | None = None
+    overlap: Any,
+    *,
+    layer: int,
+    model: str | None = None,
+    train_seed: int | None = None,
+    ax: Any = None,
 ) -> Figure:
     """One Cartesian layer, two columns wide: P(B_j | A_i) beside its null; below, what the outputs
     of composed experts are made of, and how alike they are where they share a row or a column.
@@ -31,6 +36,7 @@ def cartesian_usage(
     overlap  an object with the tables pairs (metric "transition") and sites (the metrics
              "composite_..." of the layer's first stage), such as an Overlap; model and train_seed:
              of one of several
+    ax       four axes; by default a new figure
 
     Shares are of the squares about the mean, with intervals over documents; similarity is mean
     debiased CKA. Diamonds are the nulls: for shares B fed the mean over A's experts, for similarity
@@ -44,20 +50,18 @@ def cartesian_usage(
         own, title = one_site(metric_rows(overlap, metric, "sites"), layer, 0, *checkpoint)
         found[metric] = own.iloc[0]
     look = model_styles(rows)[checkpoint[0]]
-    panels = {"measured": square(rows), "null": square(rows, "null")}
-    with sheet(PAGE_WIDTH, 4.6) as figure:
-        upper, lower = figure.subfigures(2, 1, height_ratios=(3.0, 1.6))
-        axes = upper.subplots(1, 2)
+    tables = {"measured": square(rows), "null": square(rows, "null")}
+    title = title.partition(", stage")[0]
+    with panels(ax, (PAGE_WIDTH, 4.6), 2, 2, height_ratios=(3.0, 1.2)) as axes:
         names = "second stage, $B_j$", "first stage, $A_i$", "$P(B_j\\,|\\,A_i)$"
-        draw_panels(axes, panels, linear_scale(*panels.values()), *names)
-        left, right = lower.subplots(1, 2)
+        draw_panels(axes[:2], tables, linear_scale(*tables.values()), *names, title=title)
+        left, right = axes[2:]
         _dots(left, {name: found[m] for m, name in SHARES.items()}, look)
         left.set_xlabel("share of the squares of composed outputs")
         left.set_xlim(min(0.0, left.get_xlim()[0]), max(1.0, left.get_xlim()[1]))
         _dots(right, {name: found[m] for m, name in SIMILAR.items()}, look)
         right.set_xlabel("mean CKA of pairs of composed experts")
-        figure.suptitle(title.rpartition(",")[0], fontsize=8)
-    return figure
+    return left.get_figure()
 
 
 def _dots(ax: Axes, rows: dict[str, pd.Series], look: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Damage against dose, a line per model."""
+"""Damage against dose, a line a model; the worst flips beside random ones."""
 
 from __future__ import annotations
 
@@ -10,18 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.marks import (
-    GREY,
-    change_axis,
-    draw_line,
-    draw_lines,
-    face,
-    key,
-    legend_above,
-    note_few,
-)
-from analysis.plots.style import COLUMN_WIDTH, DELTA, canvas, model_styles, sheet, table_of
-from analysis.stats import CHECKPOINT, CONDITION, PLAIN, check_choice
+from analysis.plots.marks import change_axis, draw_lines, label_ends, note_few, note_seeds
+from analysis.plots.style import DELTA, PAGE_WIDTH, canvas, model_styles, panels, table_of
+from analysis.stats import CONDITION, PLAIN, check_choice
 
 STRENGTH = {
     "DropTop": "top experts disabled per token",
@@ -34,15 +25,15 @@ STRENGTH = {
     "TopK": "experts used per token",
     "Temperature": "log2 temperature",
 }
-X = {  # what a dose is called, and where a panel is half a column wide
-    "strength": ("strength", "strength"),  # the perturbation says more, in STRENGTH
-    "mass_moved": ("routed mass moved per token", "routed mass moved"),
-    "flips": ("share of chosen experts changed", "chosen experts changed"),
-    "flips_total": ("chosen experts changed, cascade too", "changed, cascade too"),
-    "changed": ("share of tokens with another set", "tokens changed"),
-    "mass_lost": ("clean routed mass lost per token", "clean mass lost"),
-    "active": ("experts used per token", "experts used"),
-    "output_change": ("change of the output / residual", "output change / residual"),
+X = {
+    "strength": "strength",  # the perturbation says more, in STRENGTH
+    "mass_moved": "routed mass moved per token",
+    "flips": "share of chosen experts changed",
+    "flips_total": "share of chosen experts changed, cascade too",
+    "changed": "share of tokens with another set",
+    "mass_lost": "clean routed mass lost per token",
+    "active": "experts used per token",
+    "output_change": "norm of the output's change / of the residual stream",
 }
 Y = {  # label, and the columns of the interval
     "delta_nats": (DELTA, "low", "high"),
@@ -53,6 +44,9 @@ Y = {  # label, and the columns of the interval
     "agreement": ("share of equal top-1 tokens", None, None),
     "delta_max": ("largest rise of a token's loss (nats)", None, None),
 }
+
+
+EXPLODED = 30.0  # a perplexity so many times the smallest one asks for a log axis
 
 
 def damage_curve(
@@ -66,35 +60,52 @@ def damage_curve(
     downstream: str = PLAIN["downstream"],
     ax: Axes | None = None,
 ) -> Axes:
-    """Damage y against dose x for one perturbation: a line per checkpoint, a band its interval.
+    """Damage y against dose x for one perturbation: a line a model, a band its interval over
+    documents. Of several training seeds it is their mean, and each a thin line without a band.
 
-    Runs of one model look alike, thinner, and stand in the legend once. The y axis becomes
-    symlog where half of the damages would be lost on a linear one. Raises `ValueError` listing
-    the choices for an unknown perturbation, x, y, where, point, effect or downstream.
+    The y axis becomes log where perplexities explode, and symlog where half of the damages would be
+    lost on a linear one. Raises `ValueError` listing the choices for an unknown perturbation, x,
+    y, where, point, effect or downstream.
     """
+    rows, styles = _rows(
+        frame, x, y, perturbation=perturbation, where=where, point=point, effect=effect,
+        downstream=downstream,
+    )  # fmt: skip
+    with canvas(ax, height=2.5) as ax:
+        _draw(ax, rows, styles, x, y)
+        note_seeds(ax, rows)
+        label_ends(ax)
+    return ax
+
+
+def _rows(
+    frame: pd.DataFrame | Any, x: str, y: str, **wanted: str
+) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Those with these values of their columns; the styles of all models."""
     frame = table_of(frame, "damage", [*CONDITION, "delta_nats"])
     check_choice("x", x, [name for name in X if name in frame])
     check_choice("y", y, [name for name in Y if name in frame])
-    wanted = dict(
-        perturbation=perturbation, where=where, point=point, effect=effect, downstream=downstream
-    )
-    styles, rows = model_styles(frame), frame
+    rows = frame
     for name, value in wanted.items():
         check_choice(name, value, rows[name].unique())
         rows = rows[rows[name] == value]
+    return rows, model_styles(frame)
+
+
+def _draw(ax: Axes, rows: pd.DataFrame, styles: dict[str, dict[str, Any]], x: str, y: str) -> None:
     text, *bounds = Y[y]
-    with canvas(ax, height=2.5) as ax:
-        several = rows.groupby("model").train_seed.nunique().max() > 1
-        thin: dict[str, Any] = {"lw": 0.7, "ms": 2.5} if several else {}
-        draw_lines(ax, rows, styles, x, y, bounds=bounds, **thin)
-        change_axis(ax.yaxis, rows[y], text, zero=False)
-        if (rows[x].dropna() % 1 == 0).all():
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        strength = STRENGTH.get(perturbation, f"strength of {perturbation}")
-        ax.set_xlabel(strength if x == "strength" else X[x][0])
-        note_few(ax, rows)
-        legend_above(ax)
-    return ax
+    draw_lines(ax, rows, styles, x, y, at="strength", bounds=bounds)
+    if y.startswith("perplexity") and rows[y].max() > EXPLODED * rows[y].min():
+        ax.set_yscale("log")
+        ax.set_ylabel(text)
+    else:
+        change_axis(ax.yaxis, rows[y], text, zero=y.startswith("delta"))
+    if (rows[x].dropna() % 1 == 0).all():
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    perturbation = rows.perturbation.iloc[0]
+    strength = STRENGTH.get(perturbation, f"strength of {perturbation}")
+    ax.set_xlabel(strength if x == "strength" else X[x])
+    note_few(ax, rows)
 
 
 DOSES = ("strength", "mass_moved", "flips", "output_change")
@@ -104,40 +115,49 @@ def dose_panels(
     frame: pd.DataFrame | Any,
     perturbation: str = "GaussianNoise",
     doses: Sequence[str] = DOSES,
-    **options: Any,
+    y: str = "delta_nats",
+    where: str = "all",
+    point: str = "logits",
+    effect: str = PLAIN["effect"],
+    downstream: str = PLAIN["downstream"],
+    ax: Any = None,
 ) -> Figure:
     """One perturbation's damage over each dose, two panels a row, on one scale of damage.
 
-    options   those of `damage_curve`; raises `ValueError` like it
+    ax   as many axes as there are doses; by default a figure two columns wide
+
+    The rest is as in `damage_curve`, also what it raises.
     """
-    frame = table_of(frame, "damage", ["delta_nats"])
-    rows = -(-len(doses) // 2)
-    with sheet(COLUMN_WIDTH, 1.6 * rows + 0.4) as figure:
-        axes = figure.subplots(rows, 2, sharey=True, squeeze=False).flat
-        for ax, dose in zip(axes, doses, strict=False):
-            damage_curve(frame, perturbation, x=dose, ax=ax, **options)
-            handles = ax.legend_.legend_handles
-            ax.legend_.remove()
-            ax.set_ylabel("")
-            ax.set_xlabel(ax.get_xlabel() if dose == "strength" else X[dose][1], fontsize=7)
-        for ax in axes[len(doses) :]:
-            ax.set_axis_off()
-        figure.supylabel(DELTA, fontsize=8)
-        figure.legend(handles=handles, loc="outside upper center", ncols=3)
-    return figure
+    wanted = dict(
+        perturbation=perturbation, where=where, point=point, effect=effect, downstream=downstream
+    )
+    height = -(-len(doses) // 2)
+    shape = (height, 2) if ax is None else (1, len(doses))
+    with panels(ax, (PAGE_WIDTH, 2.1 * height), *shape, sharey=True) as axes:
+        for one, dose in zip(axes, doses, strict=False):
+            rows, styles = _rows(frame, dose, y, **wanted)
+            _draw(one, rows, styles, dose, y)
+            label_ends(one)
+        for right in axes[1 : len(doses) : 2] if ax is None else axes[1:]:
+            right.set_ylabel("")
+        for empty in axes[len(doses) :]:
+            empty.set_axis_off()
+        note_seeds(axes[len(doses) - 1], rows)
+    return axes[0].get_figure()
 
 
-GAP_X = {"budget": "flips allowed per token", "flips": X["flips"][0]}
-GAP_PARTS = {"worst": ("-", True), "random": ("--", False)}
+GAP_X = {"budget": "flips allowed per token", "flips": X["flips"]}
+GAP_PARTS = {"worst": "the worst flips found", "random": "as many flips at random"}
 
 
-def gap_curve(frame: pd.DataFrame | Any, x: str = "budget", ax: Axes | None = None) -> Axes:
-    """Damage of the worst flips (full, solid) and of random ones (open, dashed) over their number.
+def gap_curve(frame: pd.DataFrame | Any, x: str = "budget", ax: Any = None) -> Figure:
+    """Damage of the worst flips over their number, beside that of as many random ones.
 
     frame   the table of `stats.gap`, or a Results; x: "budget", or "flips", what was made of it
+    ax      two axes; by default a figure two columns wide
 
-    Of flips a token; the space between the lines is the robustness gap. Raises `ValueError` for
-    an unknown x and where only flips per sequence were measured.
+    Of flips a token, on one scale: the difference of the panels is the robustness gap. Raises
+    `ValueError` for an unknown x and where only flips per sequence were measured.
     """
     frame = table_of(frame, "gap", ["condition", "part", "budget", "per", "delta_nats"])
     check_choice("x", x, [name for name in GAP_X if name in frame])
@@ -145,21 +165,15 @@ def gap_curve(frame: pd.DataFrame | Any, x: str = "budget", ax: Axes | None = No
     if not per_token.any():
         raise ValueError("frame has flips per sequence only; the picture is of flips per token")
     styles, frame = model_styles(frame), frame[per_token]
-    with canvas(ax, height=2.5) as ax:
-        for (model, *_), rows in frame.groupby(CHECKPOINT, sort=False):
-            color, marker = styles[model]["color"], styles[model]["marker"]
-            for part, (line, filled) in GAP_PARTS.items():
-                curve = rows[rows.part == part].sort_values(x)
-                look: dict[str, Any] = dict(marker=marker, ls=line, **face(color, filled))
-                draw_line(ax, curve, x, "delta_nats", label=model if filled else None, **look)
-        change_axis(ax.yaxis, frame[frame.part != "gap"].delta_nats, zero=False)
-        if x == "budget":
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set_xlabel(GAP_X[x])
-        note_few(ax, frame)
-        kinds = [
-            key(part, ls=line, marker="o", **face(GREY, filled))
-            for part, (line, filled) in GAP_PARTS.items()
-        ]
-        legend_above(ax, [*ax.get_legend_handles_labels()[0], *kinds])
-    return ax
+    with panels(ax, (PAGE_WIDTH, 2.5), 1, 2, sharey=True) as axes:
+        for one, (part, title) in zip(axes, GAP_PARTS.items(), strict=True):
+            rows = frame[frame.part == part]
+            draw_lines(one, rows, styles, x, "delta_nats", at="budget")
+            change_axis(one.yaxis, frame[frame.part != "gap"].delta_nats)
+            if x == "budget":
+                one.xaxis.set_major_locator(MaxNLocator(integer=True))
+            one.set(title=title, xlabel=GAP_X[x], ylabel=DELTA if part == "worst" else "")
+            note_seeds(one, frame)
+            label_ends(one)
+        note_few(axes[0], frame)
+    return axes[0].get_figure()

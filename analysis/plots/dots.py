@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.plots.marks import GREY, change_axis, face, key, legend_above, name_rows, offsets
-from analysis.stats import CHECKPOINT
 
-ROW_HEIGHT, FRAME_HEIGHT = 0.32, 0.95  # inches
+ROW_HEIGHT, FRAME_HEIGHT = 0.26, 0.95  # inches
+STRIPE = "#F4F4F4"
+
+# (row, series) -> an estimate a training seed: tuples with delta_nats, low, high.
+Cells = Mapping[tuple[Any, str], Sequence[Any]]
 
 
 class Look(NamedTuple):
@@ -28,50 +32,62 @@ def figure_height(num_rows: int, row: float = ROW_HEIGHT) -> float:
     return FRAME_HEIGHT + row * num_rows
 
 
+def cells_of(found: Iterable[tuple[tuple[Any, str], Any]]) -> Cells:
+    """Those of one row and series, of several training seeds, together."""
+    cells = defaultdict(list)
+    for place, cell in found:
+        cells[place].append(cell)
+    return cells
+
+
 def dot_rows(
     ax: Axes,
     rows: Mapping[Any, tuple[str, str]],
     series: Mapping[str, Look],
-    cells: Mapping[tuple[Any, str], Any],
+    cells: Cells,
     columns: int = 2,
 ) -> None:
     """Draw change of loss sidewards, so that the names of rows need no turning.
 
-    rows     row -> (name, color), from top to bottom
+    rows     row -> (name, color), from top to bottom; one that has no cells is a heading
     series   name -> its look; each has a line of its own within the row
-    cells    (row, series) -> a tuple with delta_nats, low, high; what is missing was not run
-    columns  of the legend
+    cells    what is missing was not run; of several training seeds a small dot each, with its
+             interval, and the mean as large as a single one would be
+    columns  of the legend; 0: none
     """
     shifts = offsets(list(series), 0.7)
     for i, (row, (_, row_color)) in enumerate(rows.items()):
         if i % 2:
-            ax.axhspan(i - 0.5, i + 0.5, color="#F2F2F2", lw=0, zorder=0)
+            ax.axhspan(i - 0.5, i + 0.5, color=STRIPE, lw=0, zorder=0)
         for name, (marker, filled, own) in series.items():
-            if cell := cells.get((row, name)):
+            if found := cells.get((row, name)):
                 color, height = own or row_color, i + shifts[name]
-                ax.plot([cell.low, cell.high], [height, height], color=color, lw=1.0)
-                ax.plot(cell.delta_nats, height, marker, **face(color, filled), mew=1.0)
-    change_axis(ax.xaxis, [cell.delta_nats for cell in cells.values()])
+                faint = {"alpha": 0.4} if len(found) > 1 else {}
+                for cell in found:
+                    ax.plot([cell.low, cell.high], [height] * 2, color=color, lw=1.0, **faint)
+                    if faint:
+                        ax.plot(cell.delta_nats, height, ".", color=color, ms=3, mew=0, **faint)
+                mean = np.mean([cell.delta_nats for cell in found])
+                ax.plot(mean, height, marker, **face(color, filled), mew=1.0)
+    change_axis(ax.xaxis, [cell.delta_nats for found in cells.values() for cell in found])
     name_rows(ax, [name for name, _ in rows.values()])
+    measured = {row for row, _ in cells}
+    for row, text in zip(rows, ax.get_yticklabels(), strict=True):
+        text.set_fontweight("normal" if row in measured else "bold")
     keys = [
         key(name, marker=marker, ls="", **face(own or GREY, filled))
         for name, (marker, filled, own) in series.items()
     ]
-    legend_above(ax, keys, columns, right=True)
+    if columns:
+        legend_above(ax, keys, columns, right=True)
 
 
-def groups_of(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """(title, model, rows) of each checkpoint and condition of a table of parts: a model's name,
-    and its train_seed and the condition where there are several."""
-    seeds = frame.groupby("model").train_seed.nunique().max() > 1
-    conditions = frame.condition.nunique() > 1
-    for (model, _, seed, name), rows in frame.groupby([*CHECKPOINT, "condition"], sort=False):
-        title = f"{model} #{seed}" if seeds else model
-        yield f"{title}\n{name}" if conditions else title, model, rows
-
-
-def checkpoint_names(keys: Iterable[tuple[str, str, int]]) -> dict[tuple[str, str, int], str]:
-    """Names of checkpoints: that of the model, with its train_seed where it has several."""
-    checkpoints = dict.fromkeys(keys)
-    seeds = Counter(model for model, _, _ in checkpoints)
-    return {(m, f, s): f"{m} #{s}" if seeds[m] > 1 else m for m, f, s in checkpoints}
+def sections_of(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(title, model, rows of all seeds) of each model in a table of parts; where there are several
+    conditions, by condition, each under a heading: (title, "", no rows)."""
+    several = frame.condition.nunique() > 1
+    for condition, own in frame.groupby("condition", sort=False):
+        if several:
+            yield condition, "", own[:0]
+        for model, rows in own.groupby("model", sort=False):
+            yield model, model, rows

@@ -22,7 +22,14 @@ from analysis.plots.matrices import (
     ratio_scale,
 )
 from analysis.plots.rows import metric_rows, one_site
-from analysis.plots.style import COLUMN_WIDTH, PAGE_WIDTH, check_rows, model_styles, sheet
+from analysis.plots.style import (
+    COLUMN_WIDTH,
+    PAGE_WIDTH,
+    canvas,
+    check_rows,
+    model_styles,
+    panels,
+)
 from analysis.stats import SHARED, SITE, check_columns, facts_of, square
 
 
@@ -36,44 +43,45 @@ def overlap_heatmap(
     train_seed: int | None = None,
     null: bool = True,
     clustered: bool = False,
+    ax: Any = None,
 ) -> Figure:
     """A metric of pairs of experts, row i and column j, beside its null on the same scale of color.
 
     overlap    an object with a table `pairs`, such as an Overlap, or that table
     layer, stage   by default the first site measured; model, train_seed: of one of several
     null       draw the null too, where there is one; two panels are two columns wide
+    ax         one axes, for the metric alone, or two; by default a new figure
     clustered  experts in the order of average linkage of (m_ij + m_ji) / 2, that of the values
                also in the null
 
-    The diagonal, and whatever is NaN, is grey; a shared expert comes last. A lift has a log scale
-    around the median of its null. Raises `ValueError` with the choices for a metric that is not of
+    The diagonal, and whatever is NaN, is grey, of which a legend tells where it is more than the
+    diagonal: experts that no token used. A shared expert comes last. A lift has a log scale around
+    the median of its null. Raises `ValueError` with the choices for a metric that is not of
     pairs, an unknown site, several steps of training, and several checkpoints of which none is
     named; and for clustering experts of two different sites.
     """
     rows, facts = metric_rows(overlap, metric, "pairs"), facts_of(metric)
     rows, title = one_site(rows, layer, stage, model, train_seed)
-    panels = {"measured": square(rows)}
-    if null and rows.null.notna().any():
-        panels["null"] = square(rows, "null")
+    tables = {"measured": square(rows)}
+    if null and rows.null.notna().any() and (ax is None or np.size(ax) > 1):
+        tables["null"] = square(rows, "null")
     if clustered:
         if facts.across:
             raise ValueError(
                 f"clustered is True, but pairs of {metric!r} are of two sites' experts"
             )
-        order = _order(panels["measured"], facts.apart)
-        panels = {name: table.loc[order, order] for name, table in panels.items()}
-    scale = linear_scale(*panels.values())
+        order = _order(tables["measured"], facts.apart)
+        tables = {name: table.loc[order, order] for name, table in tables.items()}
+    scale = linear_scale(*tables.values())
     if facts.ratio:
         center = rows.null[rows.null > 0].median() if (rows.null > 0).any() else 1.0
-        scale = ratio_scale(center, *panels.values())
+        scale = ratio_scale(center, *tables.values())
     y = "expert i at the site before" if facts.across else "expert i"
     text = facts.label + ("\n(white: median of the null)" if facts.ratio else "")
-    size = (PAGE_WIDTH, 3.1) if len(panels) == 2 else (COLUMN_WIDTH, 2.8)
-    with sheet(*size, layout="compressed") as figure:
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        draw_panels(axes, panels, scale, "expert j", y, text)
-        figure.suptitle(title, fontsize=8)
-    return figure
+    size = (PAGE_WIDTH, 3.1) if len(tables) == 2 else (COLUMN_WIDTH, 2.8)
+    with panels(ax, size, 1, len(tables), layout="compressed") as axes:
+        draw_panels(axes, tables, scale, "expert j", y, text, title=title)
+    return axes[0].get_figure()
 
 
 def _order(table: pd.DataFrame, distance: bool) -> list[int]:
@@ -89,8 +97,14 @@ def _order(table: pd.DataFrame, distance: bool) -> list[int]:
 
 
 def specialization(
-    overlap: Any, *, layer: int, stage: int, model: str | None = None, train_seed: int | None = None
-) -> Figure:
+    overlap: Any,
+    *,
+    layer: int,
+    stage: int,
+    model: str | None = None,
+    train_seed: int | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Domain specialization (OLMoE, arXiv 2409.02060, eq. 7) over its null, on a log scale: a
     column an expert, a row a domain.
 
@@ -108,14 +122,13 @@ def specialization(
     table = rows.pivot(index="domain", columns="expert", values="ratio")
     table = table.reindex(rows.domain.unique())
     table = table[_by_strongest(table)]
-    with sheet(COLUMN_WIDTH, 1.3 + max(0.16 * len(table), 0.6)) as figure:
-        ax = figure.subplots()
+    with canvas(ax, 1.3 + max(0.16 * len(table), 0.6)) as ax:
         image = draw_matrix(ax, table, ratio_scale(1.0, table), aspect="auto")
         name_experts(ax, "x", table.columns, "expert")
         ax.set_yticks(range(len(table)), table.index)
         ax.set_title(title)
         color_bar(image, ax, "share of the domain's routing / null", location="bottom", aspect=40)
-    return figure
+    return ax
 
 
 def _by_strongest(table: pd.DataFrame) -> list[int]:
@@ -136,6 +149,7 @@ def substitution_matrix(
     stage: int,
     model: str | None = None,
     train_seed: int | None = None,
+    ax: Any = None,
 ) -> Figure:
     """The linear estimate of what it costs that expert j runs for i; white costs nothing.
 
@@ -145,8 +159,9 @@ def substitution_matrix(
            which both are equal
 
     In nats per token routed to expert i; red costs, blue gains. model and train_seed: of one of
-    several. Raises `ValueError` with the choices for an unknown site or checkpoint, and for frames
-    in which later routers were treated in more than one way.
+    several; ax: as many axes as panels, by default a new figure. Raises `ValueError` with the
+    choices for an unknown site or checkpoint, and for frames in which later routers were treated in
+    more than one way.
     """
     measured = isinstance(frame, pd.DataFrame) and "linear" in frame
     if measured:
@@ -161,14 +176,13 @@ def substitution_matrix(
     rows, title = one_site(rows, layer, stage, model, train_seed)
     table = square(rows, "linear" if measured else "value")
     size = (PAGE_WIDTH, 3.0) if measured else (COLUMN_WIDTH, 2.8)
-    with sheet(*size) as figure:
-        axes = figure.subplots(1, 1 + measured, squeeze=False)[0]
+    with panels(ax, size, 1, 1 + measured) as axes:
         names = "by expert j", "expert i replaced", facts_of("substitution").label
-        draw_panels(axes[:1], {"": table}, centered_scale(table), *names, shrink=0.9)
+        scale = centered_scale(table)
+        draw_panels(axes[:1], {"estimate": table}, scale, *names, title=title, shrink=0.9)
         if measured:
             _calibration(axes[1], rows[rows.measured.notna()], styles[rows.model.iloc[0]])
-        figure.suptitle(title, fontsize=8)
-    return figure
+    return axes[0].get_figure()
 
 
 def _calibration(ax: Axes, rows: pd.DataFrame, style: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""What pictures draw alike: lines with intervals, rows from the top, legends and their keys."""
+"""What pictures draw alike: lines with intervals, the mean of several training seeds, names at the
+ends of lines, rows from the top, axes of change, legends and their keys."""
 
 from __future__ import annotations
 
@@ -9,11 +10,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
+from scipy.optimize import isotonic_regression
 
-from analysis.plots.style import DELTA, tint, widen_scale
-from analysis.stats import CHECKPOINT, FEW_DOCUMENTS
+from analysis.plots.style import DELTA, darker, marker_look, tint
+from analysis.stats import FEW_DOCUMENTS
 
 GREY = "#404040"
+EARLY = 0.6  # share of the axes' width before which a line has its name at its end
+NAME_GAP = 7  # points between the axes and names of lines
+ZONE = "#E8EEF6"  # where a symlog axis is linear
 ZERO: dict[str, Any] = dict(color=GREY, lw=0.6, zorder=0.5)  # the line that changes are read from
 
 
@@ -56,20 +62,95 @@ def note_few(ax: Axes, frame: pd.DataFrame, above: bool = False) -> None:
     number = frame["num_documents"].min() if "num_documents" in frame else FEW_DOCUMENTS
     if number < FEW_DOCUMENTS:
         (x, y), side = ((0.0, 1.0), "left") if above else ((0.99, 0.01), "right")
-        look: dict[str, Any] = dict(ha=side, va="bottom", size=5, color=GREY)
+        look: dict[str, Any] = dict(ha=side, va="bottom", size=5.5, color=GREY)
         ax.text(x, y, f"n = {number:.0f}: too few documents", transform=ax.transAxes, **look)
 
 
 def draw_lines(
-    ax: Axes, frame: pd.DataFrame, styles: Mapping[str, dict[str, Any]], x: str, y: str, **how: Any
+    ax: Axes,
+    frame: pd.DataFrame,
+    styles: Mapping[str, dict[str, Any]],
+    x: str,
+    y: str,
+    at: str | None = None,
+    **how: Any,
 ) -> None:
-    """A line a checkpoint along x, in the style of its model, which the legend names once.
+    """A line a model along x, in its style. Of a model with several training seeds it is their
+    mean, and each seed a thin line, without a band.
 
+    at    the column by which points of several seeds are the same one, if not x
     how   options of `draw_line`, and what differs from that style
     """
-    for (model, *_), rows in frame.groupby(CHECKPOINT, sort=False):
-        rows = rows.dropna(subset=[x, y]).sort_values(x)
-        draw_line(ax, rows, x, y, label=model, **styles[model] | how)
+    for model, own in frame.dropna(subset=[x, y]).groupby("model", sort=False):
+        look = styles[model] | how
+        if how.get("linestyle") == "":  # then faces tell models of one family apart
+            look |= marker_look(styles[model])
+        if own.train_seed.nunique() == 1:
+            draw_line(ax, own.sort_values(x), x, y, label=model, **look)
+            continue
+        for _, rows in own.groupby("train_seed"):
+            draw_line(ax, rows.sort_values(x), x, y, **look | of_a_seed(look))
+        means = own.groupby(own[at or x].to_numpy(), sort=False)[[x, y]].mean()
+        draw_line(ax, means.sort_values(x), x, y, label=model, **look)
+
+
+def of_a_seed(look: Mapping[str, Any]) -> dict[str, Any]:
+    """What a single training run of several looks like, behind their mean."""
+    thin: dict[str, Any] = {"lw": 0.6, "alpha": 0.45, "zorder": 1.8, "bounds": (None, None)}
+    thin |= {"ms": 2} if look.get("linestyle") == "" else {"marker": ""}
+    return thin
+
+
+def note_seeds(ax: Axes, frame: pd.DataFrame) -> None:
+    """Say under the picture that single training runs stand behind their mean, where there are
+    any."""
+    number = frame.groupby("model").train_seed.nunique()
+    if (number := number[number > 1]).any():
+        several = " to ".join(map(str, dict.fromkeys([number.min(), number.max()])))
+        ax.set_xlabel(f"{ax.get_xlabel()}\nmeans of {several} training seeds, each of them faint")
+
+
+def label_ends(ax: Axes, handles: Sequence[Any] = (), size: float = 6.5) -> None:
+    """Name lines at their right ends, in their colors, moved apart, and those that end early where
+    they do; `handles` go into a legend.
+
+    Where there is no room for the names, or nothing would make room for them (axes of a figure
+    without a layout engine), all stand in a legend above.
+    """
+    lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    figure = ax.get_figure(root=True)
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)  # how high the axes will be
+    room, step = ax.get_window_extent().height * 72 / figure.dpi, 1.15 * size  # points
+    if engine is None or step * len(lines) > room:
+        legend_above(ax, [*lines, *handles])
+        return
+    ends = np.array([np.column_stack(line.get_data())[-1] for line in lines])
+    x, y = (ax.transData - ax.transAxes).transform(ends).T  # as shares of the axes
+    # In points, so that the room it takes does not change with the width that is left.
+    beside = ax.transAxes + ScaledTranslation(NAME_GAP / 72, 0, figure.dpi_scale_trans)
+    look: dict[str, Any] = dict(size=size, va="center", annotation_clip=False)
+    places = dict(zip(np.flatnonzero(x > EARLY), spread(y[x > EARLY], step / room), strict=True))
+    for i, (line, end) in enumerate(zip(lines, ends, strict=True)):
+        color, text = line.get_color(), line.get_label()
+        look["color"] = darker(color)
+        if i in places:
+            look["arrowprops"] = dict(arrowstyle="-", lw=0.4, color=color, shrinkA=0, shrinkB=2)
+            ax.annotate(text, end, (1, places[i]), textcoords=beside, **look)
+        else:
+            ax.annotate(text, end, (5, 0), textcoords="offset points", **look)
+    if handles:
+        legend_above(ax, handles)
+
+
+def spread(wanted: np.ndarray, step: float) -> np.ndarray:
+    """The places nearest to those wanted that are a step apart and within 0 to 1."""
+    order = np.argsort(wanted, kind="stable")
+    stairs = step * np.arange(len(wanted))
+    nearest = isotonic_regression(wanted[order] - stairs).x
+    places = np.empty(len(wanted))
+    places[order] = np.clip(nearest, 0, 1 - stairs.max(initial=0)) + stairs
+    return places
 
 
 def change_axis(axis: Any, values: Iterable[float], label: str = DELTA, zero: bool = True) -> None:
@@ -79,6 +160,27 @@ def change_axis(axis: Any, values: Iterable[float], label: str = DELTA, zero: bo
         zero_line(0, **ZERO)
     widen_scale(axis, values)
     axis.set_label_text(label)
+
+
+def widen_scale(axis: Any, values: Iterable[float]) -> None:
+    """Make an axis symlog if a linear one would press half of the values into a twentieth.
+
+    Not log: a change of loss may be 0 or negative. The part that stays linear is tinted and named.
+    """
+    sizes = np.abs(np.asarray(list(values), dtype=float))
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    if len(sizes) < 2 or sizes.max() <= 20 * np.median(sizes):
+        return
+    ax, along_x = axis.axes, axis.axis_name == "x"
+    threshold = 10.0 ** np.floor(np.log10(np.median(sizes)))
+    getattr(ax, f"set_{axis.axis_name}scale")("symlog", linthresh=threshold)
+    ax.autoscale(axis=axis.axis_name)  # else the margins stay those of the linear scale
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    zone, across = (ax.axvspan, "center") if along_x else (ax.axhspan, "right")
+    zone(-threshold, threshold, color=ZONE, lw=0, zorder=0.1)
+    at = (0, 1, ax.get_xaxis_transform()) if along_x else (1, 0, ax.get_yaxis_transform())
+    look: dict[str, Any] = dict(size=5.5, color=GREY, ha=across, va="bottom")
+    ax.text(*at[:2], "linear", transform=at[2], **look)
 
 
 def face(color: str, filled: float) -> dict[str, str]:

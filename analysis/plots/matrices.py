@@ -13,6 +13,7 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.image import AxesImage
 
+from analysis.plots.marks import GREY
 from analysis.stats import SHARED
 
 NOTHING = "#D0D0D0"  # the color of NaN, which neither map has
@@ -75,26 +76,36 @@ def name_experts(ax: Axes, axis: str, experts: Sequence[int], text: str) -> None
 
 
 def draw_panels(
-    axes: Sequence[Axes],
+    axes: Sequence[Axes] | np.ndarray,
     tables: Mapping[str, pd.DataFrame],
     scale: Colors,
     x: str,
     y: str,
     text: str,
+    title: str = "",
     **place: Any,
 ) -> None:
-    """Experts by experts side by side on one scale, several under their titles; x, y and text: of
-    the axes and of the bar, whose place is as in `color_bar`."""
-    for ax, (title, table) in zip(axes, tables.items(), strict=True):
+    """Experts by experts side by side on one scale, several under their names; x, y and text: of
+    the axes and of the bar, whose place is as in `color_bar`; the title says which site it is."""
+    for ax, (name, table) in zip(axes, tables.items(), strict=True):
         image = draw_matrix(ax, table, scale)
         name_experts(ax, "x", table.columns, x)
         name_experts(ax, "y", table.index, y if ax is axes[0] else "")
-        if len(tables) > 1:
-            ax.set_title(title)
-    color_bar(image, axes, text, **place)
+        several = [name] * (len(tables) > 1)
+        ax.set_title(", ".join([title, *several] if ax is axes[0] and title else several))
+    bar = color_bar(image, axes, text, **place)
+    if any(_unknown(table) for table in tables.values()):
+        bar.ax.set_title("grey: not used", fontsize=6, color=GREY, loc="left")
 
 
-def color_bar(image: AxesImage, axes: Sequence[Axes] | Axes, text: str, **place: Any) -> Colorbar:
+def _unknown(table: pd.DataFrame) -> bool:
+    """Whether more than the diagonal has no value."""
+    missing = table.isna().to_numpy(copy=True)
+    np.fill_diagonal(missing, False)
+    return bool(missing.any())
+
+
+def color_bar(image: AxesImage, axes: Any, text: str, **place: Any) -> Colorbar:
     """Beside the axes; arrows where values of any of them lie beyond the scale, readable numbers
     on ratios."""
     scale = image.norm

@@ -47,12 +47,13 @@ def one_site(
     model: str | None = None,
     train_seed: int | None = None,
 ) -> tuple[pd.DataFrame, str]:
-    """Those of one site of one checkpoint, and "model, layer 2, stage 0".
+    """Those of one site of one checkpoint, and "model, layer 2", or "model, layer 2, stage 0" of
+    one with several stages.
 
     A layer or stage that is not given is the first one measured; a model or train_seed must be
     given where there are several. Raises `ValueError` with the choices.
     """
-    seeds = rows.groupby("model").train_seed.nunique().max() > 1
+    whole, seeds = rows, rows.groupby("model").train_seed.nunique().max() > 1
     wanted = {"model": model, "train_seed": train_seed, "layer": layer, "stage": stage}
     for name in sorted(wanted, key=lambda name: wanted[name] is None):  # what is given comes first
         value, choices = wanted[name], rows[name].unique().tolist()
@@ -62,7 +63,8 @@ def one_site(
         rows = rows[rows[name] == value]
     first = rows.iloc[0]
     checkpoint = f"{first.model} #{first.train_seed}" if seeds else first.model
-    return rows, f"{checkpoint}, layer {first.layer}, stage {first.stage}"
+    stages = whole[whole.model == first.model].stage.nunique() > 1
+    return rows, f"{checkpoint}, layer {first.layer}" + f", stage {first.stage}" * stages
 
 
 def toward_common(metric: str) -> str:

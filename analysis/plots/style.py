@@ -1,13 +1,11 @@
-"""What all pictures share: size, fonts, a colour and a marker for each family, scales, saving."""
+"""What all pictures share: size, fonts, a color and a marker for each family."""
 
 from __future__ import annotations
 
 import inspect
-import io
-import os
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +21,19 @@ from analysis.stats import CHECKPOINT, check_choice, check_columns
 
 COLUMN_WIDTH, PAGE_WIDTH = 3.3, 6.8  # inches, one column and both of a two-column paper
 
-# Okabe and Ito's colours, which color-blind readers can tell apart, less their yellow: it is too
-# pale for a line. Markers differ too, so a print in grey can be read.
+# Any two can be told apart by normal, protan, deutan and tritan eyes: by at least 0.15 in Oklab, as
+# tests/analysis/plots/test_style.py simulates it. Markers differ, so a print in grey can be read.
 FAMILY_STYLE = {
     "dense": ("#000000", "."),
-    "smoe": ("#E69F00", "s"),
+    "smoe": ("#004488", "s"),
     "smoe_share": ("#56B4E9", "D"),
-    "hash": ("#009E73", "v"),
-    "fine_grained": ("#0072B2", "^"),
-    "top_p": ("#CC79A7", "P"),
+    "hash": ("#CCBB44", "v"),
+    "fine_grained": ("#785EF0", "^"),
+    "top_p": ("#800026", "P"),
     "cartesian": ("#D55E00", "o"),
 }
-OTHER_STYLE = [("#595959", "X"), ("#8C6D31", "h"), ("#A6A6A6", "*"), ("#5E3C99", "p")]
+# Of families that are not there; which one a family has follows from its name (see `family_style`).
+OTHER_STYLE = [("#009E73", "X"), ("#CC79A7", "h"), ("#717581", "*"), ("#8C510A", "p")]
 FACES = [1.0, 0.0, 0.5, 0.25]  # how much of the color a marker's face has, beside each of
 LINES = ["-", "--", ":", "-."]  # models of one family share its colour and marker
 
@@ -53,8 +52,8 @@ def paper_style() -> AbstractContextManager[None]:
 
 
 class Sheet(Figure):
-    """A figure that a notebook shows once: where it is what a cell's last line gives, or else when
-    the cell ends, with all that are open then."""
+    """A figure that a notebook shows once: where it, or axes of it, are what a cell's last line
+    gives, or else when the cell ends, with all that are open then."""
 
     def _ipython_display_(self) -> None:
         from IPython import get_ipython  # there, if it calls
@@ -66,6 +65,13 @@ class Sheet(Figure):
         if shown:
             plt.close(self)  # or it would be shown again when the cell ends
             display(shown, raw=True)
+
+
+class SheetAxes(Axes):
+    """Axes of a `Sheet`, which a notebook shows in their place."""
+
+    def _ipython_display_(self) -> None:
+        self.get_figure(root=True)._ipython_display_()
 
 
 @contextmanager
@@ -87,7 +93,33 @@ def canvas(ax: Axes | None, height: float) -> Iterator[Axes]:
         yield ax
     else:
         with sheet(COLUMN_WIDTH, height) as figure:
-            yield figure.subplots()
+            yield figure.subplots(subplot_kw={"axes_class": SheetAxes})
+
+
+@contextmanager
+def panels(
+    ax: Any,
+    size: tuple[float, float],
+    rows: int,
+    columns: int,
+    layout: str = "constrained",
+    **how: Any,
+) -> Iterator[np.ndarray]:
+    """The given axes, as many as rows x columns, or those of a new figure of a size in inches.
+
+    ax    None, one axes or a sequence or array of them; how: options of `Figure.subplots`
+
+    Raises `ValueError` for another number of axes.
+    """
+    if ax is not None:
+        given = np.ravel(np.asarray(ax, dtype=object))
+        if len(given) != rows * columns:
+            raise ValueError(f"ax has {len(given)} axes; the picture has {rows * columns} panels")
+        yield given
+    else:
+        with sheet(*size, layout=layout) as figure:
+            options = {"squeeze": False, "subplot_kw": {"axes_class": SheetAxes}} | how
+            yield figure.subplots(rows, columns, **options).ravel()
 
 
 def table_of(source: Any, name: str, columns: Iterable[str], *args: Any) -> pd.DataFrame:
@@ -134,14 +166,26 @@ def under(
 def model_styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """color, marker and linestyle of each model, in order; families keep theirs in every plot."""
     models = frame[["model", "family"]].drop_duplicates("model")
-    unknown = [f for f in models.family.unique() if f not in FAMILY_STYLE]
-    looks = FAMILY_STYLE | dict(zip(unknown, cycle(OTHER_STYLE), strict=False))
+    looks = family_styles(models.family.unique())
     lines = models.groupby("family", dropna=False).cumcount() % len(LINES)
     styles = {}
     for model, family, line in zip(models.model, models.family, lines, strict=True):
         color, marker = looks[family]
         styles[model] = {"color": color, "marker": marker, "linestyle": LINES[line]}
     return styles
+
+
+def family_styles(families: Iterable[Any]) -> dict[Any, tuple[str, str]]:
+    """Color and marker of each. One that FAMILY_STYLE does not have, such as one of the
+    transformers library, has that of `OTHER_STYLE` which its name leads to, and only beside another
+    one of the same the next that is free; an entry of your own in FAMILY_STYLE comes first."""
+    looks, taken = dict(FAMILY_STYLE), set()
+    for family in sorted({f for f in families if f not in looks}, key=str):
+        first = zlib.crc32(str(family).encode())
+        order = [OTHER_STYLE[(first + i) % len(OTHER_STYLE)] for i in range(len(OTHER_STYLE))]
+        looks[family] = next((look for look in order if look not in taken), order[0])
+        taken.add(looks[family])
+    return looks
 
 
 def filled(style: dict[str, str]) -> float:
@@ -163,60 +207,6 @@ def marker_look(style: dict[str, str]) -> dict[str, Any]:
     return {"color": style["color"], "marker": style["marker"], "mfc": face, **edge}
 
 
-def widen_scale(axis: Any, values: Iterable[float]) -> None:
-    """Make an axis symlog if a linear one would press half of the values into a twentieth.
-
-    Not log: a change of loss may be 0 or negative.
-    """
-    sizes = np.abs(np.asarray(list(values), dtype=float))
-    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
-    if len(sizes) < 2 or sizes.max() <= 20 * np.median(sizes):
-        return
-    threshold = 10.0 ** np.floor(np.log10(np.median(sizes)))
-    getattr(axis.axes, f"set_{axis.axis_name}scale")("symlog", linthresh=threshold)
-    axis.axes.autoscale(axis=axis.axis_name)  # else the margins stay those of the linear scale
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-
-
-# Text stays text in a PDF and in an SVG (paper.mplstyle): it can be searched and copied, and is
-# smaller than letters drawn as paths. No dates: the same picture is the same bytes.
-KINDS: dict[str, dict[str, Any]] = {
-    "png": {"dpi": 300},
-    "pdf": {"metadata": {"CreationDate": None}},
-    "svg": {"metadata": {"Date": None}},
-}
-
-
-def save(figure_or_axes: Figure | Axes, stem: str | Path, text: str | None = None) -> list[Path]:
-    """Write stem.png (300 dpi), stem.pdf and stem.svg (text kept as text); returns the paths.
-
-    text   what is to stand beside them, such as `analysis.caption` gives, as stem.txt
-
-    Folders are made, files replaced only when they are complete; the figure stays open.
-    """
-    stem = Path(stem)
-    if stem.suffix.removeprefix(".") in KINDS:
-        stem = stem.with_suffix("")
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    contents = {kind: picture_bytes(figure_or_axes, kind, stem.name) for kind in KINDS}
-    contents |= {} if text is None else {"txt": text.encode()}
-    paths = []
-    for kind, content in contents.items():
-        path = stem.with_name(f"{stem.name}.{kind}")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        paths.append(path)
-    return paths
-
-
-def picture_bytes(figure_or_axes: Figure | Axes, kind: str, name: str) -> bytes:
-    """The picture as a file of that kind ("png", "pdf", "svg"), whose ids follow from `name`."""
-    figure = getattr(figure_or_axes, "figure", figure_or_axes)
-    file = io.BytesIO()
-    with paper_style(), mpl.rc_context({"svg.hashsalt": name}):
-        figure.savefig(file, format=kind, **KINDS[kind])
-    return file.getvalue()
+def darker(color: str, share: float = 0.25) -> str:
+    """So much of it black: letters need more contrast than lines."""
+    return to_hex((1 - share) * np.array(to_rgb(color)))

@@ -136,20 +136,22 @@ FIGURES = {
     "catalogue": Shown(
         lambda r: r.damage(full=True),
         plots.catalogue_dots,
-        "Change of loss under every condition of the study, those of one perturbation together.",
+        "Change of loss under every condition of the study, by what they do to routing, in each "
+        "group the one that costs the median model most first.",
     ),
     "split": Shown(
         lambda r: r.split(),
         plots.split_bars,
-        "Damage divided by Shapley values among what a changed decision changes: the set of "
-        "experts, their weights, and mass that is lost.",
-        where("part", "set|weights|mass"),
+        "What a changed decision would cost with the other set of experts alone, the other weights "
+        "alone, and the lost mass alone, one after the other, and the interaction that leads from "
+        "their sum back to the damage of the whole.",
+        where("part", ".* alone|interaction|full"),
     ),
     "cascade": Shown(
         lambda r: r.cascade(),
         plots.cascade_dots,
-        "Damage with later routers working from the changed stream, and with their clean "
-        "decisions replayed; the difference is the cascade.",
+        "Damage with later routers reacting to the changed stream, and with them frozen in their "
+        "clean decisions; beside it the difference, which is the cascade.",
         subject=where("part", "cascade"),
     ),
     "layers": Shown(
@@ -163,13 +165,14 @@ FIGURES = {
         flips_per_token,
         plots.gap_curve,
         "Damage of the worst flips of experts that were found within a budget, and of as many "
-        "random ones; the space between the lines is the robustness gap.",
+        "random ones beside it on one scale; the difference is the robustness gap.",
         subject=where("part", "gap"),
     ),
     "tails": Shown(
         of_tokens(lambda r: r.tail_curve([SUBJECT])),
         plots.tail_shares,
-        "Share of the damage of DropTop(1) that its worst tokens carry.",
+        "Share of the damage of DropTop(1) that its worst tokens carry; above 1 where the other "
+        "tokens gain.",
     ),
     "position": Shown(
         of_tokens(lambda r: r.damage_by("position", [SUBJECT])),

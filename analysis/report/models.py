@@ -19,7 +19,9 @@ def models_text() -> str:
             "name": table["name"],
             "parameters": [f"{n:,}" for n in table.parameters],
             "million tokens": [f"{n / 1e6:.1f}" for n in table.tokens],
-            "bits per byte": _plain(table, "bits_per_byte", "bpb_low", "bpb_high"),
+            "bits per byte": interval_texts(
+                table, "bits_per_byte", "bpb_low", "bpb_high", sign=False
+            ),
             "RandomRouting (nats)": interval_texts(table, "random_routing"),
             "DropTop(1) (nats)": interval_texts(table, "drop_top"),
             "max violation": ["-" if pd.isna(v) else f"{v:.2f}" for v in table.max_violation],
@@ -38,7 +40,3 @@ def models_text() -> str:
         "packages: another training run is not in them, so that they order no families."
     )
     return "\n".join(lines)
-
-
-def _plain(table: pd.DataFrame, *columns: str) -> list[str]:
-    return [text.removeprefix("+") for text in interval_texts(table, *columns)]

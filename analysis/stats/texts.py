@@ -49,18 +49,20 @@ def number_text(value: float, digits: int = 3, sign: bool = False) -> str:
     return text.replace("-", plus, 1) if not float(text) else text
 
 
-def interval_texts(table: pd.DataFrame, value: str, *bounds: str, digits: int = 3) -> list[str]:
+def interval_texts(
+    table: pd.DataFrame, value: str, *bounds: str, digits: int = 3, sign: bool = True
+) -> list[str]:
     """Those columns, named as in `Intervals.columns`, as "+0.123 [0.100, 0.150]", row by row; "-"
     stands for NaN.
 
     digits   decimals, more where a row has none but zeros there
+    sign     "+" before what is positive
     Behind what is of fewer than `FEW_DOCUMENTS`, going by a column num_documents, stands "?".
     """
     numbers = table[[value, *(bounds or (f"{value}_low", f"{value}_high"))]].astype(float)
     few = table.get("num_documents", pd.Series(np.inf, table.index)) < FEW_DOCUMENTS
-    return [
-        _text(row, FEW if f else "", digits) for row, f in zip(numbers.to_numpy(), few, strict=True)
-    ]
+    marks = [FEW if f else "" for f in few]
+    return [_text(*each, digits, sign) for each in zip(numbers.to_numpy(), marks, strict=True)]
 
 
 def bounds_of(table: pd.DataFrame, name: str) -> tuple[str, str] | None:
@@ -73,8 +75,7 @@ def bounds_of(table: pd.DataFrame, name: str) -> tuple[str, str] | None:
 def column_texts(table: pd.DataFrame, name: str, digits: int = 3) -> list[str]:
     """A column as people read it, each cell with its bounds where the table has them."""
     if bounds := bounds_of(table, name):
-        texts = interval_texts(table, name, *bounds, digits=digits)
-        return [text.removeprefix("+") for text in texts] if name in UNSIGNED else texts
+        return interval_texts(table, name, *bounds, digits=digits, sign=name not in UNSIGNED)
     return [value_text(value, digits) for value in table[name]]
 
 
@@ -86,12 +87,12 @@ def value_text(value: object, digits: int = 3) -> str:
     return str(value) if whole else number_text(float(value), digits)  # type: ignore[arg-type]
 
 
-def _text(row: Sequence[float], mark: str, digits: int) -> str:
+def _text(row: Sequence[float], mark: str, digits: int, sign: bool) -> str:
     value, low, high = row
     if np.isnan(value):
         return "-"
     digits = decimals(row, digits)
-    center = number_text(value, digits, sign=True)
+    center = number_text(value, digits, sign=sign)
     if np.isnan(low):
         return f"{center} [-]"
     return f"{center} [{number_text(low, digits)}, {number_text(high, digits)}]{mark}"

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from analysis import measure_overlap
 from analysis.__main__ import app
-from analysis.adapters.load import documents, load
+from analysis.adapters.corpus import documents
+from analysis.adapters.load import load
 from analysis.overlap.metrics.catalogue import METRICS
 from analysis.overlap.tables import Overlap
 from analysis.report import overlap as overlap_report

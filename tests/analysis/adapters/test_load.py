@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 
-from analysis.adapters.load import documents, load
+from analysis.adapters.corpus import documents
+from analysis.adapters.load import load
 from cartmoe.config import ModelConfig
 from cartmoe.data import prepare
 from cartmoe.train import TrainConfig, train
@@ -120,6 +121,28 @@ def test_a_folder_that_no_model_saw(folder, checkpoint_of):
     model = load(checkpoint_of("smoe"))
     assert len(ids(documents(folder, model))) == 12
     assert ids(documents(folder, model, split="train")) == split_of(folder, "train")
+
+
+def test_texts_in_memory_are_a_document_each(trained):
+    texts = {"one": "a text of one's own", "two": "another text, longer than the first one"}
+    docs = documents(texts, trained, length=16)
+    assert ids(docs) == set(texts)
+    assert set(docs.domain) == {"text"}
+    assert docs.num_tokens == sum(map(len, texts.values())) == docs.num_bytes_S.sum()
+    with pytest.raises(ValueError, match="corpus has a str and a list where it must have a name"):
+        documents({"one": ["words"]}, trained)
+    for nothing in ({}, {"one": " "}):
+        with pytest.raises(ValueError, match="corpus 'texts given' is empty"):
+            documents(nothing, trained)
+
+
+def test_texts_that_a_model_was_trained_on_are_found_again(folder, trained):
+    """By their content, whatever they are called."""
+    texts = {path.name: path.read_text() for path in folder.iterdir()}
+    held_out = documents(texts, trained)
+    assert ids(held_out) == split_of(folder, "validation")
+    with pytest.warns(UserWarning, match="was trained on documents of 'the texts given'"):
+        documents(texts, trained, split="all")
 
 
 @pytest.mark.parametrize("corpus", [None, "factorial:documents=40"])

@@ -101,10 +101,23 @@ def test_several_models_are_swept_as_each_alone(results, model_of, shard):
     assert model_of("cartesian").name == "cartesian"  # the caller's keeps its own
 
 
+def test_seeds_of_a_model_keep_their_name_in_a_list():
+    seeds = [an.load("smoe-s0"), "smoe-s1"]
+    docs = an.documents("stdlib", seeds[0], length=32, limit=4, max_tokens_per_document=32)
+    swept = an.sweep(seeds, docs, an.DropTop(1), controls=False, **QUIET)
+    assert swept.damage()[["model", "train_seed"]].to_numpy().tolist() == [["smoe", 0], ["smoe", 1]]
+    with pytest.raises(ValueError, match="models has 2 of the name 'smoe' and train_seed 0"):
+        an.sweep(["smoe-s0", seeds[0]], docs, an.DropTop(1), **QUIET)
+    with pytest.raises(ValueError, match="models is empty"):
+        an.sweep([], docs, an.DropTop(1), **QUIET)
+    alone = an.sweep("smoe-s0", docs, an.DropTop(1), controls=False, **QUIET)
+    assert alone.damage().delta_nats.iloc[0] == pytest.approx(swept.damage().delta_nats.iloc[0])
+
+
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        ({}, "models is empty; give at least one by name"),
+        ({}, "models is empty; give at least one"),
         ({"a/b": None}, r"models has the name 'a/b'; it must be a text without / \( \) ,"),
         ({"dense": "dense"}, "dense has no router"),
     ],

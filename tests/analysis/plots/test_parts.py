@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from analysis import plots, stats
-from analysis.plots.style import COLUMN_WIDTH
+from analysis.plots.style import COLUMN_WIDTH, PAGE_WIDTH
 from analysis.stats.apart import COALITIONS
 from analysis.stats.bootstrap import Bootstrap
 
@@ -63,6 +63,7 @@ class Tables:
         return self.groups[by]
 
 
+WIDE = {"cascade_dots": 2, "gap_curve": 2, "dose_panels": 4}  # pictures of so many panels
 PICTURES = {
     "catalogue_dots": ("damage", plots.catalogue_dots),
     "split_bars": ("split", plots.split_bars),
@@ -92,11 +93,11 @@ def close_figures():
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_column_wide_and_nothing_clipped(name, results, table):
+def test_one_or_two_columns_wide_and_nothing_clipped(name, results, table):
     kind, draw = PICTURES[name]
     for source in (results, table(kind)):
         figure = draw(source).figure
-        assert figure.get_size_inches()[0] == COLUMN_WIDTH
+        assert figure.get_size_inches()[0] == (PAGE_WIDTH if name in WIDE else COLUMN_WIDTH)
         assert not is_clipped(figure)
 
 
@@ -125,25 +126,38 @@ def test_wrong_sources_are_refused(name, table):
     assert not plt.get_fignums()
 
 
-def shown(ax) -> set[float]:
-    """The x and y of all markers."""
-    lines = [line for line in ax.get_lines() if line.get_marker() not in ("None", "")]
+def shown(drawing) -> set[float]:
+    """The x and y of all markers, of axes or all of a figure's."""
+    axes = drawing.figure.axes
+    lines = [li for ax in axes for li in ax.get_lines() if li.get_marker() not in ("None", "")]
     return {round(v, 9) for line in lines for v in np.ravel(line.get_xydata()) if v == v}
 
 
-def test_catalogue_has_a_row_a_condition_grouped_by_perturbation(table):
+def test_catalogue_has_a_row_a_condition_in_groups_the_costliest_first(table):
     damage = table("damage")
     ax = plots.catalogue_dots(damage)
     names = [t.get_text().replace("\n", " ") for t in ax.get_yticklabels()]
-    assert sorted(names) == sorted(damage.label.unique())
-    bases = [name.partition("(")[0] for name in names]
-    assert len([b for a, b in pairwise(bases) if a != b]) == 2
-    assert names[:4] == ["DropTop(1)", "DropTop(2)", "DropTop(3)", "DropTop(1), replay"]
+    headings = ["experts taken away", "logits moved", "decisions replaced"]
+    assert [n for n in names if n in headings] == headings
+    assert sorted(set(names) - set(headings)) == sorted(damage.label.unique())
+    assert [t.get_fontweight() == "bold" for t in ax.get_yticklabels()] == [
+        n in headings for n in names
+    ]
+    cost = damage.groupby("label").delta_nats.median()
+    first = names[1 : names.index(headings[1])]
+    assert first == sorted(first, key=lambda name: -cost[name])
     assert {round(v, 9) for v in damage.delta_nats} <= shown(ax)
     one = plots.catalogue_dots(damage, ["cartesian"])
     assert [t.get_text() for t in one.legend_.get_texts()] == ["cartesian"]
     with pytest.raises(ValueError, match="models is 'olmoe'; choose one of 'smoe_share'"):
         plots.catalogue_dots(damage, ["olmoe"])
+
+
+def test_every_perturbation_has_a_group():
+    from analysis.perturb import PERTURBATIONS
+
+    known = {name for names in plots.conditions.GROUPS.values() for name in names}
+    assert known == set(PERTURBATIONS) - {"Compose", "Custom"}
 
 
 def test_catalogue_is_symlog_where_a_linear_scale_hides_half(table):
@@ -154,27 +168,54 @@ def test_catalogue_is_symlog_where_a_linear_scale_hides_half(table):
     assert not is_clipped(ax.figure)
 
 
-def test_split_bars_have_the_tables_lengths(table):
+def test_split_is_a_waterfall_that_ends_at_the_whole(table):
     split = table("split")
     ax = plots.split_bars(split)
-    drawn = {round(bar.get_width(), 9) for bar in ax.patches}
-    wanted = split[split.part.isin(["set", "weights", "mass", "interaction"])]
-    assert drawn == {round(v, 9) for v in wanted.delta_nats}
+    steps = ["set alone", "weights alone", "mass alone", "interaction"]
+    for i, model in enumerate(MODELS):
+        parts = split[split.model == model].set_index("part").delta_nats
+        bars = ax.patches[i * len(steps) : (i + 1) * len(steps)]
+        np.testing.assert_allclose([bar.get_width() for bar in bars], parts[steps])
+        starts = [bar.get_x() for bar in bars]
+        np.testing.assert_allclose(starts, np.cumsum([0, *parts[steps[:-1]]]), atol=1e-12)
+        end = bars[-1].get_x() + bars[-1].get_width()
+        assert end == pytest.approx(parts["full"])
+    (whole,) = {line.get_label() for line in ax.get_legend().legend_handles[-1:]}
+    assert whole == "damage of the whole"
     assert len(ax.get_yticks()) == len(MODELS)
     with pytest.raises(ValueError, match=r"condition is 'x'; choose one of 'DropTop\(1\)'"):
         plots.split_bars(split, "x")
 
 
-def test_groups_name_seed_and_condition_where_there_are_several(table):
+def test_steps_that_are_next_to_nothing_are_left_out_of_the_legend(table):
+    split = table("split")
+    nothing = split.assign(delta_nats=split.delta_nats.where(split.part != "mass alone", 0.0))
+    labels = [text.get_text() for text in plots.split_bars(nothing).get_legend().get_texts()]
+    assert labels == ["set alone", "weights alone", "interaction", "damage of the whole"]
+
+
+def test_cascade_has_both_arms_and_their_difference(table):
     cascade = table("cascade")
-    names = [t.get_text() for t in plots.cascade_dots(cascade).get_yticklabels()]
-    assert names == list(MODELS)
-    other = cascade.assign(condition="DropTop(2)", train_seed=1)
-    names = [
-        t.get_text() for t in plots.cascade_dots(pd.concat([cascade, other])).get_yticklabels()
-    ]
-    assert names[0] == "smoe_share #0\nDropTop(1)"
-    assert {round(v, 9) for v in cascade.delta_nats} <= shown(plots.cascade_dots(cascade))
+    figure = plots.cascade_dots(cascade)
+    both, difference = figure.axes
+    assert [t.get_text() for t in both.get_yticklabels()] == list(MODELS)
+    arms = [text.get_text() for text in both.get_legend().get_texts()]
+    assert arms == ["later routers react", "later routers frozen"]
+    points = {
+        round(line.get_xdata()[0], 9)
+        for line in difference.get_lines()
+        if len(line.get_xdata()) == 1
+    }
+    assert points == {round(v, 9) for v in cascade[cascade.part == "cascade"].delta_nats}
+    assert {round(v, 9) for v in cascade.delta_nats} <= shown(figure)
+
+
+def test_several_conditions_stand_under_headings(table):
+    cascade = table("cascade")
+    other = cascade.assign(condition="DropTop(2)")
+    names = plots.cascade_dots(pd.concat([cascade, other])).axes[0].get_yticklabels()
+    assert [t.get_text() for t in names] == ["DropTop(1)", *MODELS, "DropTop(2)", *MODELS]
+    assert [t.get_fontweight() for t in names] == 2 * ["bold", *["normal"] * len(MODELS)]
 
 
 def test_layers_in_order_with_the_second_stage_between_and_the_wholes_at_the_end(table):
@@ -191,13 +232,17 @@ def test_layers_in_order_with_the_second_stage_between_and_the_wholes_at_the_end
     assert {round(v, 9) for v in drawn.delta_nats} <= shown(ax)
 
 
-def test_gaps_have_a_line_each_for_worst_and_random(table):
+def test_gaps_have_a_panel_each_for_worst_and_random(table):
     gap = table("gap")
     for x in ("budget", "flips"):
-        ax = plots.gap_curve(gap, x=x)
-        drawn = gap[(gap.part != "gap") & ~gap.condition.str.contains("sequence")]
-        assert {round(v, 9) for v in drawn.delta_nats} <= shown(ax)
-        assert len([line for line in ax.get_lines() if len(line.get_xdata()) == 3]) == 4
+        figure = plots.gap_curve(gap, x=x)
+        assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+        for ax, part in zip(figure.axes, ("worst", "random"), strict=True):
+            rows = gap[(gap.part == part) & ~gap.condition.str.contains("sequence")]
+            for line in ax.get_lines():
+                if (model := line.get_label()) in MODELS:
+                    own = rows[rows.model == model].sort_values(x)
+                    np.testing.assert_allclose(line.get_xydata(), own[[x, "delta_nats"]])
     with pytest.raises(ValueError, match="x is 'dose'; choose one of 'budget', 'flips'"):
         plots.gap_curve(gap, x="dose")
     with pytest.raises(ValueError, match="flips per sequence only"):
@@ -231,7 +276,10 @@ def test_groups_of_tokens_in_their_order(results, by):
 def test_panels_share_the_scale_of_damage(table):
     figure = plots.dose_panels(table("damage"), doses=["strength", "mass_moved", "flips"])
     panels = [ax for ax in figure.axes if ax.get_xlabel()]
-    assert [len(ax.get_lines()) for ax in panels] == [2, 2, 2]
+    for ax in panels:
+        assert [line.get_label() for line in ax.get_lines() if line.get_label() in MODELS] == [
+            *MODELS
+        ]
     assert len({ax.get_ylim() for ax in panels}) == 1
     with pytest.raises(ValueError, match="x is 'dose'; choose one of"):
         plots.dose_panels(table("damage"), doses=["dose"])
@@ -241,9 +289,12 @@ def test_panels_share_the_scale_of_damage(table):
 def test_settings_are_left_alone_and_given_axes_drawn_on(table):
     before = dict(plt.rcParams)
     for name, (kind, draw) in PICTURES.items():
-        if name != "dose_panels":
-            _, ax = plt.subplots()
-            assert draw(table(kind), ax=ax) is ax
+        figure, axes = plt.subplots(1, WIDE.get(name, 1))
+        drawn = draw(table(kind), ax=axes)
+        assert drawn is (figure if name in WIDE else axes)
+        if name in WIDE:
+            with pytest.raises(ValueError, match=f"ax has 1 axes; the picture has {WIDE[name]}"):
+                draw(table(kind), ax=axes[0])
     plots.dose_panels(table("damage"))
     assert dict(plt.rcParams) == before
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 
 from analysis import plots, stats
-from analysis.plots.style import FAMILY_STYLE, model_styles
+from analysis.plots.marks import ZONE, spread
+from analysis.plots.style import (
+    FAMILY_STYLE,
+    PAGE_WIDTH,
+    darker,
+    family_styles,
+    model_styles,
+)
 from analysis.stats.bootstrap import Bootstrap
 
 from ..synthetic import FAMILIES, routing, study
@@ -31,6 +41,11 @@ def two_seeds():
 
 def lines(ax):
     return {line.get_label(): line for line in ax.get_lines()}
+
+
+def named(ax):
+    """Lines that a name at their end, or a legend, tells of."""
+    return {label: line for label, line in lines(ax).items() if not label.startswith("_")}
 
 
 def is_clipped(figure) -> bool:
@@ -84,7 +99,7 @@ def test_results_with_a_damage_method_serve_as_well(draw, frame):
 )
 def test_curves_show_the_tables_points_and_intervals(frame, x, y, low):
     ax = plots.damage_curve(frame, "GaussianNoise", x=x, y=y)
-    drawn = lines(ax)
+    drawn = named(ax)
     assert list(drawn) == ROUTED
     bands = [c for c in ax.collections if isinstance(c, PolyCollection)]
     assert len(bands) == (len(ROUTED) if low else 0)
@@ -106,6 +121,13 @@ def test_families_keep_their_look_whatever_else_is_drawn(frame):
     assert len({color for color, _ in FAMILY_STYLE.values()}) == len(FAMILIES)
 
 
+def test_a_family_of_elsewhere_keeps_its_look_whatever_stands_beside_it():
+    looks = family_styles(["olmoe", "mixtral", "dense"])
+    assert looks["olmoe"] == family_styles(["olmoe"])["olmoe"]
+    alike = next(f"f{i}" for i in range(99) if family_styles([f"f{i}"])[f"f{i}"] == looks["olmoe"])
+    assert family_styles(["olmoe", alike])["olmoe"] != family_styles(["olmoe", alike])[alike]
+
+
 def test_models_of_one_family_and_unknown_families_differ(frame):
     models = frame.iloc[:4].assign(
         model=["a", "b", "olmoe", "qwen"], family=["cartesian", "cartesian", "olmoe", "qwen"]
@@ -116,10 +138,63 @@ def test_models_of_one_family_and_unknown_families_differ(frame):
     assert styles["olmoe"]["marker"] != styles["qwen"]["marker"]
 
 
-def test_runs_of_one_model_stand_in_the_legend_once(two_seeds):
+def test_seeds_are_thin_lines_behind_their_mean(two_seeds):
     ax = plots.damage_curve(two_seeds)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ROUTED
-    assert len(ax.get_lines()) == 2 * len(ROUTED)
+    assert list(named(ax)) == ROUTED
+    rows = two_seeds[stats.is_plain(two_seeds) & (two_seeds.perturbation == "GaussianNoise")]
+    mean = rows[rows.model == "cartesian"].groupby("strength").delta_nats.mean()
+    line = named(ax)["cartesian"]
+    np.testing.assert_allclose(line.get_xydata(), mean.reset_index().to_numpy())
+    thin = [
+        one for one in ax.get_lines() if len(one.get_xdata()) > 2 and one not in named(ax).values()
+    ]
+    single = [rows[rows.model == "cartesian"].query("train_seed == @s").delta_nats for s in (0, 1)]
+    for seed in single:
+        assert any(np.array_equal(one.get_ydata(), seed) for one in thin)
+    assert all(one.get_linewidth() < line.get_linewidth() for one in thin)
+    assert not ax.collections  # no band: another seed is not in it
+    assert ax.get_xlabel().endswith("means of 2 training seeds, each of them faint")
+
+
+def test_names_at_the_ends_are_apart_and_in_their_colors(frame):
+    ax = plots.damage_curve(frame)
+    assert ax.get_legend() is None
+    texts = {text.get_text(): text for text in ax.texts if text.get_text() in ROUTED}
+    assert list(texts) == ROUTED
+    ax.figure.canvas.draw()
+    boxes = sorted((text.get_window_extent() for text in texts.values()), key=lambda box: box.y0)
+    for low, high in pairwise(boxes):
+        assert low.y1 <= high.y0 + 2.5  # letters have room in their boxes
+    for name, line in named(ax).items():
+        assert texts[name].get_color() == darker(line.get_color())
+
+
+def test_names_that_do_not_fit_stand_in_a_legend(frame):
+    many = pd.concat(
+        frame[frame.model == "smoe"].assign(model=f"m{i}", delta_nats=frame.delta_nats + i)
+        for i in range(40)
+    )
+    ax = plots.damage_curve(many)
+    assert len(ax.get_legend().get_texts()) == 40
+    _, plain = plt.subplots()  # nothing would make room beside these axes
+    assert plots.damage_curve(frame, ax=plain).get_legend() is not None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ([0.5], [0.5]),
+        ([0.1, 0.9], [0.1, 0.9]),
+        ([0.5, 0.5], [0.55, 0.45]),
+        ([0.0, 0.0, 1.0], [0.1, 0.0, 1.0]),
+        ([0.99, 1.0], [0.9, 1.0]),
+    ],
+)
+def test_places_are_a_step_apart_and_as_near_as_can_be(wanted, found):
+    places = spread(np.array(wanted), 0.1)
+    np.testing.assert_allclose(np.sort(places), np.sort(found), atol=1e-12)
+    order = np.argsort(wanted, kind="stable")
+    assert (np.diff(places[order]) >= 0.1 - 1e-12).all()
 
 
 def test_curve_errors_list_the_choices(frame):
@@ -156,20 +231,32 @@ def test_controls_show_every_condition_of_every_model(frame):
         plots.control_dots(frame[frame.perturbation == "GaussianNoise"])
 
 
-def test_runs_of_one_model_have_rows_of_their_own(two_seeds):
-    names = [text.get_text() for text in plots.control_dots(two_seeds).get_yticklabels()]
-    assert names[:2] == ["smoe #0", "smoe #1"]
+def test_seeds_are_small_dots_beside_their_mean(two_seeds):
+    ax = plots.control_dots(two_seeds)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ROUTED
+    own = two_seeds[(two_seeds.model == "smoe") & (two_seeds.label == "DropTop(1)")].delta_nats
+    found = points(ax)
+    for value in (*own, own.mean()):
+        assert any(row == 0 and x == pytest.approx(value) for x, row in found)
+    assert "means of 2 training seeds" in ax.get_xlabel()
 
 
 def test_stages_stand_beneath_their_model_and_single_ones_are_left_out(frame):
     ax = plots.stage_dots(frame)
     names = [text.get_text() for text in ax.get_yticklabels()]
-    assert names == [*ROUTED, "stage 0", "stage 1"]
+    stages = ["cartesian, all", "cartesian, stage 0", "cartesian, stage 1"]
+    assert names == [*ROUTED[:-1], *stages]
     expected = frame.set_index(["model", "label"]).delta_nats
     assert (expected["cartesian", "DropTop(1), stage 1, scores"], len(names) - 1) in points(ax)
     assert len(points(ax)) == 2 * len(names)
     with pytest.raises(ValueError, match=r"condition is 'DropTop\(9\)'; choose one of"):
         plots.stage_dots(frame, "DropTop(9)")
+
+
+def test_perplexities_that_explode_have_a_log_axis(frame):
+    assert plots.damage_curve(frame, y="perplexity").get_yscale() == "linear"
+    far = frame.assign(perplexity=frame.perplexity * np.where(frame.strength == 4, 1000, 1))
+    assert plots.damage_curve(far, y="perplexity").get_yscale() == "log"
 
 
 def test_the_scale_widens_only_where_it_must(frame):
@@ -179,6 +266,9 @@ def test_the_scale_widens_only_where_it_must(frame):
     ax = plots.control_dots(frame.assign(**columns))
     assert ax.get_xscale() == "symlog"
     assert not is_clipped(ax.figure)
+    assert "linear" in [text.get_text() for text in ax.texts]  # the zone where it is
+    (zone,) = (p for p in ax.patches if to_hex(p.get_facecolor()).upper() == ZONE)
+    assert -zone.get_x() == zone.get_x() + zone.get_width() == ax.xaxis.get_transform().linthresh
     curve = frame.assign(delta_nats=frame.delta_nats * np.where(frame.strength == 4, 100, 1))
     assert plots.damage_curve(curve).get_yscale() == "symlog"
 
@@ -202,6 +292,16 @@ def test_save_writes_three_files_with_text_and_nothing_else(frame, tmp_path):
     assert [path.read_bytes() for path in again[1:3]] == [pdf, svg.encode()]
     assert again[3] == tmp_path / "new" / "figure.1.txt"
     assert again[3].read_text() == "what it shows"
+
+
+def test_two_columns_are_wide_and_the_letters_stay(frame, tmp_path):
+    ax = plots.damage_curve(frame)
+    png, *_ = plots.save(ax, tmp_path / "wide", columns=2)
+    assert plt.imread(png).shape[1] == round(PAGE_WIDTH * 300)
+    assert ax.xaxis.label.get_fontsize() == 8
+    assert not is_clipped(ax.figure)
+    with pytest.raises(ValueError, match="columns is 3; choose one of 1, 2"):
+        plots.save(ax, tmp_path / "wider", columns=3)
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

@@ -301,6 +301,7 @@ def test_every_source_file_counts(tmp_path, monkeypatch):
 # documents that are checked by their hashes, what checks values, what plans, what names, what
 # hands over.
 NOT_COMPUTING = {
+    "cartmoe.cards",
     "analysis.stats.bootstrap",
     "analysis.stats.columns",
     "analysis.stats.pairs",

@@ -1,0 +1,55 @@
+"""Tables of the documentation that say what dicts say: python docs/tables.py writes them anew.
+
+In README.md and docs/*.md a table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import analysis as an
+from analysis.perturb import about
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table; a | in a cell is no border."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *([cell.replace("|", r"\|") for cell in r] for r in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def perturbations() -> str:
+    """Name, strength, the first paragraph of its docstring."""
+    rows = (
+        (f"`{name}`", f"`{cls.strength_field}`" if cls.strength_field else "", about(cls))
+        for name, cls in an.PERTURBATIONS.items()
+    )
+    return markdown(["perturbation", "strength", "what it does to each token"], rows)
+
+
+def metrics() -> str:
+    """Name, what a row is of, what it is, its null."""
+    rows = []
+    for name, metric in an.METRICS.items():
+        what, _, null = metric.about.partition("; null")
+        rows.append((f"`{name}`", metric.kind, metric.table, what, null.lstrip(": ")))
+    return markdown(["metric", "of", "a row a", "what it is", "null"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"perturbations": perturbations, "metrics": metrics}
+
+
+def filled(text: str) -> str:
+    """A page with its tables as they are today."""
+    return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
