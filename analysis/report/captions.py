@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import stats
-from analysis.measure import Results
+from analysis.measure import Results, is_saved
 from analysis.perturb import PERTURBATIONS
 from analysis.report.cite import BIBTEX
 from analysis.report.figures import FIGURES, Shown, unfinished_text
@@ -44,13 +44,14 @@ def caption(study: Results | str | Path, figure: str | None = None) -> str:
         return words(study, {}, figure)
     folder = path_of("study", study)
     results = read(folder)
-    return words(results, read_plan(folder) if (folder / "plan.json").is_file() else {}, figure)
+    return words(results, {} if is_saved(folder) else read_plan(folder), figure)
 
 
 def words(results: Results, plan: Plan, figure: str | None = None) -> str:
     """`caption` of results that are read already."""
     if figure is None:
-        said, labels = " ".join(of_all(results, plan)), _labels(results.damage(full=True))
+        said = " ".join(of_all(results, plan))
+        labels = _labels(results.damage(full=True)) if results.has_conditions else []
     else:
         check_choice("figure", figure, FIGURES)
         shown = FIGURES[figure]
@@ -64,15 +65,26 @@ def words(results: Results, plan: Plan, figure: str | None = None) -> str:
 
 def caption_text(results: Results, plan: Plan, shown: Shown, table: pd.DataFrame) -> str:
     """The caption alone, a paragraph."""
-    labels = _labels(shown.rows(table))
-    many = len(labels) > MOST_LABELS
-    conditions = f"{len(labels)} conditions." if many else f"Conditions: {'; '.join(labels)}."
-    return " ".join([alt_text(shown, table), *of_all(results, plan), conditions])
+    parts = [alt_text(shown, table), *of_all(results, plan), conditions_text(shown, table)]
+    return " ".join(parts)
 
 
 def alt_text(shown: Shown, table: pd.DataFrame) -> str:
     """For who does not see the figure: what is drawn, and the ends of what it shows."""
     return f"{shown.says} {reading(shown.subject(shown.rows(table)))}"
+
+
+def conditions_text(shown: Shown, table: pd.DataFrame) -> str:
+    """Under which conditions what is drawn was measured."""
+    labels = _labels(shown.rows(table))
+    if len(labels) > MOST_LABELS:
+        return f"{len(labels)} conditions."
+    return f"Conditions: {'; '.join(labels)}."
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 model", "9 models"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def reading(rows: pd.DataFrame) -> str:
@@ -179,8 +191,8 @@ def methods(results: Results, plan: Plan, labels: Iterable[str]) -> str:
     """A paragraph for a paper: data, the perturbations of these conditions, damage, intervals,
     versions."""
     bootstrap = stats.Bootstrap()
-    sentences = [f"We measured {results.losses.model.nunique()} models on "
-                 f"{sample_text(results, plan)}."]  # fmt: skip
+    models = counted(results.losses.model.nunique(), "model")
+    sentences = [f"We measured {models} on {sample_text(results, plan)}."]
     if plan:
         sentences += [f"{sampling(plan['study']['data'])}."]
     sentences += [
@@ -210,10 +222,9 @@ def versions_text(plan: Plan) -> str:
     """With what it was computed, and on what."""
     manifest, measure = plan["manifest"], plan["study"]["measure"]
     libraries = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
-    where = manifest["platform"]
-    device = f"{where['device']} ({where['cpu_capability']})" if where["device"] == "cpu" else (
-        where["device"])  # fmt: skip
+    device, capability = manifest["platform"]["device"], manifest["platform"]["cpu_capability"]
+    where = f"{device} ({capability})" if capability else device
     return (
-        f"Computed in {measure['precision']} on {device} with Python {manifest['python']}, "
+        f"Computed in {measure['precision']} on {where} with Python {manifest['python']}, "
         f"{libraries}."
     )

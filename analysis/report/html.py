@@ -50,13 +50,14 @@ class Cells(NamedTuple):
 
     @property
     def folded(self) -> bool:
+        """Whether it is long."""
         return len(self.rows) > LONG
 
 
 def cells(
     name: str, title: str, table: pd.DataFrame, columns: Mapping[str, str] | None = None
 ) -> Cells:
-    """A table of this package for `table` of base.html, intervals in the cells of their values.
+    """A table of this package for `table` of parts.html, intervals in the cells of their values.
 
     columns   name -> title of those that are shown where the table has them; default: all, by
               their names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from analysis.measure import Results
 from analysis.report.captions import (
     Plan,
     alt_text,
-    caption_text,
+    conditions_text,
+    counted,
     definitions,
     methods,
     of_all,
@@ -114,34 +114,31 @@ SECTIONS = {
 def _figures(results: Results, plan: Plan, progress: bool) -> list[dict[str, Any]]:
     """Drawn one after the other, the main one first."""
     figures: list[dict[str, Any]] = []
-    common = " ".join(of_all(results, plan))
     bar = tqdm(shown_in(results), desc="drawing", unit="figure", disable=not progress)
     for name, shown, table in bar:
         with plots.paper_style():
             figure = drawn(shown, table, results)
             svg = inline_svg(figure, name, f"{name}-says")
             plt.close(figure)
-        said = alt_text(shown, table)
-        more = caption_text(results, plan, shown, table).removeprefix(said)
-        if figures:  # what is true of all stands in the first
-            more = more.replace(common, "")
-        number = len(figures) + 1
-        figures.append(dict(name=name, number=number, svg=svg, says=said, more=more.strip()))
+        common = [] if figures else of_all(results, plan)  # stands with the first
+        more = " ".join([*common, conditions_text(shown, table)])
+        said, number = alt_text(shown, table), len(figures) + 1
+        figures.append(dict(name=name, number=number, svg=svg, says=said, more=more))
     return figures
 
 
 def _asked(results: Results, plan: Plan) -> str:
     """The question in a paragraph."""
-    cells, study = _planned(plan), plan["study"]
-    models, seeds = cells.model.nunique(), cells.groupby("model").train_seed.nunique()
-    families = listed([*map(str, cells.family.unique())])
-    number = stats.label(cells[cells.condition != "clean"]).nunique()
-    fewest, most = int(seeds.min()), int(seeds.max())
-    each = f"{most} training seed" if fewest == most else f"{fewest} to {most} training seed"
+    planned = _planned(plan)
+    models, seeds = planned.model.nunique(), planned.groupby("model").train_seed.nunique()
+    families = listed([*map(str, planned.family.unique())])
+    number = stats.label(planned[planned.condition != "clean"]).nunique()
+    least = "" if seeds.min() == seeds.max() else f"{seeds.min()} to "
     return (
-        f"How much does the loss of {models} models depend on their routers being right? Of the "
-        f"families {families}, with {each}{'s' if most > 1 else ''} each, disturbed under {number} "
-        f"conditions and measured on {sample_text(results, plan)}. {sampling(study['data'])}."
+        f"How much does the loss of {counted(models, 'model')} depend on the router being right? "
+        f"Families: {families}, {least}{counted(seeds.max(), 'training seed')} of each model; "
+        f"disturbed under {counted(number, 'condition')}, measured on "
+        f"{sample_text(results, plan)}. {sampling(plan['study']['data'])}."
     )
 
 
@@ -197,7 +194,7 @@ def _manifest(plan: Plan) -> Cells:
     return cells("manifest", "What it was computed with", table)
 
 
-def _reproduction(plan: Plan) -> Mapping[str, str]:
+def _reproduction(plan: Plan) -> dict[str, str]:
     """Commands, and the study's definition."""
     commit, toml = plan["manifest"]["git_commit"], plan.get("toml", "")
     lines = [f"git checkout {commit.removesuffix('-dirty')}"] if commit else []
@@ -206,9 +203,8 @@ def _reproduction(plan: Plan) -> Mapping[str, str]:
         "python -m analysis run study.toml --out DIR",
         "python -m analysis report DIR",
     ]
-    changed = " The checkout had changes that are not in that commit." * bool(
-        commit and commit.endswith("-dirty")
-    )
+    dirty = bool(commit) and commit.endswith("-dirty")
+    changed = "The checkout had changes that are not in that commit. " if dirty else ""
     told = "study.toml is:" if toml else "The study was made in Python; as JSON it is:"
     definition = toml or json.dumps(plan["study"], indent=1)
-    return dict(commands="\n".join(lines), definition_is=f"{told}{changed}", definition=definition)
+    return dict(commands="\n".join(lines), definition_is=changed + told, definition=definition)

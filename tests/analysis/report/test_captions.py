@@ -93,6 +93,14 @@ def test_seeds_and_states():
     assert "One training seed a model" in an.caption(results_of(one))
 
 
+def test_clean_runs_alone():
+    table = losses([arm("DropTop", 1, 0.5)])
+    clean = table[table.perturbation == "clean"].assign(condition="clean")
+    text = an.caption(dataclasses.replace(results_of(table), losses=clean))
+    assert text.startswith("n = 20 documents, ")
+    assert "DropTop" not in text
+
+
 def test_mistakes(tmp_path):
     results = results_of(losses([arm("DropTop", 1, 0.5)]))
     with pytest.raises(ValueError, match="figure is 'control'; choose one of 'controls', "):

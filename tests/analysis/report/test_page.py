@@ -117,6 +117,7 @@ def test_ids_are_unique_and_what_refers_to_them_finds_them(page, source):
     inside = [link[1:] for link in (*links, *page.values("xlink:href"))]
     assert {*inside, *page.values("aria-labelledby")} <= set(ids)
     assert set(re.findall(r"url\(#([^)]*)\)", source)) <= set(ids)
+    assert page.texts("a")[1:11] == page.texts("h2")
     contents = [a["href"] for tag, a, around, _ in page.elements if tag == "a" and "nav" in around]
     assert contents == [f"#{attrs['id']}" for _, attrs, *_ in page.all("h2")]
 
@@ -168,7 +169,7 @@ def test_names_are_shown_as_they_are(page):
 
 def test_what_it_says(page):
     for said in (
-        "conditions and measured on 4 documents of",
+        "conditions, measured on 4 documents of",
         "Positive control: too few documents (4; at least 20)",
         f"beforehand ({RTL} less each other model, margin 0.1 nats per token), of 1",
         "No two models have more than 1 and 1 training seeds",
