@@ -1,10 +1,11 @@
 """The pictures of the README, from `make trained`, `make catalogue` and results/.
 
-    python -m studies.gallery
+    python -m studies.gallery [NAME ...]
 
-That of sharing is drawn by studies/sharing.py.
+That of sharing is drawn by studies/sharing.py, those of the explorer by hand from its page.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ def of_the_catalogue() -> dict[str, Callable[[], Any]]:
         "noise": lambda: an.plots.dose_panels(damage, "GaussianNoise"),
         "gap": lambda: an.plots.gap_curve(gap[gap.per == "token"]),
         "layers": lambda: an.plots.layer_profile(results),
-        "split": lambda: an.plots.split_bars(results.split()),
-        "cascade": lambda: an.plots.cascade_dots(results.cascade()),
+        "split": lambda: an.plots.split_bars(results.split("DropTop(1)")),
+        "cascade": lambda: an.plots.cascade_dots(results.cascade("DropTop(1)")),
         "tails": lambda: an.plots.tail_shares(results.tail_curve(["DropTop(1)"])),
         "frequency": lambda: an.plots.group_curve(frequency),
         "flips": lambda: an.plots.flip_calibration(flips),
@@ -57,7 +58,7 @@ def of_the_trained() -> dict[str, Callable[[], Any]]:
         f"{folder}/{name}": pd.read_parquet(RESULTS / folder / f"{name}.parquet")
         for folder, name in [
             *(("training", name) for name in ("damage", "overlap", "saturation")),
-            *(("overlap", name) for name in ("per_mass", "raw_damage", "relation")),
+            *(("overlap", name) for name in ("per_mass", "relation")),
             *(("larger", "training"), ("size", "sizes")),
         ]
     }
@@ -66,18 +67,12 @@ def of_the_trained() -> dict[str, Callable[[], Any]]:
         "training": lambda: over_training(
             read["training/damage"], read["training/overlap"], read["training/saturation"]
         ),
-        "relation_per_mass": lambda: an.plots.relation_dots(of_all(read["overlap/per_mass"])),
-        "relation_damage": lambda: an.plots.relation_dots(of_all(read["overlap/raw_damage"])),
+        "relation": lambda: an.plots.relation_dots(read["overlap/per_mass"]),
         "damage_overlap": lambda: an.plots.damage_against_overlap(
             read["overlap/relation"], "token_js"
         ),
         "seeds": lambda: over_seeds(read["larger/training"], read["size/sizes"]),
     }
-
-
-def of_all(relation: pd.DataFrame) -> pd.DataFrame:
-    """All models together."""
-    return relation[relation.model == "all"]
 
 
 def over_training(damage: pd.DataFrame, overlap: pd.DataFrame, settled: pd.DataFrame) -> Figure:
@@ -122,7 +117,7 @@ def over_seeds(larger: pd.DataFrame, size: pd.DataFrame) -> Figure:
     nano = larger[larger.preset == "nano"]
     wide = nano.pivot(index=keys, columns="model", values="delta_nats").dropna()
     wide = wide.assign(difference=wide.cartesian - wide.smoe_share).reset_index()
-    labels = {"DropTop(1)": "C1", "RandomRouting(1)": "C0"}
+    labels = {"DropTop(1)": "black", "RandomRouting(1)": "#8A8A8A"}  # no family's colors
     panels = [
         ("7.4 million parameters, over training", "tokens", "bytes of training", wide),
         ("8 bytes a parameter, over width", "width", "width", size),
@@ -143,15 +138,17 @@ def over_seeds(larger: pd.DataFrame, size: pd.DataFrame) -> Figure:
     return figure
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
+    """All, or those of these names."""
     for pictures in (of_the_catalogue, of_the_trained):
         with an.plots.paper_style():
             for name, picture in pictures().items():
-                drawing = picture()
-                figure = getattr(drawing, "figure", drawing)
-                figure.savefig(HERE / "gallery" / f"{name}.png", dpi=200)
-                plt.close(figure)
+                if not names or name in names:
+                    drawing = picture()
+                    figure = getattr(drawing, "figure", drawing)
+                    figure.savefig(HERE / "gallery" / f"{name}.png", dpi=200)
+                    plt.close(figure)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
