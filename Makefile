@@ -22,6 +22,7 @@ test-slow: .venv/dev
 # In a real browser: Debian has it as chromium and chromium-driver; axe-core comes by npm.
 test-browser: .venv/dev
 	$(PIP) -e '.[browser]'
+	npm install --silent --no-audit --no-fund --prefix .venv/share/axe axe-core@4.10.3
 	$(BIN)/python -m pytest -m browser
 
 bench: .venv/dev

@@ -70,7 +70,9 @@ def test_the_catalogue(tmp_path, monkeypatch):
 def test_the_models_that_come_with_the_project():
     """Trained alike, for at least ten million tokens, with checkpoints to look back at."""
     study = Study.read(MODELS)
-    assert {(m.name, m.train_seed) for m in study.models} == {(n, s) for n in NINE for s in (0, 1)}
+    twice = {"hash", "parallel", "unshared"}
+    expected = {(name, seed) for name in NINE for seed in range(2 if name in twice else 3)}
+    assert {(m.name, m.train_seed) for m in study.models} == expected
     assert len({replace(m.train, seed=0) for m in study.models}) == 1
     train = study.models[0].train
     size = train.batch_size * train.length

@@ -381,7 +381,7 @@ function curvePanel(state) {
   const [width, height, left, right, top, bottom] = [380, 210, 46, 14, 12, 38];
   const picture = make("div");
   const progress = make("p", { class: "note" });
-  const node = panel("damage", "Damage curve, nats per token", picture, progress);
+  const node = panel("damage", "Damage curve: loss in nats per token", picture, progress);
 
   function draw() {
     const { control, model, clean, about } = state;

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 NEEDED = (
-    "tests in a browser need Chromium with its driver, and selenium: "
-    "apt-get install chromium chromium-driver; pip install 'cartmoe[browser]'"
+    "tests in a browser need Chromium with its driver, selenium and axe-core: "
+    "apt-get install chromium chromium-driver npm; make test-browser installs the others"
 )
+AXE = Path(sys.prefix, "share", "axe", "node_modules", "axe-core", "axe.min.js")
 OPTIONS = [
     "--headless=new",
     "--no-sandbox",  # containers have no other users
@@ -67,6 +70,24 @@ class Browser:
         """All elements."""
         return self.driver.find_elements("css selector", selector)
 
+    def findings(self) -> list[str]:
+        """What axe-core finds that is serious or critical, and where."""
+        self.driver.execute_script(AXE.read_text(encoding="utf-8"))
+        found = self.driver.execute_async_script(
+            "const done = arguments[0]; axe.run().then(found => done(found.violations))"
+        )
+        return [
+            f"{one['id']}: {node['html'][:150]}"
+            for one in found
+            if one["impact"] in ("serious", "critical")
+            for node in one["nodes"]
+        ]
+
+    def picture(self, path: Path) -> Path:
+        """A screenshot of what is in the window."""
+        self.driver.save_screenshot(str(path))
+        return path
+
     def complaints(self) -> list[str]:
         """Errors on the console, and what was asked for beyond this machine."""
         errors = [e["message"] for e in self.driver.get_log("browser") if e["level"] == "SEVERE"]
@@ -81,7 +102,7 @@ def _installed():
     try:
         import selenium  # noqa: F401
 
-        found = chromium() and shutil.which("chromedriver")
+        found = chromium() and shutil.which("chromedriver") and AXE.is_file()
     except ImportError:
         found = None
     if not found:

@@ -50,6 +50,7 @@ def test_it_fits(pages, browse, name, width):
     assert tokens == (len(TEXT.encode()) if name != "hostile" else len(HOSTILE.encode()) + 1900)
     assert browser.js("return document.documentElement.lang") == "en"
     assert len(browser.all("h1")) == 1
+    assert browser.findings() == []
 
 
 @WIDTHS
