@@ -17,7 +17,9 @@ from analysis.stats import bounds_of, column_texts
 
 LONG = 16  # rows, of more a table is folded
 POINTS = 72  # an inch
-SCALE = 2.0  # CSS pixels of a picture's point: its letters of 8 points are 16 pixels high
+# CSS pixels of a picture's point, where there is room and at least: letters of 8 points are 16 and
+# 10 pixels high. A picture that is too wide for that is scrolled.
+SCALE, LEAST = 2.0, 1.25
 
 
 def render(template: str, **values: Any) -> str:
@@ -90,6 +92,7 @@ def inline_svg(figure: Figure, name: str, labelled_by: str) -> Markup:
     text = re.sub(r"(?<= d=\")[^\"]*", _rounded, text)
     width, height = (SCALE * POINTS * size for size in figure.get_size_inches())
     size = f'viewBox="0 0 {width / SCALE:g} {height / SCALE:g}" width="{width:g}"'
+    size += f' style="min-width: {width / SCALE * LEAST:g}px"'
     head = f'<svg {size} role="img" aria-labelledby="{labelled_by}">'
     return Markup(head + text[text.index(">") + 1 :])  # of matplotlib, which escapes
 
