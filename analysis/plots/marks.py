@@ -107,7 +107,7 @@ def note_seeds(ax: Axes, frame: pd.DataFrame) -> None:
     number = frame.groupby("model").train_seed.nunique()
     if (number := number[number > 1]).any():
         several = " to ".join(map(str, dict.fromkeys([number.min(), number.max()])))
-        ax.set_xlabel(f"{ax.get_xlabel()}\nmeans of {several} training seeds, each of them faint")
+        ax.set_xlabel(f"{ax.get_xlabel()}\nmeans of {several} training seeds,\neach of them faint")
 
 
 def label_ends(ax: Axes, handles: Sequence[Any] = (), size: float = 6.5) -> None:

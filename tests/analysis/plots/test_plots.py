@@ -153,7 +153,7 @@ def test_seeds_are_thin_lines_behind_their_mean(two_seeds):
         assert any(np.array_equal(one.get_ydata(), seed) for one in thin)
     assert all(one.get_linewidth() < line.get_linewidth() for one in thin)
     assert not ax.collections  # no band: another seed is not in it
-    assert ax.get_xlabel().endswith("means of 2 training seeds, each of them faint")
+    assert ax.get_xlabel().endswith("means of 2 training seeds,\neach of them faint")
 
 
 def test_names_at_the_ends_are_apart_and_in_their_colors(frame):
