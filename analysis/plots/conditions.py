@@ -15,7 +15,7 @@ from analysis.plots.marks import note_few, note_seeds
 from analysis.plots.style import canvas, filled, model_styles, table_of
 from analysis.stats import CONDITION, PLAIN, check_choice, find, label
 
-ROW, LINE = 0.12, 0.045  # inches of a row beside its models, and of a model in it
+ROW, LINE = 0.12, 0.03  # inches of a row beside its models, and of a model in it
 WRAP = 34  # characters of a label in one line
 
 GROUPS = {
