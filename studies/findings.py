@@ -82,10 +82,12 @@ def summary(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def training() -> Tables:
-    """At every checkpoint of the runs of seed 0 that the routed models come from."""
+    """At every checkpoint of those finished runs of `make models` that are there; runs that are
+    gone keep the rows that they have."""
     damages, overlaps, settled = [], [], []
-    runs = [RUNS / "models" / "models" / path.name for path in sorted(MODELS.glob("*-s0"))]
-    for run in tqdm([run for run in runs if run.name != "dense-s0"], unit="run"):
+    runs = sorted((RUNS / "models" / "models").glob("*-s?"))
+    routed = [run for run in runs if not run.name.startswith("dense") and finished(run)]
+    for run in tqdm(routed, unit="run"):
         model = an.load(run)
         docs = an.documents("stdlib", model, length=256, limit=96, max_tokens_per_document=256)
         both = [an.DropTop(1), an.RandomRouting()]
@@ -99,7 +101,21 @@ def training() -> Tables:
         one = an.saturation(run, docs, progress=False)
         settled.append(one.assign(model=model.name, tokens=one.step * size))
     parts = dict(damage=damages, overlap=overlaps, saturation=settled)
-    return {name: pd.concat(each, ignore_index=True) for name, each in parts.items()}
+    return {name: with_others(name, pd.concat(each)) for name, each in parts.items()}
+
+
+def finished(run: Path) -> bool:
+    """Whether it has had all of its steps."""
+    meta = read_meta(newest(run))
+    return meta["step"] == meta["steps"]
+
+
+def with_others(table: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """These rows, and those that results/training has of other checkpoints."""
+    before = pd.read_parquet(RESULTS / "training" / f"{table}.parquet")
+    new = pd.MultiIndex.from_frame(rows[CHECKPOINT])
+    others = before[~pd.MultiIndex.from_frame(before[CHECKPOINT]).isin(new)]
+    return pd.concat([others, rows], ignore_index=True)
 
 
 def size() -> Tables:

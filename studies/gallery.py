@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import analysis as an
+from analysis.plots.marks import draw_lines
 from analysis.plots.style import model_styles
 
 HERE = Path(__file__).parents[1]
@@ -76,9 +77,10 @@ def of_the_trained() -> dict[str, Callable[[], Any]]:
 
 
 def over_training(damage: pd.DataFrame, overlap: pd.DataFrame, settled: pd.DataFrame) -> Figure:
-    """A panel a quantity, a line a model, against the bytes that it was trained on."""
-    styles = model_styles(damage)
-    clean = damage.drop_duplicates(["model", "step"])
+    """A panel a quantity, a line a model, against the bytes that it was trained on; of several
+    training seeds their mean."""
+    styles = {model: look | {"ms": 3} for model, look in model_styles(damage).items()}
+    clean = damage.drop_duplicates(["model", "train_seed", "step"])
     panels = {
         "loss, nats per byte": clean.assign(value=clean.clean_nats),
         "damage of DropTop(1), nats": of_label(damage, "DropTop(1)"),
@@ -89,9 +91,7 @@ def over_training(damage: pd.DataFrame, overlap: pd.DataFrame, settled: pd.DataF
     }
     figure, axes = plt.subplots(2, 3, figsize=(7, 4.2), layout="constrained", sharex=True)
     for ax, (title, rows) in zip(axes.flat, panels.items(), strict=True):
-        for model, line in rows.groupby("model", sort=False):
-            line = line.sort_values("tokens")
-            ax.plot(line.tokens, line.value, label=model, **styles[model] | {"markersize": 3})
+        draw_lines(ax, rows, styles, "tokens", "value", bounds=(None, None))
         ax.set(title=title, xscale="log")
     for ax in axes[-1]:
         ax.set_xlabel("bytes of training")
@@ -108,7 +108,7 @@ def of_label(damage: pd.DataFrame, label: str) -> pd.DataFrame:
 
 def of_model(rows: pd.DataFrame) -> pd.DataFrame:
     """The mean over the sites of each model."""
-    return rows.groupby(["model", "tokens"]).value.mean().reset_index()
+    return rows.groupby(["model", "train_seed", "tokens"]).value.mean().reset_index()
 
 
 def over_seeds(larger: pd.DataFrame, size: pd.DataFrame) -> Figure:
