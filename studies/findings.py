@@ -30,7 +30,6 @@ from analysis.study.provenance import manifest
 from cartmoe.checkpoint import newest, read_meta
 from cartmoe.folders import remove_folder, write_folder
 from cartmoe.run import read_run
-from cartmoe.shipped import MODELS
 from studies.recipe import learning_rates
 from studies.size import sizes, slopes
 
