@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from analysis.perturb import PERTURBATIONS, Perturbation, map_inner
+from analysis.perturb import PERTURBATIONS, Perturbation, about, map_inner
 from cartmoe.hooks import RouterSite
 
 # Stops of sliders, of which a control has those that its parameter allows.
@@ -72,8 +72,7 @@ def _set(p: Perturbation, strength: float) -> Perturbation:
 
 def about_of(p: Perturbation) -> str:
     """What its class says of itself, up to the first stop."""
-    sentence = re.split(r"[.:;](?:\s|$)", type(p).__doc__ or "")[0]
-    return " ".join(sentence.replace("`", "").split())
+    return re.split(r"[.:;](?:\s|$)", about(type(p)))[0].replace("`", "")
 
 
 def neutral_of(p: Perturbation) -> float | None:

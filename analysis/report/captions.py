@@ -6,7 +6,6 @@ none, {}: then corpus, tokenizer and versions are left out, since nothing says t
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.measure import Results, is_saved
-from analysis.perturb import PERTURBATIONS
+from analysis.perturb import PERTURBATIONS, about
 from analysis.report.cite import BIBTEX
 from analysis.report.figures import FIGURES, Shown, unfinished_text
 from analysis.report.text import sampling
@@ -211,11 +210,8 @@ def methods(results: Results, plan: Plan, labels: Iterable[str]) -> str:
 def definitions(labels: Iterable[str]) -> list[str]:
     """Of the perturbations of these conditions, as the catalogue has it: "DropTop: The m ..."."""
     names = dict.fromkeys(re.split(r"[(,]", label)[0] for label in labels)
-    docs = {name: inspect.getdoc(PERTURBATIONS[name]) for name in names if name in PERTURBATIONS}
-    first = {name: " ".join((doc or "").split("\n\n")[0].split()) for name, doc in docs.items()}
-    return [
-        CODE.sub(r'"\1"', EMPHASIS.sub(r"\1", f"{name}: {text}")) for name, text in first.items()
-    ]
+    told = [f"{name}: {about(PERTURBATIONS[name])}" for name in names if name in PERTURBATIONS]
+    return [CODE.sub(r'"\1"', EMPHASIS.sub(r"\1", text)) for text in told]
 
 
 def versions_text(plan: Plan) -> str:
