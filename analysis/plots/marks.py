@@ -17,7 +17,7 @@ from analysis.plots.style import DELTA, darker, marker_look, tint
 from analysis.stats import FEW_DOCUMENTS
 
 GREY = "#404040"
-EARLY = 0.6  # share of the axes' width before which a line has its name at its end
+EARLY = 0.72  # share of the axes' width before which a line has its name at its end
 NAME_GAP = 7  # points between the axes and names of lines
 ZONE = "#E8EEF6"  # where a symlog axis is linear
 ZERO: dict[str, Any] = dict(color=GREY, lw=0.6, zorder=0.5)  # the line that changes are read from
