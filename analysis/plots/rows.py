@@ -47,13 +47,12 @@ def one_site(
     model: str | None = None,
     train_seed: int | None = None,
 ) -> tuple[pd.DataFrame, str]:
-    """Those of one site of one checkpoint, and "model, layer 2", or "model, layer 2, stage 0" of
-    one with several stages.
+    """Those of one site of one checkpoint, and "model, layer 2, stage 0".
 
     A layer or stage that is not given is the first one measured; a model or train_seed must be
     given where there are several. Raises `ValueError` with the choices.
     """
-    whole, seeds = rows, rows.groupby("model").train_seed.nunique().max() > 1
+    seeds = rows.groupby("model").train_seed.nunique().max() > 1
     wanted = {"model": model, "train_seed": train_seed, "layer": layer, "stage": stage}
     for name in sorted(wanted, key=lambda name: wanted[name] is None):  # what is given comes first
         value, choices = wanted[name], rows[name].unique().tolist()
@@ -63,8 +62,7 @@ def one_site(
         rows = rows[rows[name] == value]
     first = rows.iloc[0]
     checkpoint = f"{first.model} #{first.train_seed}" if seeds else first.model
-    stages = whole[whole.model == first.model].stage.nunique() > 1
-    return rows, f"{checkpoint}, layer {first.layer}" + f", stage {first.stage}" * stages
+    return rows, f"{checkpoint}, layer {first.layer}, stage {first.stage}"
 
 
 def toward_common(metric: str) -> str:

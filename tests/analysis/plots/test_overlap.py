@@ -107,7 +107,7 @@ def test_heatmap_has_the_tables_values_beside_their_null(overlap):
     assert value.norm is null.norm
     assert (value.norm.vmin, value.norm.vmax) == (0.05, np.nanmax(expected))
     assert to_hex(value.get_cmap().get_bad()).upper() == NOTHING
-    assert value.axes.get_title() == "smoe_share, layer 3, measured"
+    assert value.axes.get_title() == "smoe_share, layer 3, stage 0, measured"
     first = value.axes
     assert (first.get_xlabel(), first.get_ylabel()) == ("expert j", "expert i")
     assert names(first.get_xticklabels()) == [*map(str, range(E)), "shared"]
@@ -217,7 +217,7 @@ def test_heatmap_errors_name_the_choices(overlap):
         heatmap(two, "cka", model="smoe")
     assert not plt.get_fignums()
     figure = heatmap(two, "cka", model="smoe", train_seed=1)
-    assert figure.axes[0].get_title() == "smoe #1, layer 1, measured"
+    assert figure.axes[0].get_title() == "smoe #1, layer 1, stage 0, measured"
     figure = heatmap(overlap, "cka", model="cartesian", stage=1)
     assert figure.axes[0].get_title() == "cartesian, layer 1, stage 1, measured"
 
@@ -640,7 +640,7 @@ def test_relation_says_with_what_damage_and_given_what(correlations):
 
 def test_domains_say_of_what_site(overlap):
     ax = plots.specialization(overlap, layer=1, stage=0, model="smoe")
-    assert ax.get_title() == "smoe, layer 1"
+    assert ax.get_title() == "smoe, layer 1, stage 0"
 
 
 def test_scatter_has_areas_by_load(experts):
