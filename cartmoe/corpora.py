@@ -63,6 +63,8 @@ def open_source(corpus: str | Path) -> Source:
 
 def in_memory(texts: Mapping[str, str]) -> Source:
     """Texts by name, a document each, in one domain. Raises `ValueError` for what is no text."""
+    if not texts:
+        raise ValueError("corpus is empty; give at least one text by its name")
     for name, text in texts.items():
         if not (isinstance(name, str) and isinstance(text, str)):
             kinds = f"a {type(name).__name__} and a {type(text).__name__}"

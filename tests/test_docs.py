@@ -69,7 +69,9 @@ def first_column(page):
 
 def test_every_page_is_linked_and_read():
     assert sorted(PAGES) == sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
-    assert [page for page in PAGES if f"`docs/{page}.md`" not in README] == []
+    assert [page for page in PAGES if f"(docs/{page}.md)" not in README] == []
+    linked = re.findall(r"\]\((\w+\.md)\)", "".join(DOCS.values()))
+    assert [page for page in linked if not (ROOT / "docs" / page).exists()] == []
 
 
 def test_families_and_presets():

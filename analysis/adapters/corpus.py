@@ -58,6 +58,8 @@ def documents(
             table = table.assign(split=np.where(table.group.isin(seen), *SPLITS))
         chosen = replace(prepared, documents=table)
         return sequences(chosen, split=split, **limits).by_group(prepared.group_of)
+    if isinstance(corpus, list | tuple):
+        raise ValueError('corpus is a list; give a path, or texts by name: {"first": "..."}')
     source = in_memory(corpus) if isinstance(corpus, Mapping) else open_source(corpus)
     found = list(source.documents)
     groups = [document.group for document in found]

@@ -76,7 +76,8 @@ def explorer_page(
     conditions   perturbations, which then act at `where`, and conditions, as in `sweep`; None: a
                  selection, as much of it as fits a megabyte
     docs, length   as in `explore`
-    cards        whether every expert has its card, which is a run for each
+    cards        whether every expert has its card, which is a run for each; left out where they
+                 alone would fill the page of a selection
 
     Raises `ValueError` for a dense model, an empty text, and conditions that cannot act on it.
     """
@@ -84,6 +85,8 @@ def explorer_page(
     title = title or f"Routing of {session.model.name}"
     about = "Choose what happens to the routers; the text shows what that does to each token."
     chosen = list(selection(session)) if conditions is None else conditions_of(conditions, where)
+    if not chosen:
+        raise ValueError("conditions is empty; give at least one, or None for a selection")
     experts = [(n, e) for n, site in enumerate(session.sites) for e in range(site.num_experts)]
     answers = Answers(session)
     with tqdm(total=len(experts) * cards + len(chosen), unit="run", disable=not progress) as bar:
@@ -94,8 +97,10 @@ def explorer_page(
             answers.add(condition)
             bar.update()
             if conditions is None and len(page_of(answers, title, about).encode()) > LARGEST:
-                answers.runs.pop()
-                break
+                if len(answers.runs) > 1:
+                    answers.runs.pop()
+                    break
+                answers.cards.clear()  # of very many experts: a text without an answer says less
     return page_of(answers, title, about)
 
 
@@ -113,7 +118,10 @@ def tokens_page(
     The parameters are those of `explorer_page`. Raises as it does.
     """
     session = Session.of(model, text, None, length)
-    (condition,) = conditions_of(perturbation, where)
+    chosen = conditions_of(perturbation, where)
+    if len(chosen) != 1:
+        raise ValueError(f"perturbation has {len(chosen)} of them; a text alone shows one")
+    (condition,) = chosen
     answers = Answers(session, view="tokens")
     answers.add(condition)
     p = condition.perturbation

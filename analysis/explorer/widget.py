@@ -74,7 +74,7 @@ class Explorer(anywidget.AnyWidget):
             self.run, self.message = session.answer(condition), ""
             self.curve = session.curve(self.perturbation, self.where)
         except REFUSED as error:
-            self.run, self.message = {}, str(error)
+            self.run, self.curve, self.message = {}, {}, str(error)
 
     def _want(self, number: int) -> None:
         """One more point of the curve."""
@@ -86,6 +86,9 @@ class Explorer(anywidget.AnyWidget):
 
     def _pick(self) -> None:
         try:
+            if len(self.expert) not in (0, 2):
+                raise ValueError(f"expert is {self.expert}; give [site, expert], or []")
             self.card = self._session.card(*self.expert) if self.expert else {}
+            self.message = "" if self.run else self.message
         except REFUSED as error:
             self.card, self.message = {}, str(error)

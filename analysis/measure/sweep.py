@@ -90,6 +90,8 @@ def several_models(models: Mapping[str, object] | Sequence[object]) -> list[Adap
         found = [_renamed(name, model) for name, model in models.items()]
     else:
         found = [_loaded(model) for model in models]
+    for model in found:
+        _check_name(model.name)
     seen = Counter((model.name, model.train_seed) for model in found)
     for (name, seed), times in seen.items():
         if times > 1:
@@ -109,11 +111,16 @@ def _loaded(model: object) -> Adapter:
 
 
 def _renamed(name: object, model: object) -> Adapter:
+    _check_name(name)
+    other = copy.copy(_loaded(model))
+    other.name = str(name)
+    return other
+
+
+def _check_name(name: object) -> None:
+    """Raise `ValueError` for what conditions cannot name a model by."""
     if not isinstance(name, str) or not name or set(name) & set("/(),"):
         raise ValueError(f"models has the name {name!r}; it must be a text without / ( ) ,")
-    other = copy.copy(_loaded(model))
-    other.name = name
-    return other
 
 
 def conditions_of(

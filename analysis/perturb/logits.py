@@ -20,7 +20,8 @@ Bits = Annotated[int, Field(strict=True, ge=1, le=24), PLAIN]
 
 @declared
 class GaussianNoise(Perturbation):
-    """z + sigma * s * n, n standard normal.
+    """The logits z become z + sigma * s * n, n standard normal and s by default the standard
+    deviation of the token's own logits.
 
     scale    what s is: "token" the std of the token's finite logits, "site" the site's over the
              calibration slice, "absolute" 1
@@ -103,8 +104,8 @@ class SwapRanks(Perturbation):
 
 @declared
 class RandomRouting(Perturbation):
-    """A share of the tokens is routed as if it were another token: the ceiling of damage. Experts
-    that a mask has taken away before stay away.
+    """A share of the tokens is routed as if it were another token: what routing is worth that knows
+    nothing of its token. Experts that a mask has taken away before stay away.
 
     draw   "reservoir": its logits become a row of the calibration's reservoir, which keeps the
            marginal load; "permute": its own logits are permuted over the experts

@@ -109,6 +109,7 @@ def layer_profile(
         ax.axvline(last + 0.9 * step, color="#A0A0A0", lw=0.6, ls=":")
         change_axis(ax.yaxis, frame.delta_nats)
         depth_axis(ax, sites, f"layer at which {condition} acts alone", places)
+        note_few(ax, frame)
         note_seeds(ax, frame)
         legend_above(ax)
     return ax
@@ -146,7 +147,7 @@ GROUPS = {
 }
 
 
-GAIN = "below 0: flatter predictions give these tokens more"
+GAIN = "below 0: these tokens gain"
 
 
 def group_curve(
@@ -160,9 +161,9 @@ def group_curve(
     frame   the table of `stats.damage_by`, or a Results; the line breaks between domains, which
             have no order
 
-    Below 0 a group gains: a disturbed model's predictions are flatter, which gives more probability
-    to tokens that the clean one thought next to impossible, as it does rare ones. Where that
-    happens the picture says so. Raises `ValueError` for an unknown condition.
+    Below 0 a group gains: the disturbed model gives it more probability. That can be, as a clean
+    model may be surest where it is wrong; where an interval lies below 0 the picture says so.
+    Raises `ValueError` for an unknown condition.
     """
     columns = ["by", "group", "order", "delta_nats", "low", "high"]
     frame, styles = under(condition, frame, "damage_by", columns, by, [condition])
@@ -174,7 +175,7 @@ def group_curve(
     with canvas(ax, height=2.5) as ax:
         draw_lines(ax, frame, styles, "x", "delta_nats", "group", bars=True, **look)
         change_axis(ax.yaxis, frame.delta_nats)
-        if (frame.delta_nats < 0).any():
+        if (frame.high < 0).any():
             note = dict(transform=ax.get_yaxis_transform(), ha="left", va="top", size=5.5)
             ax.text(0.01, 0, GAIN, color=GREY, **note)
         turned = sum(map(len, groups)) > 28

@@ -84,9 +84,9 @@ def split_bars(
     sections = list(sections_of(frame))
     single = frame.groupby("model").train_seed.nunique().max() == 1
     size = frame[frame.part.isin(STEPS)].groupby("part").delta_nats.apply(lambda v: v.abs().max())
-    steps = [step for step in STEPS if size[step] > NOTHING * size.max()]
+    steps = [step for step in STEPS if size[step] >= NOTHING * size.max()]
     height, shifts = 0.8 / len(steps), offsets(steps, 0.8)
-    with canvas(ax, 0.95 + (0.12 + 0.1 * len(steps)) * len(sections)) as ax:
+    with canvas(ax, 1.15 + (0.12 + 0.1 * len(steps)) * len(sections)) as ax:
         for i, (_, model, rows) in enumerate(sections):
             if not model:
                 continue

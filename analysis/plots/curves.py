@@ -89,6 +89,8 @@ def _rows(
     for name, value in wanted.items():
         check_choice(name, value, rows[name].unique())
         rows = rows[rows[name] == value]
+    if rows[x].isna().all():
+        raise ValueError(f"perturbation {wanted['perturbation']!r} has no {x} to draw it over")
     return rows, model_styles(frame)
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from analysis.plots.marks import GREY, change_axis, face, key, legend_above, name_rows, offsets
 
-ROW_HEIGHT, FRAME_HEIGHT = 0.26, 0.95  # inches
+ROW_HEIGHT, FRAME_HEIGHT, LEAST_HEIGHT = 0.26, 1.15, 0.5  # inches
 STRIPE = "#F4F4F4"
 
 # (row, series) -> an estimate a training seed: tuples with delta_nats, low, high.
@@ -29,7 +29,7 @@ class Look(NamedTuple):
 
 def figure_height(num_rows: int, row: float = ROW_HEIGHT) -> float:
     """Inches of a figure with so many rows of dots, each of a height in inches."""
-    return FRAME_HEIGHT + row * num_rows
+    return FRAME_HEIGHT + max(row * num_rows, LEAST_HEIGHT)
 
 
 def cells_of(found: Iterable[tuple[tuple[Any, str], Any]]) -> Cells:
@@ -52,28 +52,29 @@ def dot_rows(
     rows     row -> (name, color), from top to bottom; one that has no cells is a heading
     series   name -> its look; each has a line of its own within the row
     cells    what is missing was not run; of several training seeds a small dot each, with its
-             interval, and the mean as large as a single one would be
+             interval, and the mean as large as a single one would be, where all were run
     columns  of the legend; 0: none
     """
     shifts = offsets(list(series), 0.7)
+    seeds = {row: max(len(own) for (r, _), own in cells.items() if r == row) for row, _ in cells}
     for i, (row, (_, row_color)) in enumerate(rows.items()):
         if i % 2:
             ax.axhspan(i - 0.5, i + 0.5, color=STRIPE, lw=0, zorder=0)
         for name, (marker, filled, own) in series.items():
             if found := cells.get((row, name)):
                 color, height = own or row_color, i + shifts[name]
-                faint = {"alpha": 0.4} if len(found) > 1 else {}
+                faint = {"alpha": 0.4} if seeds[row] > 1 else {}
                 for cell in found:
                     ax.plot([cell.low, cell.high], [height] * 2, color=color, lw=1.0, **faint)
                     if faint:
                         ax.plot(cell.delta_nats, height, ".", color=color, ms=3, mew=0, **faint)
-                mean = np.mean([cell.delta_nats for cell in found])
-                ax.plot(mean, height, marker, **face(color, filled), mew=1.0)
+                if len(found) == seeds[row]:
+                    mean = np.mean([cell.delta_nats for cell in found])
+                    ax.plot(mean, height, marker, **face(color, filled), mew=1.0)
     change_axis(ax.xaxis, [cell.delta_nats for found in cells.values() for cell in found])
     name_rows(ax, [name for name, _ in rows.values()])
-    measured = {row for row, _ in cells}
     for row, text in zip(rows, ax.get_yticklabels(), strict=True):
-        text.set_fontweight("normal" if row in measured else "bold")
+        text.set_fontweight("normal" if row in seeds else "bold")
     keys = [
         key(name, marker=marker, ls="", **face(own or GREY, filled))
         for name, (marker, filled, own) in series.items()

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 from scipy.optimize import isotonic_regression
 
-from analysis.plots.style import DELTA, darker, marker_look, tint
+from analysis.plots.style import DELTA, UNFINISHED, darker, marker_look, tint
 from analysis.stats import FEW_DOCUMENTS
 
 GREY = "#404040"
@@ -57,13 +57,14 @@ def _apart(values: pd.Series) -> bool:
 
 
 def note_few(ax: Axes, frame: pd.DataFrame, above: bool = False) -> None:
-    """Say on the picture that its intervals are over too few documents, where the table tells;
-    above the axes where rows fill them."""
+    """Say on the picture that its intervals are over too few documents, where the table tells, and
+    that the results it was made from are unfinished; above the axes where rows fill them."""
     number = frame["num_documents"].min() if "num_documents" in frame else FEW_DOCUMENTS
-    if number < FEW_DOCUMENTS:
+    few = [f"n = {number:.0f}: too few documents"] if number < FEW_DOCUMENTS else []
+    if said := ". ".join([*few, *filter(None, [frame.attrs.get(UNFINISHED)])]):
         (x, y), side = ((0.0, 1.0), "left") if above else ((0.99, 0.01), "right")
         look: dict[str, Any] = dict(ha=side, va="bottom", size=5.5, color=GREY)
-        ax.text(x, y, f"n = {number:.0f}: too few documents", transform=ax.transAxes, **look)
+        ax.text(x, y, said, transform=ax.transAxes, **look)
 
 
 def draw_lines(
@@ -76,7 +77,7 @@ def draw_lines(
     **how: Any,
 ) -> None:
     """A line a model along x, in its style. Of a model with several training seeds it is their
-    mean, and each seed a thin line, without a band.
+    mean, where all of them have a point, and each seed a thin line, without a band.
 
     at    the column by which points of several seeds are the same one, if not x
     how   options of `draw_line`, and what differs from that style
@@ -90,8 +91,9 @@ def draw_lines(
             continue
         for _, rows in own.groupby("train_seed"):
             draw_line(ax, rows.sort_values(x), x, y, **look | of_a_seed(look))
-        means = own.groupby(own[at or x].to_numpy(), sort=False)[[x, y]].mean()
-        draw_line(ax, means.sort_values(x), x, y, label=model, **look)
+        points = own.groupby(own[at or x].to_numpy(), sort=False)
+        shared = points.train_seed.nunique() == own.train_seed.nunique()
+        draw_line(ax, points[[x, y]].mean()[shared].sort_values(x), x, y, label=model, **look)
 
 
 def of_a_seed(look: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +119,10 @@ def label_ends(ax: Axes, handles: Sequence[Any] = (), size: float = 6.5) -> None
     Where there is no room for the names, or nothing would make room for them (axes of a figure
     without a layout engine), all stand in a legend above.
     """
-    lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    named = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    lines = [line for line in named if np.isfinite(line.get_ydata()).any()]
+    if not lines:
+        return
     figure = ax.get_figure(root=True)
     if engine := figure.get_layout_engine():
         engine.execute(figure)  # how high the axes will be
@@ -125,7 +130,8 @@ def label_ends(ax: Axes, handles: Sequence[Any] = (), size: float = 6.5) -> None
     if engine is None or step * len(lines) > room:
         legend_above(ax, [*lines, *handles])
         return
-    ends = np.array([np.column_stack(line.get_data())[-1] for line in lines])
+    points = [np.column_stack(line.get_data()) for line in lines]
+    ends = np.array([own[np.isfinite(own).all(axis=1)][-1] for own in points])
     x, y = (ax.transData - ax.transAxes).transform(ends).T  # as shares of the axes
     # In points, so that the room it takes does not change with the width that is left.
     beside = ax.transAxes + ScaledTranslation(NAME_GAP / 72, 0, figure.dpi_scale_trans)

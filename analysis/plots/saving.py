@@ -41,8 +41,7 @@ def save(
     """
     if columns is not None:
         check_choice("columns", columns, WIDTHS)
-        figure = getattr(figure_or_axes, "figure", figure_or_axes)
-        figure.set_figwidth(WIDTHS[columns])
+        figure_or_axes.get_figure(root=True).set_figwidth(WIDTHS[columns])
     stem = Path(stem)
     if stem.suffix.removeprefix(".") in KINDS:
         stem = stem.with_suffix("")
@@ -64,7 +63,7 @@ def save(
 
 def picture_bytes(figure_or_axes: Figure | Axes, kind: str, name: str) -> bytes:
     """The picture as a file of that kind ("png", "pdf", "svg"), whose ids follow from `name`."""
-    figure = getattr(figure_or_axes, "figure", figure_or_axes)
+    figure = figure_or_axes.get_figure(root=True)
     file = io.BytesIO()
     with paper_style(), mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(file, format=kind, **KINDS[kind])

@@ -38,6 +38,7 @@ FACES = [1.0, 0.0, 0.5, 0.25]  # how much of the color a marker's face has, besi
 LINES = ["-", "--", ":", "-."]  # models of one family share its colour and marker
 
 DELTA = "change of loss (nats per token)"
+UNFINISHED = "unfinished"  # what a table's `attrs` say of the results it was made from
 
 
 def paper_style() -> AbstractContextManager[None]:
@@ -137,6 +138,9 @@ def table_of(source: Any, name: str, columns: Iterable[str], *args: Any) -> pd.D
         method = getattr(source, name)
         everything = {"full": True} if "full" in inspect.signature(method).parameters else {}
         frame = method(*args, **everything)
+        done, planned = getattr(source, "finished", 0), getattr(source, "planned", 0)
+        if done < planned:
+            frame.attrs[UNFINISHED] = f"Unfinished: {done} of {planned} cells"
     check_rows(name, frame, [*CHECKPOINT, *columns])
     return frame
 

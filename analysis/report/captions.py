@@ -41,6 +41,9 @@ def caption(study: Results | str | Path, figure: str | None = None) -> str:
     """
     if isinstance(study, Results):
         return words(study, {}, figure)
+    if not isinstance(study, str | Path):
+        kind = type(study).__name__
+        raise ValueError(f"study is a {kind}; give Results, or the directory of a study")
     folder = path_of("study", study)
     results = read(folder)
     return words(results, {} if is_saved(folder) else read_plan(folder), figure)
@@ -90,8 +93,9 @@ def reading(rows: pd.DataFrame) -> str:
     """The largest and the smallest value of a table, with interval, and whose they are."""
     if "carried" in rows:  # a curve over shares of tokens
         worst = rows[rows.share <= 0.01].groupby("model", sort=False).carried.max().dropna()
-        least, most = (f"{100 * share:.0f} %" for share in (worst.min(), worst.max()))
-        return f"The worst 1 % of tokens carry {least} to {most} of it."
+        if worst.empty:
+            return "There are too few tokens to speak of the worst 1 % of them."
+        return f"The worst 1 % of tokens carry {_percents(worst)} of it."
     known = rows[rows.delta_nats.notna()]
     if known.empty:
         return "Nothing of it is known: no token was changed."
@@ -102,6 +106,11 @@ def reading(rows: pd.DataFrame) -> str:
         for text, row in zip(texts, ends.to_dict("records"), strict=True)
     )
     return f"Largest: {largest}; smallest: {smallest}."
+
+
+def _percents(shares: pd.Series) -> str:
+    """ "4 to 7 %"."""
+    return f"{' to '.join(dict.fromkeys(f'{100 * s:.0f}' for s in (shares.min(), shares.max())))} %"
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -155,7 +164,10 @@ def seeds_text(results: Results) -> str:
     if (number == 1).all():
         return "One training seed a model: another training run is not in the intervals."
     each = ", ".join(f"{model} {n}" for model, n in number.items())
-    return f"Training seeds: {each}; intervals speak for one checkpoint each."
+    return (
+        f"Training seeds: {each}; of several what is drawn large is their mean, each of them is "
+        "faint, and intervals, where they are drawn, speak for one checkpoint each."
+    )
 
 
 def models_text(results: Results) -> str:
@@ -195,7 +207,7 @@ def methods(results: Results, plan: Plan, labels: Iterable[str]) -> str:
     if plan:
         sentences += [f"{sampling(plan['study']['data'])}."]
     sentences += [
-        "At inference routing was perturbed in one way at a time; weights were not changed.",
+        "At inference routing was perturbed, one condition at a time; weights were not changed.",
         *definitions(labels),
         "Damage is the summed negative log-likelihood under the condition less that of the clean "
         "run on the same documents, per token (paired).",

@@ -15,7 +15,7 @@ from analysis.report.verdicts import positive_control
 from analysis.stats import CHECKPOINT
 
 # What is there to give others their meaning, and would be the ends of every list.
-ANCHORS = ("DropUnchosen", "RandomRouting", "NoRouted", "ResidualNoise")
+CONTROLS = ("DropChosen", "DropUnchosen", "RandomRouting", "NoRouted", "ResidualNoise")
 FEWEST = 3  # training seeds of each of two models, below which families are not ordered
 
 
@@ -51,9 +51,9 @@ def _span(said: str, damage: pd.DataFrame, name: str) -> list[str]:
 
 def ends(damage: pd.DataFrame) -> list[str]:
     """Of each checkpoint the condition that costs most and the one that costs least, among those
-    that act everywhere and are no anchors (nats per token)."""
+    that act everywhere and are no controls (nats per token)."""
     known = damage[damage.label.isin(whole_conditions(damage)) & damage.delta_nats.notna()]
-    known = known[~known["name"].isin(ANCHORS)]
+    known = known[~known["name"].isin(CONTROLS)]
     said = []
     for (model, seed), rows in known.groupby(["model", "train_seed"], sort=False):
         most, least = _costs(rows.loc[[rows.delta_nats.idxmax(), rows.delta_nats.idxmin()]])

@@ -166,7 +166,7 @@ def _described(plan: Plan, work: Sequence[Work]) -> dict[str, Any]:
     study, texts = plan.study, plan.texts.values()
     return {
         "study": study_dict(study),
-        "toml": study.toml,
+        "toml": study.definition,
         "corpus_fingerprint": next(iter(texts)).corpus.fingerprint,
         "contrasts": study.contrasts and asdict(study.contrasts),
         "manifest": manifest(),

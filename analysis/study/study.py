@@ -38,6 +38,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -79,6 +80,14 @@ class Study:
     ) -> Study:
         """The same from a parsed table."""
         return cls(**study_fields(table, origin, default_name))
+
+    @property
+    def definition(self) -> str:
+        """The text of the file that it was read from, "" if it says something else by now."""
+        if not self.toml:
+            return ""
+        read = Study.from_dict(tomllib.loads(self.toml), default_name=self.name)
+        return self.toml if read == self else ""
 
     def conditions_of(self, spec: ModelSpec) -> list[Condition]:
         """Those that are for this model."""

@@ -131,9 +131,13 @@ def test_texts_in_memory_are_a_document_each(trained):
     assert docs.num_tokens == sum(map(len, texts.values())) == docs.num_bytes_S.sum()
     with pytest.raises(ValueError, match="corpus has a str and a list where it must have a name"):
         documents({"one": ["words"]}, trained)
-    for nothing in ({}, {"one": " "}):
-        with pytest.raises(ValueError, match="corpus 'texts given' is empty"):
-            documents(nothing, trained)
+    for wrong, message in (
+        ({}, "corpus is empty; give at least one text by its name"),
+        ({"one": " "}, "corpus 'texts given' is empty"),
+        (["text"], "corpus is a list; give a path, or texts by name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            documents(wrong, trained)
 
 
 def test_texts_that_a_model_was_trained_on_are_found_again(folder, trained):
