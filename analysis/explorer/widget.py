@@ -72,9 +72,11 @@ class Explorer(anywidget.AnyWidget):
                 self.passage, self.expert, self.card = session.clean(), [], {}
             condition = session.condition(self.perturbation, self.strength, self.where)
             self.run, self.message = session.answer(condition), ""
-            self.curve = session.curve(self.perturbation, self.where)
         except REFUSED as error:
-            self.run, self.curve, self.message = {}, {}, str(error)
+            self.run, self.message = {}, str(error)
+        self.curve = {"nats": []}  # not that of the question before
+        with suppress(*REFUSED):
+            self.curve = session.curve(self.perturbation, self.where)
 
     def _want(self, number: int) -> None:
         """One more point of the curve."""

@@ -133,6 +133,14 @@ def test_what_does_not_fit_is_left_out(model, monkeypatch):
     assert len(answers_of(smaller)["runs"]) == len(answers_of(whole)["runs"]) - 1
 
 
+def test_cards_that_fill_a_page_are_left_out(model, monkeypatch):
+    """Of very many experts."""
+    monkeypatch.setattr("analysis.explorer.page.LARGEST", 20_000)
+    page = an.explorer_page(model, TEXT, progress=False)
+    assert answers_of(page)["cards"] == []
+    assert len(answers_of(page)["runs"]) == 1
+
+
 def test_as_a_file_and_in_a_notebook(page, tmp_path):
     assert page.save(tmp_path / "page.html").read_text(encoding="utf-8") == page
     with pytest.raises(FileNotFoundError):
@@ -151,6 +159,10 @@ def test_what_cannot_be_asked(model):
         an.tokens_page(model, TEXT, an.DropTop(1), where="layer 9")
     with pytest.raises(ValueError, match="perturbations is 'DropTop'; give an object"):
         an.explorer_page(model, TEXT, "DropTop")
+    with pytest.raises(ValueError, match="conditions is empty; give at least one, or None"):
+        an.explorer_page(model, TEXT, [])
+    with pytest.raises(ValueError, match="perturbation has 2 of them; a text alone shows one"):
+        an.tokens_page(model, TEXT, [an.DropTop(1), an.DropTop(2)])
 
 
 def test_it_says_how_long_a_text_was(model):

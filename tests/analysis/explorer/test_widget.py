@@ -37,6 +37,26 @@ def test_a_slider_changes_text_and_curve(widget):
     assert widget.run == before
 
 
+def test_a_refused_question_has_no_curve_of_another(widget):
+    widget.set_state({"strength": 3.0, "asked": 1})
+    widget.set_state({"perturbation": "RandomRouting", "asked": 2})  # a share of 3
+    assert "share is 3.0" in widget.message
+    assert widget.run == {}
+    assert set(widget.curve["nats"]) == {None}  # of RandomRouting, at shares
+    widget.set_state({"perturbation": "none of them", "asked": 3})
+    assert widget.curve == {"nats": []}
+
+
+def test_a_message_on_a_card_goes_with_the_next_one(widget):
+    widget.set_state({"expert": [0, 99], "asked": 1})
+    assert "expert is 99" in widget.message
+    widget.set_state({"expert": [5], "asked": 2})
+    assert "give [site, expert], or []" in widget.message
+    widget.set_state({"expert": [0, 3], "asked": 3})
+    assert widget.message == ""
+    assert widget.card
+
+
 def test_every_question_is_answered(widget):
     for question in (
         {"perturbation": "GaussianNoise", "strength": 0.5},

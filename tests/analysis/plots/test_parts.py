@@ -194,6 +194,12 @@ def test_steps_that_are_next_to_nothing_are_left_out_of_the_legend(table):
     assert labels == ["set alone", "weights alone", "interaction", "damage of the whole"]
 
 
+def test_a_split_of_nothing_is_drawn(table):
+    split = table("split")
+    nothing = split.assign(**dict.fromkeys(["delta_nats", "low", "high"], 0.0))
+    assert len(plots.split_bars(nothing).patches) == 4 * len(MODELS)
+
+
 def test_cascade_has_both_arms_and_their_difference(table):
     cascade = table("cascade")
     figure = plots.cascade_dots(cascade)

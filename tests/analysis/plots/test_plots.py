@@ -156,6 +156,45 @@ def test_seeds_are_thin_lines_behind_their_mean(two_seeds):
     assert ax.get_xlabel().endswith("means of 2 training seeds,\neach of them faint")
 
 
+def test_a_mean_is_of_points_that_all_seeds_have(two_seeds):
+    """A seed alone at the last strength would pull the line to itself."""
+    rows = two_seeds[(two_seeds.perturbation == "DropTop") & (two_seeds.model == "smoe")]
+    lacks = rows[(rows.strength == rows.strength.max()) & (rows.train_seed == 1)]
+    line = named(plots.damage_curve(two_seeds.drop(lacks.index), "DropTop"))["smoe"]
+    assert line.get_xdata().tolist() == sorted(rows.strength.unique())[:-1]
+    some = two_seeds[(two_seeds.label != "DropChosen(1)") | (two_seeds.train_seed == 0)]
+    marks = [line.get_marker() for line in plots.control_dots(some).get_lines()]
+    full = [line.get_marker() for line in plots.control_dots(two_seeds).get_lines()]
+    assert full.count("^") - marks.count("^") == len(ROUTED)  # no mean of one seed of two
+
+
+def test_two_seeds_of_one_model_have_room(two_seeds):
+    one = two_seeds[two_seeds.model == "cartesian"]
+    for draw in (plots.control_dots, plots.stage_dots, plots.catalogue_dots):
+        assert not is_clipped(draw(one).figure)
+
+
+def test_what_has_no_strength_has_no_curve(frame):
+    with pytest.raises(ValueError, match="perturbation 'NoRouted' has no strength to draw it over"):
+        plots.damage_curve(frame, "NoRouted")
+    unknown = frame.assign(delta_nats=np.nan, low=np.nan, high=np.nan)
+    said = [text.get_text() for text in plots.damage_curve(unknown, "DropTop").texts]
+    assert said == ["n = 8: too few documents"]  # no line to name
+
+
+def test_unfinished_results_are_marked(frame):
+    class Results:
+        finished, planned = 3, 4
+
+        def damage(self):
+            return frame.assign(num_documents=30)
+
+    texts = [text.get_text() for text in plots.control_dots(Results()).texts]
+    assert "Unfinished: 3 of 4 cells" in texts
+    Results.finished = 4
+    assert not any("Unfinished" in text.get_text() for text in plots.control_dots(Results()).texts)
+
+
 def test_names_at_the_ends_are_apart_and_in_their_colors(frame):
     ax = plots.damage_curve(frame)
     assert ax.get_legend() is None
@@ -292,6 +331,12 @@ def test_save_writes_three_files_with_text_and_nothing_else(frame, tmp_path):
     assert [path.read_bytes() for path in again[1:3]] == [pdf, svg.encode()]
     assert again[3] == tmp_path / "new" / "figure.1.txt"
     assert again[3].read_text() == "what it shows"
+
+
+def test_axes_of_a_part_of_a_figure_are_saved_with_all_of_it(frame, tmp_path):
+    left, _ = plt.figure(layout="constrained").subfigures(1, 2)
+    plots.save(plots.damage_curve(frame, ax=left.subplots()), tmp_path / "part")
+    assert (tmp_path / "part.svg").is_file()
 
 
 def test_two_columns_are_wide_and_the_letters_stay(frame, tmp_path):

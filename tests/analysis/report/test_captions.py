@@ -74,7 +74,10 @@ def test_conditions_and_their_definitions():
     results = results_of(study())
     text = an.caption(results, "noise_mass")
     assert "Conditions: GaussianNoise(0.25); GaussianNoise(0.5); GaussianNoise(1);" in text
-    assert "GaussianNoise: z + sigma * s * n, n standard normal." in text
+    assert (
+        "GaussianNoise: The logits z become z + sigma * s * n, n standard normal and s by default "
+        in text
+    )
     assert "DropTop" not in text
     everything = an.caption(results)
     assert "DropTop: The m highest logits" in everything
@@ -85,7 +88,7 @@ def test_seeds_and_states():
     one, two = (losses([arm("DropTop", 1, 0.5)], documents=5, train_seed=seed) for seed in (0, 1))
     results = results_of(pd.concat([one, two]))
     text = an.caption(dataclasses.replace(results, planned=9))
-    assert "Training seeds: cartesian 2; intervals speak for one checkpoint each." in text
+    assert "Training seeds: cartesian 2; of several what is drawn large is their mean" in text
     assert "Unfinished: 4 of 9 cells." in text
     assert "? from fewer than 20 documents" in text
     assert "n = 5 documents, " in text

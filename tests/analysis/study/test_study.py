@@ -69,6 +69,14 @@ def test_variants_are_models_of_a_name():
     assert got.only[got.conditions[0]].models == ("control",)
 
 
+def test_a_definition_is_what_the_file_still_says(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text('[data]\ndocuments = 7\n[train]\nfamilies = ["smoe"]\nsteps = 2\n')
+    read = Study.read(path)
+    assert read.definition == path.read_text()
+    assert replace(read, data=replace(read.data, documents=3)).definition == ""
+
+
 def test_families_and_seeds():
     got = study(train={"preset": "small", "families": ["smoe", "dense"], "seeds": [0, 3]},
                 data={"length": 32, "tokenizer": "bpe:8192"})  # fmt: skip
