@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from analysis.plots.marks import (
-    GREY,
-    ZERO,
+    baseline,
     change_axis,
     draw_lines,
     key,
@@ -24,7 +23,7 @@ from analysis.plots.marks import (
     offsets,
 )
 from analysis.plots.rows import metric_rows
-from analysis.plots.style import canvas, model_styles, under
+from analysis.plots.style import canvas, ink, model_styles, under
 from analysis.stats import CHECKPOINT, INDEX, SHARED, check_choice, facts_of, sites_in
 
 
@@ -63,7 +62,7 @@ def overlap_profile(overlap: Any, metric: str, ax: Axes | None = None) -> Axes:
         note_seeds(ax, sites)
         handles = ax.get_legend_handles_labels()[0]
         if rows.null.notna().any():
-            handles.append(key("null", color=GREY, lw=0.8, ls="" if dots else ":", marker="_"))
+            handles.append(key("null", color=ink(), lw=0.8, ls="" if dots else ":", marker="_"))
         # Long handles: a dash must be seen on both sides of a marker.
         legend_above(ax, handles, handlelength=2.8)
     return ax
@@ -106,7 +105,7 @@ def layer_profile(
     with canvas(ax, height=2.5) as ax:
         draw_lines(ax, alone, styles, "x", "delta_nats", "part", bars=True, **dots)
         draw_lines(ax, whole, styles, "x", "delta_nats", "part", bars=True, linestyle="")
-        ax.axvline(last + 0.9 * step, color="#A0A0A0", lw=0.6, ls=":")
+        ax.axvline(last + 0.9 * step, color=ink(0.4), lw=0.6, ls=":")
         change_axis(ax.yaxis, frame.delta_nats)
         depth_axis(ax, sites, f"layer at which {condition} acts alone", places)
         note_few(ax, frame)
@@ -177,7 +176,7 @@ def group_curve(
         change_axis(ax.yaxis, frame.delta_nats)
         if (frame.high < 0).any():
             note = dict(transform=ax.get_yaxis_transform(), ha="left", va="top", size=5.5)
-            ax.text(0.01, 0, GAIN, color=GREY, **note)
+            ax.text(0.01, 0, GAIN, color=ink(), **note)
         turned = sum(map(len, groups)) > 28
         turn = dict(rotation=40, ha="right", rotation_mode="anchor") if turned else {}
         ax.set_xticks(range(len(groups)), groups, **turn)
@@ -195,7 +194,6 @@ TAIL_Y = {"carried": "share of the damage they carry", "rise": "rise of a token'
 
 
 ABOVE_ONE = "all of the damage; above it: the other tokens gain"
-NOTE: dict[str, Any] = dict(ha="left", va="bottom", size=5.5, color=GREY)
 
 
 def tail_shares(
@@ -217,14 +215,15 @@ def tail_shares(
     with canvas(ax, height=2.4) as ax:
         draw_lines(ax, frame, styles, "share", y, marker="")
         handles = []
+        note: dict[str, Any] = dict(ha="left", va="bottom", size=5.5, color=ink())
         if y == "carried":
             even = np.geomspace(frame.share.min(), 1, 50)
-            ax.plot(even, even, color=GREY, lw=0.8, ls=":")
-            handles = [key("evenly spread", color=GREY, lw=0.8, ls=":")]
-            ax.axhline(1, **ZERO)
-            ax.text(0.01, 1, ABOVE_ONE, transform=ax.get_yaxis_transform(), **NOTE)
+            ax.plot(even, even, color=ink(), lw=0.8, ls=":")
+            handles = [key("evenly spread", color=ink(), lw=0.8, ls=":")]
+            ax.axhline(1, **baseline())
+            ax.text(0.01, 1, ABOVE_ONE, transform=ax.get_yaxis_transform(), **note)
         else:
-            ax.axhline(0, **ZERO)
+            ax.axhline(0, **baseline())
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(numticks=8))
         ax.xaxis.set_minor_formatter(NullFormatter())

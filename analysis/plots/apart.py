@@ -11,8 +11,7 @@ from matplotlib.patches import Patch
 
 from analysis.plots.dots import Look, cells_of, dot_rows, figure_height, sections_of
 from analysis.plots.marks import (
-    GREY,
-    ZERO,
+    baseline,
     key,
     legend_above,
     name_rows,
@@ -20,7 +19,7 @@ from analysis.plots.marks import (
     note_seeds,
     offsets,
 )
-from analysis.plots.style import DELTA, PAGE_WIDTH, canvas, panels, under
+from analysis.plots.style import DELTA, PAGE_WIDTH, canvas, ink, panels, under
 
 # Part of the table -> what it is called; the difference has a panel of its own.
 ARMS = {"reroute": "later routers react", "replay": "later routers frozen"}
@@ -39,7 +38,7 @@ def cascade_dots(frame: pd.DataFrame | Any, condition: str | None = None, ax: An
     frame, styles = under(condition, frame, "cascade", ["part", "delta_nats"])
     sections = list(enumerate(sections_of(frame)))
     rows = {
-        i: (title, styles[model]["color"] if model else GREY) for i, (title, model, _) in sections
+        i: (title, styles[model]["color"] if model else ink()) for i, (title, model, _) in sections
     }
     names = {**ARMS, "cascade": "difference"}
     cells = cells_of(
@@ -62,7 +61,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "set alone": dict(fc="#004488", ec="#004488", lw=0.5),
     "weights alone": dict(fc="#DDAA33", ec="white", lw=0.5, hatch="////"),
     "mass alone": dict(fc="#009E73", ec="white", lw=0.5, hatch="...."),
-    "interaction": dict(fc="white", ec=GREY, lw=0.7),
+    "interaction": dict(fc="none", lw=0.7),  # with an edge of the style's ink
 }
 NOTHING = 0.02  # a step that is smaller in all rows, as a share of the greatest, is left out
 
@@ -86,6 +85,7 @@ def split_bars(
     size = frame[frame.part.isin(STEPS)].groupby("part").delta_nats.apply(lambda v: v.abs().max())
     steps = [step for step in STEPS if size[step] >= NOTHING * size.max()]
     height, shifts = 0.8 / len(steps), offsets(steps, 0.8)
+    looks = {step: {"ec": ink()} | STEPS[step] for step in steps}
     with canvas(ax, 1.15 + (0.12 + 0.1 * len(steps)) * len(sections)) as ax:
         for i, (_, model, rows) in enumerate(sections):
             if not model:
@@ -96,19 +96,19 @@ def split_bars(
                 start, at = end, i + shifts[step]
                 value, low, high = parts.loc[step]
                 end = start + value
-                ax.barh(at, value, height, start, **STEPS[step])
+                ax.barh(at, value, height, start, **looks[step])
                 if single:
-                    ax.plot([start + low, start + high], [at, at], color="black", lw=0.8)
+                    ax.plot([start + low, start + high], [at, at], color=ink(1), lw=0.8)
                 if step != steps[-1]:  # to the next step
-                    ax.plot([end, end], [at, at + height], color=GREY, lw=0.5, ls=":")
+                    ax.plot([end, end], [at, at + height], color=ink(), lw=0.5, ls=":")
             whole = parts.delta_nats["full"]
-            ax.plot(whole, i + 0.42, "^", color="black", ms=4, clip_on=False)
-        ax.axvline(0, **ZERO)
+            ax.plot(whole, i + 0.42, "^", color=ink(1), ms=4, clip_on=False)
+        ax.axvline(0, **baseline())
         name_rows(ax, [title for title, _, _ in sections])
         note_few(ax, frame, above=True)
         ax.set_xlabel(DELTA)
         note_seeds(ax, frame)
-        handles = [Patch(**STEPS[step], label=step) for step in steps]
-        whole = key("damage of the whole", color="black", marker="^", ms=4, ls="")
+        handles = [Patch(**looks[step], label=step) for step in steps]
+        whole = key("damage of the whole", color=ink(1), marker="^", ms=4, ls="")
         legend_above(ax, [*handles, whole], ncols=2, right=True)
     return ax

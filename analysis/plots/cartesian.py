@@ -8,10 +8,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots.marks import GREY, ZERO, legend_above, name_rows
+from analysis.plots.marks import baseline, legend_above, name_rows
 from analysis.plots.matrices import draw_panels, linear_scale
 from analysis.plots.rows import metric_rows, one_site
-from analysis.plots.style import PAGE_WIDTH, model_styles, panels
+from analysis.plots.style import PAGE_WIDTH, ground, ink, model_styles, panels
 from analysis.stats import square
 
 SHARES = {"composite_a": "A", "composite_b": "B", "composite_interaction": "interaction"}
@@ -69,7 +69,7 @@ def _dots(ax: Axes, rows: dict[str, pd.Series], look: dict[str, str]) -> None:
     for i, row in enumerate(rows.values()):
         ax.plot([row.low, row.high], [i, i], color=look["color"], lw=1.2)
         ax.plot(row.value, i, look["marker"], color=look["color"], label="_" if i else "measured")
-        ax.plot(row.null, i, "d", color=GREY, mfc="white", label="_" if i else "null")
-    ax.axvline(0, **ZERO)
+        ax.plot(row.null, i, "d", color=ink(), mfc=ground(), label="_" if i else "null")
+    ax.axvline(0, **baseline())
     name_rows(ax, list(rows))
     legend_above(ax, ncols=2, right=True)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from analysis.plots.dots import Cells, Look, cells_of, dot_rows, figure_height
 from analysis.plots.marks import note_few, note_seeds
-from analysis.plots.style import canvas, filled, model_styles, table_of
+from analysis.plots.style import canvas, filled, ink, model_styles, table_of
 from analysis.stats import CONDITION, PLAIN, check_choice, find, label
 
 ROW, LINE = 0.12, 0.03  # inches of a row beside its models, and of a model in it
@@ -75,8 +75,8 @@ def _grouped(frame: pd.DataFrame) -> dict[str, tuple[str, str]]:
     for group in GROUPS:
         own = cost[cost.group == group].sort_values("delta_nats", ascending=False, kind="stable")
         if len(own):
-            rows[group] = (group, "black")
-            rows |= {text: (textwrap.fill(text, WRAP), "black") for text in own.label}
+            rows[group] = (group, ink())
+            rows |= {text: (textwrap.fill(text, WRAP), ink()) for text in own.label}
     return rows
 
 

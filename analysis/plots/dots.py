@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.marks import GREY, change_axis, face, key, legend_above, name_rows, offsets
+from analysis.plots.marks import change_axis, face, key, legend_above, name_rows, offsets
+from analysis.plots.style import ink
 
 ROW_HEIGHT, FRAME_HEIGHT, LEAST_HEIGHT = 0.26, 1.15, 0.5  # inches
-STRIPE = "#F4F4F4"
 
 # (row, series) -> an estimate a training seed: tuples with delta_nats, low, high.
 Cells = Mapping[tuple[Any, str], Sequence[Any]]
@@ -59,7 +59,7 @@ def dot_rows(
     seeds = {row: max(len(own) for (r, _), own in cells.items() if r == row) for row, _ in cells}
     for i, (row, (_, row_color)) in enumerate(rows.items()):
         if i % 2:
-            ax.axhspan(i - 0.5, i + 0.5, color=STRIPE, lw=0, zorder=0)
+            ax.axhspan(i - 0.5, i + 0.5, color=ink(0.045), lw=0, zorder=0)
         for name, (marker, filled, own) in series.items():
             if found := cells.get((row, name)):
                 color, height = own or row_color, i + shifts[name]
@@ -76,7 +76,7 @@ def dot_rows(
     for row, text in zip(rows, ax.get_yticklabels(), strict=True):
         text.set_fontweight("normal" if row in seeds else "bold")
     keys = [
-        key(name, marker=marker, ls="", **face(own or GREY, filled))
+        key(name, marker=marker, ls="", **face(own or ink(), filled))
         for name, (marker, filled, own) in series.items()
     ]
     if columns:

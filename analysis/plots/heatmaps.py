@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 
-from analysis.plots.marks import ZERO, face, legend_above
+from analysis.plots.marks import baseline, face, legend_above
 from analysis.plots.matrices import (
     centered_scale,
     color_bar,
@@ -187,7 +187,7 @@ def substitution_matrix(
 
 def _calibration(ax: Axes, rows: pd.DataFrame, style: dict[str, Any]) -> None:
     color, marker = style["color"], style["marker"]
-    ax.axline((0, 0), slope=1, **ZERO)
+    ax.axline((0, 0), slope=1, **baseline())
     for chosen, (name, filled) in CHOSEN.items():
         own = rows[rows.chosen == chosen]
         if len(own):

@@ -13,14 +13,18 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 from scipy.optimize import isotonic_regression
 
-from analysis.plots.style import DELTA, UNFINISHED, darker, marker_look, tint
+from analysis.plots.style import DELTA, UNFINISHED, darker, ink, marker_look, tint
 from analysis.stats import FEW_DOCUMENTS
 
-GREY = "#404040"
 EARLY = 0.72  # share of the axes' width before which a line has its name at its end
+MOST_NAMES = 12  # of lines, in a legend above the axes
 NAME_GAP = 7  # points between the axes and names of lines
-ZONE = "#E8EEF6"  # where a symlog axis is linear
-ZERO: dict[str, Any] = dict(color=GREY, lw=0.6, zorder=0.5)  # the line that changes are read from
+ZONE = "#0072B2"  # faint, where a symlog axis is linear
+
+
+def baseline() -> dict[str, Any]:
+    """What a line looks like that changes are read from."""
+    return dict(color=ink(), lw=0.6, zorder=0.5)
 
 
 def draw_line(
@@ -63,7 +67,7 @@ def note_few(ax: Axes, frame: pd.DataFrame, above: bool = False) -> None:
     few = [f"n = {number:.0f}: too few documents"] if number < FEW_DOCUMENTS else []
     if said := ". ".join([*few, *filter(None, [frame.attrs.get(UNFINISHED)])]):
         (x, y), side = ((0.0, 1.0), "left") if above else ((0.99, 0.01), "right")
-        look: dict[str, Any] = dict(ha=side, va="bottom", size=5.5, color=GREY)
+        look: dict[str, Any] = dict(ha=side, va="bottom", size=5.5, color=ink())
         ax.text(x, y, said, transform=ax.transAxes, **look)
 
 
@@ -128,7 +132,9 @@ def label_ends(ax: Axes, handles: Sequence[Any] = (), size: float = 6.5) -> None
         engine.execute(figure)  # how high the axes will be
     room, step = ax.get_window_extent().height * 72 / figure.dpi, 1.15 * size  # points
     if engine is None or step * len(lines) > room:
-        legend_above(ax, [*lines, *handles])
+        many = len(lines) > MOST_NAMES
+        beside_or_above = legend_beside if many else legend_above
+        beside_or_above(ax, [*lines, *handles])
         return
     points = [np.column_stack(line.get_data()) for line in lines]
     ends = np.array([own[np.isfinite(own).all(axis=1)][-1] for own in points])
@@ -163,7 +169,7 @@ def change_axis(axis: Any, values: Iterable[float], label: str = DELTA, zero: bo
     """An axis of these changes, with a line at 0 that they are read from."""
     if zero:
         zero_line = axis.axes.axvline if axis.axis_name == "x" else axis.axes.axhline
-        zero_line(0, **ZERO)
+        zero_line(0, **baseline())
     widen_scale(axis, values)
     axis.set_label_text(label)
 
@@ -183,9 +189,9 @@ def widen_scale(axis: Any, values: Iterable[float]) -> None:
     ax.autoscale(axis=axis.axis_name)  # else the margins stay those of the linear scale
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     zone, across = (ax.axvspan, "center") if along_x else (ax.axhspan, "right")
-    zone(-threshold, threshold, color=ZONE, lw=0, zorder=0.1)
+    zone(-threshold, threshold, color=tint(ZONE, 0.1), lw=0, zorder=0.1)
     at = (0, 1, ax.get_xaxis_transform()) if along_x else (1, 0, ax.get_yaxis_transform())
-    look: dict[str, Any] = dict(size=5.5, color=GREY, ha=across, va="bottom")
+    look: dict[str, Any] = dict(size=5.5, color=ink(), ha=across, va="bottom")
     ax.text(*at[:2], "linear", transform=at[2], **look)
 
 
@@ -209,6 +215,13 @@ def name_rows(ax: Axes, names: Sequence[str]) -> None:
 def key(label: str, **look: Any) -> Line2D:
     """What a legend has for lines or markers that look like this."""
     return Line2D([], [], label=label, **look)
+
+
+def legend_beside(ax: Axes, handles: Sequence[Any]) -> None:
+    """Of very many lines, in small letters right of the axes, so that these keep their height."""
+    columns = -(-len(handles) // (2 * MOST_NAMES))
+    how: dict[str, Any] = dict(loc="upper left", bbox_to_anchor=(1, 1), fontsize=5)
+    ax.legend(handles=handles, ncols=columns, **how)
 
 
 def legend_above(

@@ -13,7 +13,7 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.image import AxesImage
 
-from analysis.plots.marks import GREY
+from analysis.plots.style import ink
 from analysis.stats import SHARED
 
 NOTHING = "#D0D0D0"  # the color of NaN, which neither map has
@@ -95,7 +95,7 @@ def draw_panels(
         ax.set_title(", ".join([title, *several] if ax is axes[0] and title else several))
     bar = color_bar(image, axes, text, **place)
     if any(_unknown(table) for table in tables.values()):
-        bar.ax.set_title("grey: not used", fontsize=6, color=GREY, loc="left")
+        bar.ax.set_title("grey: not used", fontsize=6, color=ink(), loc="left")
 
 
 def _unknown(table: pd.DataFrame) -> bool:

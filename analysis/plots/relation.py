@@ -13,21 +13,21 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.marks import GREY, ZERO, key, legend_above, name_rows
+from analysis.plots.marks import baseline, key, legend_above, name_rows
 from analysis.plots.rows import toward_common
 from analysis.plots.style import (
     DELTA,
     PAGE_WIDTH,
     canvas,
     check_rows,
+    ink,
     marker_look,
     model_styles,
     panels,
 )
 from analysis.stats import ALL, LOAD, SITE, check_choice
 
-ALL_STYLE = {"color": "black", "marker": "d", "linestyle": "-"}
-BAND = "#D9D9D9"
+ALL_STYLE = {"marker": "d", "linestyle": "-"}  # in the style's ink
 LINE, GAP = 0.08, 0.1  # inches of a model's line, and between metrics
 WRAP, LABEL_WRAP = 18, 34  # characters in one line of a metric's name, of the axis' label
 NAMES = {"per_mass": "damage per weight dropped", ALL: "all models"}  # others as they are called
@@ -48,7 +48,7 @@ def relation_dots(table: pd.DataFrame | Any, models: bool = False, ax: Axes | No
     if callable(getattr(table, "table", None)):
         table = table.table()
     check_rows("relation", table, ["metric", "damage", "model", "family", *COLUMNS])
-    styles = {ALL: ALL_STYLE} | model_styles(table[table.model != ALL])
+    styles = {ALL: {"color": ink(1)} | ALL_STYLE} | model_styles(table[table.model != ALL])
     if not models and ALL in set(table.model):
         table = table[table.model == ALL]
     lines = sorted(table.model.unique(), key=lambda model: model != ALL)  # stable
@@ -68,23 +68,23 @@ def relation_dots(table: pd.DataFrame | Any, models: bool = False, ax: Axes | No
             y = i + LINE / row * (j - (len(lines) - 1) / 2)
             look, lw = looks[found.model], 1.6 if found.model == ALL else 0.8
             width = found.null_high - found.null_low
-            ax.barh(y, width, LINE / row, found.null_low, color=BAND, lw=0, zorder=0.6)
+            ax.barh(y, width, LINE / row, found.null_low, color=ink(0.15), lw=0, zorder=0.6)
             if found.ceiling > 0:
                 ends = [-found.ceiling, found.ceiling]
                 ax.plot(ends, [y, y], "|", color=look["color"], ms=4, mew=0.8, zorder=1.5)
             ax.plot([found.low, found.high], [y, y], color=look["color"], lw=lw)
             ax.plot(found.r, y, **look)
-        ax.axvline(0, color=GREY, lw=0.6, zorder=0.8)
+        ax.axvline(0, color=ink(), lw=0.6, zorder=0.8)
         for i in range(1, len(keys)):
-            ax.axhline(i - 0.5, color="#E5E5E5", lw=0.5, zorder=0.4)
+            ax.axhline(i - 0.5, color=ink(0.1), lw=0.5, zorder=0.4)
         name_rows(ax, names)
         ax.set(xlim=(-1.03, 1.03), xlabel=_label(table))
         handles = [key(NAMES.get(line, line), **look) for line, look in looks.items()]
-        ceiling = key("noise ceiling", color=GREY, marker="|", ls="")
-        legend_above(ax, [*handles, Patch(fc=BAND, label="null"), ceiling], right=True)
+        ceiling = key("noise ceiling", color=ink(), marker="|", ls="")
+        legend_above(ax, [*handles, Patch(fc=ink(0.15), label="null"), ceiling], right=True)
         if "num_sites" in table:
             said = f"intervals over {_range(table.num_sites)} sites"
-            ax.text(0, 1, said, transform=ax.transAxes, va="bottom", size=5, color=GREY)
+            ax.text(0, 1, said, transform=ax.transAxes, va="bottom", size=5, color=ink())
     return ax
 
 
@@ -139,8 +139,8 @@ def damage_against_overlap(
             own, look = known[known.model == model], marker_look(style)
             shown = dict(fc=look["mfc"], ec=look["mec"], lw=look["mew"], alpha=0.8)
             one.scatter(own.x, own.y, LARGEST * own.load / most, marker=look["marker"], **shown)
-            one.axhline(0, **ZERO)
-            one.axvline(0, **ZERO)
+            one.axhline(0, **baseline())
+            one.axvline(0, **baseline())
             one.xaxis.set_major_locator(MaxNLocator(4))
             one.set_title(model)
         for empty in axes[len(styles) :]:
@@ -149,7 +149,7 @@ def damage_against_overlap(
         with_whom = "" if metric == LOAD else " with the experts that take over"
         x = f"{toward_common(metric)}{with_whom}, less the mean of the site"
         y = f"{DAMAGE[damage]}, less\nthe mean of the site"
-        circle = dict(ls="", marker="o", mfc="none", mec=GREY)
+        circle = dict(ls="", marker="o", mfc="none", mec=ink())
         loads = [
             key(f"load {share * most:.2g}", ms=np.sqrt(LARGEST * share), **circle)
             for share in (0.25, 1.0)

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.marks import GREY, ZERO, draw_line, face, key, legend_above
-from analysis.plots.style import canvas, check_rows, model_styles
+from analysis.plots.marks import baseline, draw_line, face, key, legend_above
+from analysis.plots.style import canvas, check_rows, ink, model_styles
 from analysis.stats import SITE, check_columns
 
 STAGES = ["-", "--", "-.", ":"]
@@ -36,7 +36,7 @@ def saturation_curve(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.set(xlabel="training step", ylabel="agreement with the last step", ylim=(0, 1.03))
         named = styles if len(styles) > 1 else {}
-        base = GREY if named else next(iter(styles.values()))["color"]
+        base = ink() if named else next(iter(styles.values()))["color"]
         shown = layers if len(layers) <= 4 else [layers[0], layers[len(layers) // 2], layers[-1]]
         keys = [
             key(model, color=look["color"], marker=look["marker"], ms=3)
@@ -45,8 +45,8 @@ def saturation_curve(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         keys += [key(f"layer {n}", color=_paler(base, layers.index(n), len(layers))) for n in shown]
         stages = sorted(frame.stage.unique())
         if len(stages) > 1:
-            keys += [key(f"stage {n}", color=GREY, ls=STAGES[n % len(STAGES)]) for n in stages]
-        legend_above(ax, [*keys, key("null", color=GREY, ls=":", lw=0.7)], ncols=4)
+            keys += [key(f"stage {n}", color=ink(), ls=STAGES[n % len(STAGES)]) for n in stages]
+        legend_above(ax, [*keys, key("null", color=ink(), ls=":", lw=0.7)], ncols=4)
     return ax
 
 
@@ -74,7 +74,7 @@ def flip_calibration(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     rows = frame if sites.empty else sites
     styles = model_styles(frame)
     with canvas(ax, height=3.1) as ax:
-        ax.axline((0, 0), (1, 1), **ZERO)
+        ax.axline((0, 0), (1, 1), **baseline())
         for model, points in rows.groupby("model", sort=False):
             color, marker = styles[model]["color"], styles[model]["marker"]
             for kind, (name, filled) in KINDS.items():

@@ -32,8 +32,12 @@ FAMILY_STYLE = {
     "top_p": ("#800026", "P"),
     "cartesian": ("#D55E00", "o"),
 }
-# Of families that are not there; which one a family has follows from its name (see `family_style`).
-OTHER_STYLE = [("#009E73", "X"), ("#CC79A7", "h"), ("#717581", "*"), ("#8C510A", "p")]
+# Of families that are not there; a family's name leads to one of them (see `family_styles`).
+OTHER_STYLE = [
+    (color, marker)
+    for marker in ("X", "h", "*", "p", "d")
+    for color in ("#009E73", "#CC79A7", "#717581", "#8C510A")
+]
 FACES = [1.0, 0.0, 0.5, 0.25]  # how much of the color a marker's face has, beside each of
 LINES = ["-", "--", ":", "-."]  # models of one family share its colour and marker
 
@@ -181,14 +185,16 @@ def model_styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 def family_styles(families: Iterable[Any]) -> dict[Any, tuple[str, str]]:
     """Color and marker of each. One that FAMILY_STYLE does not have, such as one of the
-    transformers library, has that of `OTHER_STYLE` which its name leads to, and only beside another
-    one of the same the next that is free; an entry of your own in FAMILY_STYLE comes first."""
-    looks, taken = dict(FAMILY_STYLE), set()
+    transformers library, has that of `OTHER_STYLE` which its name leads to, in every plot but
+    beside another one of the same color: then the next color. An entry of your own in FAMILY_STYLE
+    comes first. Black is the color of letters, whatever the style."""
+    looks = {f: (ink(1) if c == "#000000" else c, m) for f, (c, m) in FAMILY_STYLE.items()}
+    taken: set[str] = set()
     for family in sorted({f for f in families if f not in looks}, key=str):
         first = zlib.crc32(str(family).encode())
         order = [OTHER_STYLE[(first + i) % len(OTHER_STYLE)] for i in range(len(OTHER_STYLE))]
-        looks[family] = next((look for look in order if look not in taken), order[0])
-        taken.add(looks[family])
+        looks[family] = next((look for look in order if look[0] not in taken), order[0])
+        taken.add(looks[family][0])
     return looks
 
 
@@ -198,8 +204,19 @@ def filled(style: dict[str, str]) -> float:
 
 
 def tint(color: str, share: float) -> str:
-    """So much of a color, the rest white."""
-    return to_hex(1 - share * (1 - np.array(to_rgb(color))))
+    """So much of a color, the rest that of the style's background."""
+    return to_hex(share * np.array(to_rgb(color)) + (1 - share) * np.array(to_rgb(ground())))
+
+
+def ground() -> str:
+    """The color of the style's background."""
+    return str(mpl.rcParams["axes.facecolor"])
+
+
+def ink(share: float = 0.75) -> str:
+    """So much of the color of the style's letters, the rest of its background: what stands beside
+    families' colors can be seen in a dark style, too."""
+    return tint(str(mpl.rcParams["text.color"]), share)
 
 
 def marker_look(style: dict[str, str]) -> dict[str, Any]:
@@ -207,10 +224,11 @@ def marker_look(style: dict[str, str]) -> dict[str, Any]:
     two tints. A white edge parts it from others, and must leave something of it."""
     share = filled(style)
     face = tint(style["color"], share)
-    edge = {"mec": "white", "mew": 0.3} if share == 1 else {"mec": style["color"], "mew": 0.8}
+    edge = {"mec": ground(), "mew": 0.3} if share == 1 else {"mec": style["color"], "mew": 0.8}
     return {"color": style["color"], "marker": style["marker"], "mfc": face, **edge}
 
 
 def darker(color: str, share: float = 0.25) -> str:
-    """So much of it black: letters need more contrast than lines."""
-    return to_hex((1 - share) * np.array(to_rgb(color)))
+    """So much of it the color of letters, which need more contrast than lines."""
+    mixed = (1 - share) * np.array(to_rgb(color)) + share * np.array(to_rgb(ink(1)))
+    return to_hex(mixed)

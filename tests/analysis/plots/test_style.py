@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from analysis import plots, stats
-from analysis.plots.style import FAMILY_STYLE, OTHER_STYLE
+from analysis.plots.style import FAMILY_STYLE, OTHER_STYLE, model_styles
 from analysis.stats.bootstrap import Bootstrap
 
 from ..synthetic import study
@@ -58,9 +58,24 @@ def test_the_measure_finds_colors_that_are_alike():
 
 
 def test_every_look_differs_by_marker_too():
-    looks = [*FAMILY_STYLE.values(), *OTHER_STYLE]
-    assert len({marker for _, marker in looks}) == len(looks)
-    assert len({color for color, _ in looks}) == len(looks)
+    looks = list(FAMILY_STYLE.values())
+    assert len({marker for _, marker in looks}) == len({color for color, _ in looks}) == len(looks)
+    others = {marker for _, marker in OTHER_STYLE}
+    assert not others & {marker for _, marker in looks}
+    assert len(set(OTHER_STYLE)) == len(OTHER_STYLE) == 20
+
+
+def test_a_dark_style_is_legible(frame):
+    """What is drawn beside families' colors is of the style's ink."""
+    with plt.style.context("dark_background"):
+        _, ax = plt.subplots(layout="constrained")
+        plots.control_dots(frame, ax=ax)
+        (stripe, *_), zero = ax.patches, ax.get_lines()[-1]
+        assert max(to_rgb(stripe.get_facecolor())) < 0.2
+        assert min(to_rgb(zero.get_color())) > 0.5
+        dense = model_styles(frame.assign(model="dense", family="dense"))["dense"]
+        assert to_rgb(dense["color"]) == (1, 1, 1)
+    assert model_styles(frame.assign(model="dense", family="dense"))["dense"]["color"] == "#000000"
 
 
 @pytest.fixture
