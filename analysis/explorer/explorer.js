@@ -323,7 +323,7 @@ function paint(state, tokens) {
 
 /** Hue and depth for a token whose first choice is this one; none if it has no expert. */
 const expertLook = ([expert] = []) =>
-  expert === undefined ? ["none", 0] : [expert % HUES, DEPTHS[Math.floor(expert / HUES) % 3]];
+  expert === undefined ? ["none", 0] : [expert % HUES, DEPTHS[Math.floor(expert / HUES) % DEPTHS.length]];
 
 function scaleOf(state) {
   if (state.mode === "damage") return state.run ? roundScale(state.damage, 0.97) : 1;
@@ -361,7 +361,7 @@ function legend(state) {
     make("span", {}, high),
   ];
   if (state.mode === "damage") return ramp("diverging", `−${scale}`, "0", `+${scale} nats`);
-  if (state.mode === "margin") return ramp("sequential", "0: about to change", "", `${scale}`);
+  if (state.mode === "margin") return ramp("sequential", "0: about to change (or no expert left to change to)", "", `${scale}`);
   const { experts } = state.about.sites[state.site];
   const chips = Array.from({ length: Math.min(CHIPS, experts) }, (_, expert) => {
     const chip = make("span", { class: "chip" }, String(expert));
@@ -564,7 +564,7 @@ function cardPanel(state) {
     items.length ? [make("h3", {}, title), make("ul", { class: kind }, items)] : [];
 
   const context = ({ before, token, after, weight }) => {
-    const read = make("mark", {}, inline(token).replace(" ", "␣"));
+    const read = make("mark", {}, inline(token).replaceAll(" ", "␣"));
     const around = (text) => make("bdi", {}, inline(text));
     return make("li", {}, around(before), read, around(after), small(weight.toFixed(2)));
   };

@@ -94,7 +94,7 @@ def page_of(results: Results, plan: Plan, progress: bool = False) -> str:
     )
     there = {"robustness": values["robustness"], "figures": figures[1:]}
     sections = [(id, title) for id, title in SECTIONS.items() if there.get(id, True)]
-    return render("page.html", sections=sections, **values)
+    return render("page.html", sections=sections, titles=SECTIONS, **values)
 
 
 SECTIONS = {
