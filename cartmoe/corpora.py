@@ -85,6 +85,11 @@ def is_built_in(corpus: object) -> TypeGuard[str]:
     return isinstance(corpus, str) and corpus.partition(":")[0] in CORPORA
 
 
+def unit_of(corpus: object) -> str:
+    """What its groups are, which statistics draw again: files of a package are not independent."""
+    return "packages" if corpus == "stdlib" else "documents"
+
+
 def check_options(corpus: str) -> None:
     """Raise `ValueError` for a built-in corpus with options that it does not have. Reads nothing,
     and knows nothing of paths."""

@@ -98,6 +98,7 @@ class Sequences:
     sequence_id_S  int64, a hash of the document's id and the number of the window within it
     document_id, domain   lists of S strings
     num_bytes_S    int64, UTF-8 bytes that the targets stand for
+    unit           what a document_id stands for: "documents", or the groups of `by_group`
 
     `len`, and slices, which are Sequences too.
     """
@@ -108,6 +109,7 @@ class Sequences:
     document_id: list[str]
     domain: list[str]
     num_bytes_S: Tensor
+    unit: str = "documents"
 
     def __len__(self) -> int:
         return len(self.document_id)
@@ -142,15 +144,16 @@ class Sequences:
         return self._each(lambda v: v.to(device) if isinstance(v, Tensor) else v)
 
     def _each(self, change: Callable[[Any], Any]) -> Sequences:
-        return Sequences(*(change(getattr(self, field.name)) for field in fields(self)))
+        of_rows = [field.name for field in fields(self) if field.name != "unit"]
+        return replace(self, **{name: change(getattr(self, name)) for name in of_rows})
 
-    def by_group(self, group_of: Mapping[str, str]) -> Sequences:
+    def by_group(self, group_of: Mapping[str, str], unit: str = "packages") -> Sequences:
         """The same with a document's group in the place of its id.
 
         Statistics take what shares a document_id for one unit; in the standard library that is the
         package, since its files are not independent. Sequence ids stay.
         """
-        return replace(self, document_id=[group_of[id] for id in self.document_id])
+        return replace(self, document_id=[group_of[id] for id in self.document_id], unit=unit)
 
     @property
     def num_tokens(self) -> int:

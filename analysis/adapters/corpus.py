@@ -13,7 +13,7 @@ import numpy as np
 from analysis.adapters.base import Adapter, as_adapter
 from analysis.adapters.transformers import TransformersAdapter
 from cartmoe.config import check_choice
-from cartmoe.corpora import in_memory, is_built_in, open_source
+from cartmoe.corpora import in_memory, is_built_in, open_source, unit_of
 from cartmoe.data import Sequences, Windows, prepare, sequences, sequences_from
 from cartmoe.files import path_of
 from cartmoe.tokenized import SPLITS, documents_of
@@ -57,7 +57,8 @@ def documents(
         if seen:
             table = table.assign(split=np.where(table.group.isin(seen), *SPLITS))
         chosen = replace(prepared, documents=table)
-        return sequences(chosen, split=split, **limits).by_group(prepared.group_of)
+        docs = sequences(chosen, split=split, **limits)
+        return docs.by_group(prepared.group_of, unit_of(corpus))
     if isinstance(corpus, list | tuple):
         raise ValueError('corpus is a list; give a path, or texts by name: {"first": "..."}')
     source = in_memory(corpus) if isinstance(corpus, Mapping) else open_source(corpus)
@@ -70,7 +71,9 @@ def documents(
     if split != "all":
         found = documents_of(source._replace(documents=iter(found)), split, seen)
     docs = sequences_from(found, tokenizer, **limits)
-    return docs.by_group({d.id: d.group for d in found}) if is_built_in(corpus) else docs
+    if is_built_in(corpus):
+        docs = docs.by_group({d.id: d.group for d in found}, unit_of(corpus))
+    return docs
 
 
 def tokenizer_of(model: Adapter | None) -> Any:

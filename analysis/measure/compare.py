@@ -73,7 +73,7 @@ def compare(
                 cells = [c._replace(condition=shown.get(c.condition, c.condition)) for c in cells]
                 measured.append((model, cells))
         drifts, numbers = drifts_of(under_study, docs, batch_size)
-    return Comparison(join(measured), tuple(under_study), drifts, numbers)
+    return Comparison(replace(join(measured), unit=docs.unit), tuple(under_study), drifts, numbers)
 
 
 def _named(models: Mapping[str, object]) -> dict[str, Adapter]:

@@ -42,6 +42,7 @@ class Results:
     facts      model, train_seed, layer, stage, metric, value: what is fixed by the architecture
     models     model, train_seed, coverage (of a pretrained model how much of its experts is seen),
                parameters, trained_tokens (NaN where nothing says how many)
+    unit       what a document_id stands for, which statistics draw again: "documents", "packages"
     finished, planned   cells; a half-finished study can be read like a finished one
     cells      a row a finished cell: the columns that name it, shard, seconds
     failed     a row a cell that killed its workers: the columns that name it, shard, reason
@@ -58,11 +59,12 @@ class Results:
     failed: pd.DataFrame = field(default_factory=pd.DataFrame)
     models: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=MODELS))
     tokens: Callable[[str, int, str], pd.DataFrame] | None = None
+    unit: str = "documents"
 
     def __repr__(self) -> str:
         """What was measured, of which models; the tables are methods."""
         clean, models = self.losses[self.losses.condition == "clean"], self.losses.model.unique()
-        size = f"{clean.document_id.nunique()} documents, {self.losses.condition.nunique() - 1}"
+        size = f"{clean.document_id.nunique()} {self.unit}, {self.losses.condition.nunique() - 1}"
         cells = f"{self.finished} of {self.planned} cells"
         return f"Results of {', '.join(models)}: {size} conditions, {cells}; damage(), table(), ..."
 
@@ -91,7 +93,9 @@ class Results:
             parts = [self.tokens(*key).assign(**dict(zip(KEY, key, strict=True))) for key in asked]
             frames["tokens"] = pd.concat(parts, ignore_index=True).reindex(columns=[*KEY, *TOKENS])
         write_tables(
-            path_of("path", path), frames, {"finished": self.finished, "planned": self.planned}
+            path_of("path", path),
+            frames,
+            dict(finished=self.finished, planned=self.planned, unit=self.unit),
         )
 
     @classmethod
@@ -99,7 +103,7 @@ class Results:
         """What `save` wrote. Raises `ValueError` naming the file that is not what was written."""
         frames, counts = read_tables(path_of("path", path))
         frame = frames.pop("tokens", None)
-        made = cls(**frames, finished=counts["finished"], planned=counts["planned"])
+        made = cls(**frames, **counts)
         if frame is None:
             return made
         of = {key: rows.drop(columns=KEY) for key, rows in frame.groupby(KEY, sort=False)}

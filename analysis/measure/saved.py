@@ -30,7 +30,7 @@ def is_saved(path: Path) -> bool:
     return (path / META).is_file()
 
 
-def write_tables(path: Path, tables: dict[str, pd.DataFrame], counts: dict[str, int]) -> None:
+def write_tables(path: Path, tables: dict[str, pd.DataFrame], counts: dict[str, Any]) -> None:
     """Make the folder. Raises `FileExistsError` if there is something at the path."""
 
     def fill(folder: Path) -> None:
@@ -48,7 +48,7 @@ def write_tables(path: Path, tables: dict[str, pd.DataFrame], counts: dict[str, 
     write_folder(path, fill, KIND)
 
 
-def read_tables(path: Path) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
+def read_tables(path: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     """What was written; `ValueError` naming the file that is not."""
     if problem := damage(path, key=KIND):
         raise ValueError(f"{path} is not whole: {problem}")

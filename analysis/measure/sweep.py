@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +78,7 @@ def sweep(
             options: dict[str, Any] = dict(batch_size=batch_size, calibration=stats)
             options |= dict(keep_tokens=tokens, progress=bar.update)
             measured.append((one, measure(one, conditions, docs, **options)))
-    return join(measured)
+    return replace(join(measured), unit=docs.unit)
 
 
 def several_models(models: Mapping[str, object] | Sequence[object]) -> list[Adapter]:

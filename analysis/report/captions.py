@@ -121,7 +121,7 @@ def _name(row: Mapping[str, Any]) -> str:
 
 def of_all(results: Results, plan: Plan) -> list[str]:
     """Sentences that are true of every figure: n and unit, interval, seeds, scale, state."""
-    unit, unfinished = unit_of(plan), unfinished_text(results)
+    unit, unfinished = results.unit, unfinished_text(results)
     sentences = [
         f"n = {sample_text(results, plan)}.",
         f"Changes are in nats per token, against the clean run of the same text; intervals are "
@@ -134,15 +134,10 @@ def of_all(results: Results, plan: Plan) -> list[str]:
     return [*sentences, f"{unfinished}."] if unfinished else sentences
 
 
-def unit_of(plan: Plan) -> str:
-    """What is drawn again in the bootstrap."""
-    return "packages" if _corpus(plan) == "stdlib" else "documents"
-
-
 def sample_text(results: Results, plan: Plan) -> str:
     """ "29 packages of the Python standard library (validation), 23,571 tokens (bytes)"."""
     clean = results.clean()
-    said = f"{_range(clean.num_documents)} {unit_of(plan)}"
+    said = f"{_range(clean.num_documents)} {results.unit}"
     if plan:
         data = plan["study"]["data"]
         corpus = "the Python standard library" if _corpus(plan) == "stdlib" else data["corpus"]
@@ -212,7 +207,7 @@ def methods(results: Results, plan: Plan, labels: Iterable[str]) -> str:
         "Damage is the summed negative log-likelihood under the condition less that of the clean "
         "run on the same documents, per token (paired).",
         f"Intervals are {100 * bootstrap.confidence:g} % BCa bootstrap intervals (Efron, 1987; "
-        f"{bootstrap.resamples:,} resamples) over {unit_of(plan)}, drawn within domains.",
+        f"{bootstrap.resamples:,} resamples) over {results.unit}, drawn within domains.",
     ]
     if plan and plan["contrasts"]:
         sentences += ["Contrasts were named beforehand; p values are adjusted by Holm's method."]

@@ -21,7 +21,6 @@ from analysis.report.captions import (
     methods,
     of_all,
     sample_text,
-    unit_of,
 )
 from analysis.report.cite import BIBTEX
 from analysis.report.figures import drawn, shown_in, unfinished_text
@@ -85,7 +84,7 @@ def page_of(results: Results, plan: Plan, progress: bool = False) -> str:
         robustness=robustness_cells(made),
         controls=[] if damage is None else [*failed_cells(results), *verdicts(damage)],
         tables=table_cells(made),
-        unit=unit_of(plan),
+        unit=results.unit,
         manifest=_manifest(plan),
         **_reproduction(plan),
         limits=[*LIMITS, *covered(results)],

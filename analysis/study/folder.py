@@ -11,6 +11,7 @@ import pandas as pd
 from analysis.measure import FACTS, MODELS, Results, is_saved
 from analysis.stats import CHECKPOINT
 from analysis.study.store import Store
+from cartmoe.corpora import unit_of
 from cartmoe.files import path_of
 from cartmoe.sealed import read_sealed
 
@@ -60,6 +61,7 @@ def read(out: str | Path) -> Results:
         }
     failed = planned[~planned.key.isin(seconds.keys())].merge(failures, on="key")
     return Results(
+        unit=unit_of(plan["study"]["data"]["corpus"]),
         **tables,
         facts=pd.DataFrame(plan["facts"], columns=FACTS),
         finished=len(finished),

@@ -14,7 +14,7 @@ from analysis.study.models import last_checkpoint
 from analysis.study.specs import ModelSpec
 from analysis.study.study import Study
 from cartmoe.checkpoint import read_meta
-from cartmoe.corpora import is_built_in
+from cartmoe.corpora import is_built_in, unit_of
 from cartmoe.data import Corpus, Sequences, prepare, sequences
 from cartmoe.tokenized import SPLITS
 from cartmoe.tokenizers import Tokenizer
@@ -64,7 +64,9 @@ def documents_of(
             stacklevel=2,
         )
     docs = sequences(corpus, split=data.split, limit=data.documents, **_limits(study))
-    return corpus, docs.by_group(corpus.group_of) if is_built_in(data.corpus) else docs
+    return corpus, docs.by_group(corpus.group_of, unit_of(data.corpus)) if is_built_in(
+        data.corpus
+    ) else docs
 
 
 def _withholding(corpus: Corpus, models: Sequence[ModelSpec]) -> Corpus:

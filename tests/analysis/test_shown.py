@@ -92,6 +92,18 @@ def test_results_show_the_clean_loss_and_the_largest_changes(model, docs):
     assert "damage()" not in shown(replace(results, losses=losses))
 
 
+def test_what_is_drawn_again_is_called_by_its_name(model, docs, tmp_path):
+    """Packages of the standard library, documents of anything else."""
+    results = an.sweep(model, docs, an.DropTop(1), controls=False, progress=False)
+    assert results.unit == docs.unit == docs[:2].unit == "packages"
+    assert " packages, 1 conditions" in repr(results)
+    assert "over packages, drawn within domains" in an.caption(results)
+    results.save(tmp_path / "kept")
+    assert an.read(tmp_path / "kept").unit == "packages"
+    own = an.documents({"a": "some text", "b": "other text"}, model)
+    assert an.sweep(model, own, an.DropTop(1), controls=False, progress=False).unit == "documents"
+
+
 def test_overlap_shows_means_beside_nulls(model, docs):
     overlap = an.measure_overlap(model, docs, ["lift", "load"], progress=False)
     said = shown(overlap)
