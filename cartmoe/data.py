@@ -144,8 +144,7 @@ class Sequences:
         return self._each(lambda v: v.to(device) if isinstance(v, Tensor) else v)
 
     def _each(self, change: Callable[[Any], Any]) -> Sequences:
-        of_rows = [field.name for field in fields(self) if field.name != "unit"]
-        return replace(self, **{name: change(getattr(self, name)) for name in of_rows})
+        return replace(self, **{name: change(getattr(self, name)) for name in ROWS})
 
     def by_group(self, group_of: Mapping[str, str], unit: str = "packages") -> Sequences:
         """The same with a document's group in the place of its id.
@@ -167,6 +166,9 @@ class Sequences:
         for tensor in (self.tokens_SL, self.targets_SL, self.sequence_id_S, self.num_bytes_S):
             digest.update(repr(tuple(tensor.shape)).encode() + tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+ROWS = [field.name for field in fields(Sequences) if field.name != "unit"]  # an item a sequence
 
 
 def sequences(
@@ -288,7 +290,7 @@ def _cut(
 ) -> Sequences:
     length = check_whole("length", length, 1)
     check_choice("windows", windows, get_args(Windows))
-    columns: list[list] = [[] for _ in fields(Sequences)]
+    columns: list[list] = [[] for _ in ROWS]
     for document_id, domain, ids in documents:
         ids = ids.astype(np.int64)
         places = _places(document_id, len(ids) - 1, length, max_tokens, windows)
