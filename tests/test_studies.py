@@ -9,6 +9,7 @@ import pytest
 from analysis.perturb.catalogue import PERTURBATIONS
 from analysis.study.study import Study
 from cartmoe import FAMILIES, ModelConfig
+from cartmoe.shipped import shipped_names
 
 from .tiny import tiny_study
 
@@ -98,7 +99,10 @@ def test_studies_of_those_models(path, tmp_path, monkeypatch):
     """They train nothing, and say beforehand what they compare."""
     monkeypatch.chdir(tmp_path)
     study = Study.read(path)
-    assert [(m.name, m.train_seed) for m in study.models] == [(name, 0) for name in NINE]
+    asked = {(m.name, m.train_seed) for m in study.models}
+    shipped = {tuple(name.rsplit("-s", 1)) for name in shipped_names()}
+    every = {(name, int(seed)) for name, seed in shipped}
+    assert asked == (every if path.stem == "trained" else {(name, 0) for name in NINE})
     assert all(m.path and m.config is None for m in study.models)
     asked = {type(c.perturbation).__name__ for c in study.conditions}
     assert asked >= {"DropTop", "GaussianNoise", *CONTROLS}

@@ -60,7 +60,8 @@ def documents(
         docs = sequences(chosen, split=split, **limits)
         return docs.by_group(prepared.group_of, unit_of(corpus))
     if isinstance(corpus, list | tuple):
-        raise ValueError('corpus is a list; give a path, or texts by name: {"first": "..."}')
+        kind = type(corpus).__name__
+        raise ValueError(f'corpus is a {kind}; give a path, or texts by name: {{"one": "..."}}')
     source = in_memory(corpus) if isinstance(corpus, Mapping) else open_source(corpus)
     found = list(source.documents)
     groups = [document.group for document in found]
