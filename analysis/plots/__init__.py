@@ -1,7 +1,8 @@
 """Tables of damage in, axes out: pictures of one kind in a file, no statistics.
 
 style.py      column width, fonts, one color and one marker a family; saving.py: as files
-marks.py      lines with intervals, rows, legends and their keys
+marks.py      lines with intervals, means of seeds, notes, rows
+names.py      names at the ends of lines, legends; scales.py: axes of change
 dots.py       rows of estimates with intervals
 conditions.py every condition, a row each; top-1 disabled beside its controls, and at each stage
 curves.py     damage against dose, or several doses; the worst flips against random ones

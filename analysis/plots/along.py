@@ -11,18 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from analysis.plots.marks import (
-    baseline,
-    change_axis,
-    draw_lines,
-    key,
-    label_ends,
-    legend_above,
-    note_few,
-    note_seeds,
-    offsets,
-)
+from analysis.plots.marks import baseline, draw_lines, note_few, note_seeds, offsets
+from analysis.plots.names import key, label_ends, legend_above
 from analysis.plots.rows import metric_rows
+from analysis.plots.scales import change_axis
 from analysis.plots.style import canvas, ink, model_styles, under
 from analysis.stats import CHECKPOINT, INDEX, SHARED, check_choice, facts_of, sites_in
 
@@ -172,7 +164,7 @@ def group_curve(
     frame = frame.assign(x=frame.group.map(groups.index) + shift)
     look = {"linestyle": ""} if by == "domain" else {}
     with canvas(ax, height=2.5) as ax:
-        draw_lines(ax, frame, styles, "x", "delta_nats", "group", bars=True, **look)
+        lines = draw_lines(ax, frame, styles, "x", "delta_nats", "group", bars=True, **look)
         change_axis(ax.yaxis, frame.delta_nats)
         if (frame.high < 0).any():
             note = dict(transform=ax.get_yaxis_transform(), ha="left", va="top", size=5.5)
@@ -186,7 +178,7 @@ def group_curve(
         if by == "domain":
             legend_above(ax)
         else:
-            label_ends(ax)
+            label_ends(ax, lines)
     return ax
 
 

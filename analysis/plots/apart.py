@@ -10,15 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from analysis.plots.dots import Look, cells_of, dot_rows, figure_height, sections_of
-from analysis.plots.marks import (
-    baseline,
-    key,
-    legend_above,
-    name_rows,
-    note_few,
-    note_seeds,
-    offsets,
-)
+from analysis.plots.marks import baseline, name_rows, note_few, note_seeds, offsets
+from analysis.plots.names import key, legend_above
 from analysis.plots.style import DELTA, PAGE_WIDTH, canvas, ink, panels, under
 
 # Part of the table -> what it is called; the difference has a panel of its own.

@@ -8,8 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots.marks import baseline, legend_above, name_rows
+from analysis.plots.marks import baseline, name_rows
 from analysis.plots.matrices import draw_panels, linear_scale
+from analysis.plots.names import legend_above
 from analysis.plots.rows import metric_rows, one_site
 from analysis.plots.style import PAGE_WIDTH, ground, ink, model_styles, panels
 from analysis.stats import square

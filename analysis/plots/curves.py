@@ -8,9 +8,12 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.marks import change_axis, draw_lines, label_ends, note_few, note_seeds
+from analysis.plots.marks import draw_lines, note_few, note_seeds
+from analysis.plots.names import label_ends
+from analysis.plots.scales import change_axis
 from analysis.plots.style import DELTA, PAGE_WIDTH, canvas, model_styles, panels, table_of
 from analysis.stats import CONDITION, PLAIN, check_choice
 
@@ -72,9 +75,9 @@ def damage_curve(
         downstream=downstream,
     )  # fmt: skip
     with canvas(ax, height=2.5) as ax:
-        _draw(ax, rows, styles, x, y)
+        lines = _draw(ax, rows, styles, x, y)
         note_seeds(ax, rows)
-        label_ends(ax)
+        label_ends(ax, lines)
     return ax
 
 
@@ -94,9 +97,11 @@ def _rows(
     return rows, model_styles(frame)
 
 
-def _draw(ax: Axes, rows: pd.DataFrame, styles: dict[str, dict[str, Any]], x: str, y: str) -> None:
+def _draw(
+    ax: Axes, rows: pd.DataFrame, styles: dict[str, dict[str, Any]], x: str, y: str
+) -> list[Line2D]:
     text, *bounds = Y[y]
-    draw_lines(ax, rows, styles, x, y, at="strength", bounds=bounds)
+    lines = draw_lines(ax, rows, styles, x, y, at="strength", bounds=bounds)
     if y.startswith("perplexity") and rows[y].max() > EXPLODED * rows[y].min():
         ax.set_yscale("log")
         ax.set_ylabel(text)
@@ -108,6 +113,7 @@ def _draw(ax: Axes, rows: pd.DataFrame, styles: dict[str, dict[str, Any]], x: st
     strength = STRENGTH.get(perturbation, f"strength of {perturbation}")
     ax.set_xlabel(strength if x == "strength" else X[x])
     note_few(ax, rows)
+    return lines
 
 
 DOSES = ("strength", "mass_moved", "flips", "output_change")
@@ -136,15 +142,17 @@ def dose_panels(
     height = -(-len(doses) // 2)
     shape = (height, 2) if ax is None else (1, len(doses))
     with panels(ax, (PAGE_WIDTH, 2.1 * height), *shape, sharey=True) as axes:
+        lines = []
         for one, dose in zip(axes, doses, strict=False):
             rows, styles = _rows(frame, dose, y, **wanted)
-            _draw(one, rows, styles, dose, y)
-            label_ends(one)
+            lines.append(_draw(one, rows, styles, dose, y))
         for right in axes[1 : len(doses) : 2] if ax is None else axes[1:]:
             right.set_ylabel("")
         for empty in axes[len(doses) :]:
             empty.set_axis_off()
         note_seeds(axes[len(doses) - 1], rows)
+        for one, drawn in zip(axes, lines, strict=False):  # on the scale of all
+            label_ends(one, drawn)
     return axes[0].get_figure()
 
 
@@ -168,14 +176,16 @@ def gap_curve(frame: pd.DataFrame | Any, x: str = "budget", ax: Any = None) -> F
         raise ValueError("frame has flips per sequence only; the picture is of flips per token")
     styles, frame = model_styles(frame), frame[per_token]
     with panels(ax, (PAGE_WIDTH, 2.5), 1, 2, sharey=True) as axes:
+        lines = []
         for one, (part, title) in zip(axes, GAP_PARTS.items(), strict=True):
             rows = frame[frame.part == part]
-            draw_lines(one, rows, styles, x, "delta_nats", at="budget")
+            lines.append(draw_lines(one, rows, styles, x, "delta_nats", at="budget"))
             change_axis(one.yaxis, frame[frame.part != "gap"].delta_nats)
             if x == "budget":
                 one.xaxis.set_major_locator(MaxNLocator(integer=True))
             one.set(title=title, xlabel=GAP_X[x], ylabel=DELTA if part == "worst" else "")
             note_seeds(one, frame)
-            label_ends(one)
+        for one, drawn in zip(axes, lines, strict=True):
+            label_ends(one, drawn)
         note_few(axes[0], frame)
     return axes[0].get_figure()

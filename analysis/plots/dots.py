@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.plots.marks import change_axis, face, key, legend_above, name_rows, offsets
+from analysis.plots.marks import face, name_rows, offsets
+from analysis.plots.names import key, legend_above
+from analysis.plots.scales import change_axis
 from analysis.plots.style import ink
 
 ROW_HEIGHT, FRAME_HEIGHT, LEAST_HEIGHT = 0.26, 1.15, 0.5  # inches

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 
-from analysis.plots.marks import baseline, face, legend_above
+from analysis.plots.marks import baseline, face
 from analysis.plots.matrices import (
     centered_scale,
     color_bar,
@@ -21,6 +21,7 @@ from analysis.plots.matrices import (
     name_experts,
     ratio_scale,
 )
+from analysis.plots.names import legend_above
 from analysis.plots.rows import metric_rows, one_site
 from analysis.plots.style import (
     COLUMN_WIDTH,

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.marks import baseline, key, legend_above, name_rows
+from analysis.plots.marks import baseline, name_rows
+from analysis.plots.names import key, legend_above
 from analysis.plots.rows import toward_common
 from analysis.plots.style import (
     DELTA,

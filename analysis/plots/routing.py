@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots.marks import baseline, draw_line, face, key, legend_above
+from analysis.plots.marks import baseline, draw_line, face
+from analysis.plots.names import key, legend_above
 from analysis.plots.style import canvas, check_rows, ink, model_styles
 from analysis.stats import SITE, check_columns
 

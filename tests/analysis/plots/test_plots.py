@@ -13,7 +13,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 
 from analysis import plots, stats
-from analysis.plots.marks import ZONE, spread
+from analysis.plots.names import spread
+from analysis.plots.scales import ZONE
 from analysis.plots.style import (
     FAMILY_STYLE,
     PAGE_WIDTH,
