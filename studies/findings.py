@@ -4,6 +4,8 @@ Each part becomes a folder with Parquet tables and a manifest; results/README.md
 those of results/ hold. Parts (default: all):
 
 trained    what `make trained` measured
+third      the same of the third training seed of five of them, which are not among those that come
+           with the project
 overlap    what experts have in common, and whether it says what dropping one costs
 training   damage, saturation and overlap over the checkpoints of `make models`
 size       studies/size.py at three widths
@@ -43,6 +45,25 @@ def trained() -> Tables:
     """Table 4, every condition, contrasts, damage taken apart."""
     folder = RUNS / "trained"
     return report_tables(an.read(folder), read_plan(folder)["contrasts"])
+
+
+def third() -> Tables:
+    """Of runs of `make models` that are gone by now: all tables, and losses of whole documents, to
+    be held beside others."""
+    folder = RUNS / "third"
+    results = an.read(folder)
+    made = report_tables(results, read_plan(folder)["contrasts"])
+    return made | {"losses": by_document(results.losses)}
+
+
+def by_document(losses: pd.DataFrame) -> pd.DataFrame:
+    """Windows of a document and domain as one: statistics draw whole documents."""
+    sums = ["num_tokens", "num_bytes", "nll_sum", "kl_sum", "num_agree", "num_touched"]
+    keys = [name for name in losses if name not in (*sums, "sequence_id", "delta_max")]
+    how = dict.fromkeys(sums, "sum") | {"delta_max": "max"}
+    found = losses.groupby(keys, sort=False, dropna=False).agg(how).reset_index()
+    documents = found.groupby([name for name in keys if name != "domain"], dropna=False)
+    return found.assign(sequence_id=documents.cumcount())
 
 
 def overlap() -> Tables:
@@ -183,13 +204,15 @@ def clean_of(path: Path | str) -> pd.DataFrame:
 
 
 PARTS: dict[str, Callable[[], Tables]] = {
-    part.__name__: part for part in (trained, overlap, training, size, larger, repeated, recipe)
+    part.__name__: part
+    for part in (trained, third, overlap, training, size, larger, repeated, recipe)
 }
 
 
 # Where the machine is noted that measured, where it is not this one, now.
 MEASURED = {
     "trained": RUNS / "trained",
+    "third": RUNS / "third",
     "size": RUNS / "size",
     "larger": RUNS / "larger" / "cartesian-s0",
     "repeated": RUNS / "repeated" / "cartesian-s0",

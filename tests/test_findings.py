@@ -4,12 +4,16 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import typer
 
-from cartmoe.folders import damage
-from studies.findings import PARTS, asked
+from analysis.stats import Bootstrap, damage
+from cartmoe.folders import damage as damage_of_files
+from studies.findings import PARTS, asked, by_document
+
+from .analysis.synthetic import arm, losses
 
 RESULTS = Path(__file__).parents[1] / "results"
 PAGE = (RESULTS / "README.md").read_text()
@@ -21,7 +25,7 @@ def test_every_part_is_here_and_whole():
     assert folders == set(PARTS)
     for name in folders:
         manifest = json.loads((RESULTS / name / "manifest.json").read_text())
-        assert damage(RESULTS / name, key=manifest["key"]) is None
+        assert damage_of_files(RESULTS / name, key=manifest["key"]) is None
         assert manifest["key"]["command"] == f"python -m studies.findings {name}"
 
 
@@ -37,6 +41,21 @@ def test_every_sentence_names_its_table():
     items = re.split(r"\n(?=- )", findings)[1:]
     assert len(items) >= 10
     assert [item for item in items if not re.search(r"`\w+/\w+`", item)] == []
+
+
+def test_documents_as_one_have_the_same_damage():
+    """Intervals too: whole documents are drawn."""
+    table = losses([arm("DropTop", 1, 0.5), arm("GaussianNoise", 1.0, 0.2)], documents=24)
+    table["num_touched"] = table.num_tokens
+    window = table.groupby(["condition", "document_id"]).cumcount()
+    table["domain"] = np.where(window == 0, "code", "tests")
+    one = by_document(table)
+    assert len(one) < len(table)
+    assert not one.duplicated(["condition", "document_id", "sequence_id"]).any()
+    few = Bootstrap(resamples=99)
+    columns = ["label", "num_documents", "num_tokens", "delta_nats", "low", "high", "agreement"]
+    found, expected = (damage(t, bootstrap=few)[columns] for t in (one, table))
+    pd.testing.assert_frame_equal(found, expected)
 
 
 def test_a_part_that_is_none():
