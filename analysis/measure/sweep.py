@@ -91,8 +91,8 @@ def several_models(models: Mapping[str, object] | Sequence[object]) -> list[Adap
         found = [_renamed(name, model) for name, model in models.items()]
     else:
         found = [_loaded(model) for model in models]
-    for model in found:
-        _check_name(model.name)
+        for model in found:
+            _check_name(model.name)
     seen = Counter((model.name, model.train_seed) for model in found)
     for (name, seed), times in seen.items():
         if times > 1:

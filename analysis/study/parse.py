@@ -107,31 +107,23 @@ class _Reader(TableReader):
         settings |= {name: getattr(data, name) for name in OF_DATA}
         recipe = partial(TrainConfig.preset, *presets[:1] or ["nano"])
         train = self.attempt("train", recipe, **settings) or TrainConfig()
-        runs = self.runs("train.seeds", train, given.get("seeds", [0]))
-        asked = [("train.model", family, family, options, runs) for family in families]
-        asked += self.variants(variants, options, train, runs)
-        for preset, (where, name, family, model, own) in itertools.product(presets[:1], asked):
-            if config := self.attempt(where, ModelConfig.preset, preset, family, **model):
-                yield from (ModelSpec(name, run.seed, config=config, train=run) for run in own)
+        seeds = self.items("train.seeds", given.get("seeds", [0]))
+        runs = [self.attempt("train.seeds", replace, train, seed=seed) for seed in seeds]
+        asked = [("train.model", family, family, options) for family in families]
+        asked += self.variants(variants, options)
+        for preset, (where, name, family, model) in itertools.product(presets[:1], asked):
+            config = self.attempt(where, ModelConfig.preset, preset, family, **model)
+            for run in filter(None, runs if config else ()):
+                yield ModelSpec(name, run.seed, config=config, train=run)
 
-    def runs(self, where: str, train: TrainConfig, seeds: Any) -> list[TrainConfig]:
-        """One for each seed that is one."""
-        made = (self.attempt(where, replace, train, seed=s) for s in self.items(where, seeds))
-        return list(filter(None, made))
-
-    def variants(
-        self, tables: Mapping, options: Mapping, train: TrainConfig, runs: list[TrainConfig]
-    ) -> Iterator[tuple[str, str, Any, dict, list[TrainConfig]]]:
-        """(where, name, family, fields of ModelConfig, runs) for each table of [train.variants],
-        which may have seeds of its own."""
+    def variants(self, tables: Mapping, options: Mapping) -> Iterator[tuple[str, str, Any, dict]]:
+        """(where, name, family, fields of ModelConfig) for each table of [train.variants]."""
         for name, table in tables.items():
             where = f"train.variants.{name}"
-            own = self.known(f"{where}.", self.table(where, table), {*MODEL, "seeds"})
-            seeds = own.pop("seeds", None)
-            trained = runs if seeds is None else self.runs(f"{where}.seeds", train, seeds)
+            own = self.known(f"{where}.", self.table(where, table), MODEL)
             model = {**options, **own}
             if re.fullmatch(NAME, name) and name != ALL:
-                yield where, name, model.pop("family", "cartesian"), model, trained
+                yield where, name, model.pop("family", "cartesian"), model
             else:
                 self.mistakes.append(
                     f"{where}: {name!r} must be 1 to 100 letters, digits and _ - +, and not 'all'"

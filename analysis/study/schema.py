@@ -19,13 +19,13 @@ Schema = dict[str, Any]
 
 def study_schema() -> Schema:
     """Of the whole file (JSON Schema 2020-12)."""
-    model = _fields(ModelConfig)
-    seeds = {"seeds": _one_or_several({"type": "integer", "minimum": 0})}
-    runs = seeds | {
+    model = _table(_fields(ModelConfig))
+    runs = {
         "preset": {"enum": list(PRESETS)},
         "families": _one_or_several({"enum": list(FAMILIES)}),
-        "model": _table(model),
-        "variants": {"type": "object", "additionalProperties": _table(model | seeds)},
+        "seeds": _one_or_several({"type": "integer", "minimum": 0}),
+        "model": model,
+        "variants": {"type": "object", "additionalProperties": model},
     }
     settings = {key: of for key, of in _fields(TrainConfig).items() if key in SETTINGS}
     given = {key: of for key, of in _fields(ModelSpec).items() if key not in ("config", "train")}

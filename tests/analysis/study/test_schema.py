@@ -43,10 +43,7 @@ def test_it_has_all_there_is(schema):
 
 
 GOOD = [
-    {
-        "train": TRAIN
-        | {"model": {"top_k": 2}, "variants": {"a": {"composition": "parallel", "seeds": [1]}}}
-    },
+    {"train": TRAIN | {"model": {"top_k": 2}, "variants": {"a": {"composition": "parallel"}}}},
     {"train": TRAIN | {"model": {"top_k": [1, 2]}, "betas": [0.9, 0.99]}},
     {"contrasts": {"conditions": "DropTop(1)"}},
     {"conditions": [{"perturbation": "DropTop", "m": [1, 2], "where": ["all", "stage 0"]}]},

@@ -59,9 +59,6 @@ def test_variants_are_models_of_a_name():
     assert (config.family, config.composition, config.num_experts) == ("cartesian", "parallel", 4)
     assert got.models[0].config.num_experts == 8
     assert got.models[3].train == replace(got.models[2].train, seed=1)
-    own = study(train=train | {"seeds": [0, 1], "variants": {"control": parallel | {"seeds": [4]}}})
-    assert [m.train_seed for m in own.models if m.name == "control"] == [4]
-    assert {m.train_seed for m in own.models if m.name != "control"} == {0, 1}
     alone = study(train=train | {"families": [], "variants": {"control": parallel}})
     assert alone.models == got.models[2:]
     only = {"perturbation": "DropTop", "m": 1, "models": ["control"]}
@@ -319,7 +316,6 @@ MISTAKES = [
     ({"train": {"variants": {"a": {"width": 3}}}}, "train.variants.a.width: no such key; choose o"),
     ({"train": {"variants": {"a": {"family": "x"}}}}, "train.variants.a: family is 'x'; choose"),
     ({"train": {"variants": {"a": {"family": []}}}}, "train.variants.a: "),
-    ({"train": {"variants": {"a": {"seeds": [-1]}}}}, "train.variants.a.seeds: seed is -1"),
     ({"train": {"variants": {"smoe": {}}}}, "models: 'smoe' with seed 0 stands twice"),
     ({"train": {"variants": {"a": {"name": "x"}}}}, "train.variants.a.name: no such key; choose o"),
     *(
