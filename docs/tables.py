@@ -1,4 +1,5 @@
-"""Tables of the documentation that say what dicts say: python docs/tables.py writes them anew.
+"""Tables of the documentation that say what dicts, or results/, say: python docs/tables.py writes
+them anew.
 
 In README.md and docs/*.md a table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import pandas as pd
 
 import analysis as an
 from analysis.perturb import about
@@ -42,7 +45,48 @@ def metrics() -> str:
     return markdown(["metric", "of", "a row a", "what it is", "null"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"perturbations": perturbations, "metrics": metrics}
+CONDITIONS = {
+    "DropTop(1)": "top-1 disabled",
+    "DropTop(1), stage 0": "in stage 0",
+    "DropTop(1), stage 1": "in stage 1",
+    "DropChosen(1)": "any chosen one",
+    "RandomRouting(1)": "random routing",
+}
+
+
+def trained() -> str:
+    """The paper's Table 4 of the trained models: mean, lowest and highest training seed."""
+    clean, damage = (
+        pd.concat([pd.read_parquet(ROOT / "results" / part / f"{name}.parquet") for part in PARTS])
+        for name in ("clean", "damage")
+    )
+    loss = over_seeds(clean, ["model"], "bits_per_byte", "{:.3f}")
+    cost = over_seeds(damage, ["model", "label"], "delta_nats", "{:+.2f}")
+    rows = (
+        [f"`{model}`", bits, *(cost.get((model, label), "") for label in CONDITIONS)]
+        for model, bits in loss.items()
+    )
+    return markdown(["model", "bits per byte", *CONDITIONS.values()], rows)
+
+
+PARTS = ("trained", "third")
+
+
+def over_seeds(rows: pd.DataFrame, by: list[str], value: str, form: str) -> pd.Series:
+    """Of each group's seeds the mean, and from where to where they go."""
+    found = rows.groupby(by, sort=False)[value].agg(["mean", "min", "max"])
+    plain = form.replace("+", "")
+    return found.apply(
+        lambda r: f"{form.format(r['mean'])} ({plain.format(r['min'])} to {plain.format(r['max'])})",
+        axis=1,
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "trained": trained,
+    "perturbations": perturbations,
+    "metrics": metrics,
+}
 
 
 def filled(text: str) -> str:

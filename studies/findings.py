@@ -3,9 +3,9 @@
 Each part becomes a folder with Parquet tables and a manifest; results/README.md says in words what
 those of results/ hold. Parts (default: all):
 
-trained    what `make trained` measured
-third      the same of the third training seed of five of them, which are not among those that come
-           with the project
+third      what studies/trained.toml measures of the third training seed, whose models are not among
+           those that come with the project
+trained    what `make trained` measured of the others, and the contrasts of all seeds
 overlap    what experts have in common, and whether it says what dropping one costs
 training   damage, saturation and overlap over the checkpoints of `make models`
 size       studies/size.py at three widths
@@ -25,6 +25,7 @@ import typer
 from tqdm import tqdm
 
 import analysis as an
+from analysis import stats
 from analysis.report.text import tables as report_tables
 from analysis.stats import INDEX, SHARED
 from analysis.study.folder import read_plan
@@ -41,19 +42,21 @@ CHECKPOINT = ["model", "train_seed"]
 Tables = dict[str, pd.DataFrame]
 
 
-def trained() -> Tables:
-    """Table 4, every condition, contrasts, damage taken apart."""
-    folder = RUNS / "trained"
-    return report_tables(an.read(folder), read_plan(folder)["contrasts"])
-
-
 def third() -> Tables:
-    """Of runs of `make models` that are gone by now: all tables, and losses of whole documents, to
-    be held beside others."""
-    folder = RUNS / "third"
+    """All tables of those runs of `make models` that runs/third measured, and their losses by
+    document, to be held beside others; runs that are gone keep the rows that they have."""
+    results = an.read(RUNS / "third")
+    made = report_tables(results) | {"losses": by_document(results.losses)}
+    return {table: with_others(f"third/{table}", rows) for table, rows in made.items()}
+
+
+def trained() -> Tables:
+    """Table 4, every condition, damage taken apart; contrasts with the third seed as well."""
+    folder = RUNS / "trained"
     results = an.read(folder)
-    made = report_tables(results, read_plan(folder)["contrasts"])
-    return made | {"losses": by_document(results.losses)}
+    losses = [by_document(results.losses), pd.read_parquet(RESULTS / "third" / "losses.parquet")]
+    contrasts = stats.family_contrasts(pd.concat(losses), **read_plan(folder)["contrasts"])
+    return report_tables(results) | {"contrasts": contrasts}
 
 
 def by_document(losses: pd.DataFrame) -> pd.DataFrame:
@@ -68,7 +71,7 @@ def by_document(losses: pd.DataFrame) -> pd.DataFrame:
 
 def overlap() -> Tables:
     """All metrics of all routed models, and the relation of pairs to what dropping costs."""
-    names = an.models().query("family != 'dense' and train_seed == 0").name
+    names = an.models().query("family != 'dense'").name
     models = [an.load(name) for name in names]
     docs = an.documents("stdlib", models[0], length=256, limit=96, max_tokens_per_document=256)
     found = an.Overlap.join([an.measure_overlap(m, docs, progress=False) for m in tqdm(models)])
@@ -121,7 +124,7 @@ def training() -> Tables:
         one = an.saturation(run, docs, progress=False)
         settled.append(one.assign(model=model.name, tokens=one.step * size))
     parts = dict(damage=damages, overlap=overlaps, saturation=settled)
-    return {name: with_others(name, pd.concat(each)) for name, each in parts.items()}
+    return {name: with_others(f"training/{name}", pd.concat(each)) for name, each in parts.items()}
 
 
 def finished(run: Path) -> bool:
@@ -131,8 +134,8 @@ def finished(run: Path) -> bool:
 
 
 def with_others(table: str, rows: pd.DataFrame) -> pd.DataFrame:
-    """These rows, and those that results/training has of other checkpoints."""
-    before = pd.read_parquet(RESULTS / "training" / f"{table}.parquet")
+    """These rows, and those that results/ has of other checkpoints."""
+    before = pd.read_parquet(RESULTS / f"{table}.parquet")
     new = pd.MultiIndex.from_frame(rows[CHECKPOINT])
     others = before[~pd.MultiIndex.from_frame(before[CHECKPOINT]).isin(new)]
     return pd.concat([others, rows], ignore_index=True)
@@ -205,7 +208,7 @@ def clean_of(path: Path | str) -> pd.DataFrame:
 
 PARTS: dict[str, Callable[[], Tables]] = {
     part.__name__: part
-    for part in (trained, third, overlap, training, size, larger, repeated, recipe)
+    for part in (third, trained, overlap, training, size, larger, repeated, recipe)
 }
 
 
