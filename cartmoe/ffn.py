@@ -41,10 +41,12 @@ class RoutedStage(nn.Module):
     width divided by `grain`.
     """
 
+    router_class, experts_class = Router, RoutedExperts
+
     def __init__(self, config: ModelConfig, stage: int, table_gate: nn.Module | None):
         super().__init__()
         E, width = config.num_experts, config.expert_width
-        self.router = Router(
+        self.router = self.router_class(
             table_gate or LinearGate(config.d_model, E),
             E,
             config.top_k[stage],
@@ -53,7 +55,7 @@ class RoutedStage(nn.Module):
             score=config.score,
             noise=config.router_noise,
         )
-        self.experts = RoutedExperts(E, config.d_model, width)
+        self.experts = self.experts_class(E, config.d_model, width)
         self.grain = config.grain
         self.shared: DenseFFN | None = None
         if config.shared_experts:
@@ -102,11 +104,13 @@ class MoELayer(nn.Module):
     With composition "parallel" all stages read norm_0(u), and their outputs are added.
     """
 
+    stage_class = RoutedStage
+
     def __init__(self, config: ModelConfig, table_gate: nn.Module | None = None):
         super().__init__()
         self.parallel = config.composition == "parallel"
         stages = range(config.num_stages)
-        self.stages = nn.ModuleList(RoutedStage(config, s, table_gate) for s in stages)
+        self.stages = nn.ModuleList(self.stage_class(config, s, table_gate) for s in stages)
         self.norms = nn.ModuleList(
             nn.RMSNorm(config.d_model, eps=config.norm_eps)
             for _ in range(1 if self.parallel else config.num_stages)

@@ -26,13 +26,15 @@ class Step(NamedTuple):
     routers: tuple[Router, ...] = ()
 
 
-def rotate(x_Ld: Tensor, base: float) -> Tensor:
+def rotate(x_Ld: Tensor, base: float, position_L: Tensor | None = None) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864) of (..., L, d), channel i paired with i + d/2
-    as in LLaMA."""
+    as in LLaMA; position_L (..., L): default 0, 1, ..."""
     length, width = x_Ld.shape[-2:]
     device = x_Ld.device
     frequency = base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+    if position_L is None:
+        position_L = torch.arange(length, device=device)
+    angle = position_L[..., None].float() * frequency
     cos, sin = angle.cos().to(x_Ld.dtype), angle.sin().to(x_Ld.dtype)
     a, b = x_Ld.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -48,15 +50,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """(B, L, D)."""
+    def heads(
+        self, x_BLD: Tensor, position_L: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, (B, H, L, d) each; see `rotate`."""
         B, L, D = x_BLD.shape
         heads = self.qkv(x_BLD).view(B, L, 3, self.num_heads, D // self.num_heads)
         heads = heads.permute(2, 0, 3, 1, 4)
-        q, k = rotate(heads[:2], self.rope_base)
+        q, k = rotate(heads[:2], self.rope_base, position_L)
         v = heads[2].contiguous()  # as q and k are: the kernel is slow on a mixture
-        y_BHLd = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y_BHLd.transpose(1, 2).reshape(B, L, D))
+        return q, k, v
+
+    def merge(self, y_BHLd: Tensor) -> Tensor:
+        """(B, L, D) of what the heads found."""
+        return self.out(y_BHLd.transpose(1, 2).flatten(2))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """(B, L, D)."""
+        return self.merge(F.scaled_dot_product_attention(*self.heads(x_BLD), is_causal=True))
 
 
 class Block(nn.Module):

@@ -127,6 +127,7 @@ class Adapter(Protocol):
     device       where its weights are, and batches go
     vocab_size   V: documents are checked by it, and losses taken so many rows at a time
     module       the torch model, which one measures at a time: `owned`
+    composed     False, if it is there, where `stage_input` is not known: no composed experts
     """
 
     name: str

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 Weights = tuple[Tensor, Tensor, Tensor]
-# What gate, up and down projection are called where each is one linear map.
+# What gate, up and down projection are called where each is one linear map, and where the first two
+# are the halves of one.
 NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+JOINT = (("gate_up_proj", "down_proj"), ("gate_up", "down"))
 
 
 def expert_weights(experts: nn.Module, num_experts: int) -> Weights:
@@ -20,17 +22,17 @@ def expert_weights(experts: nn.Module, num_experts: int) -> Weights:
 
     Raises `ValueError` for another layout, and for numbers that are packed.
     """
-    parameters: dict[str, Tensor] = dict(experts.named_parameters(recurse=False))
-    down = parameters.get("down_proj")
-    up = parameters.get("gate_up_proj", parameters.get("up_proj"))
-    if up is not None and down is not None:
+    joint, up, down = (getattr(experts, n, None) for n in ("gate_up_proj", "up_proj", "down_proj"))
+    up = up if joint is None else joint
+    if isinstance(up, Tensor) and isinstance(down, Tensor):
         _check_plain(experts, up, down)
-        return _stacked(experts, up, down, gated="gate_up_proj" in parameters)
+        return _stacked(experts, up, down, gated=joint is not None)
     for part in experts.modules():
         several = isinstance(part, nn.ModuleList) and len(part) >= num_experts
         if several and all(map(mlp_weights, part.children())):
             return listed_weights([*part.children()])
-    have = ", ".join(parameters) or "no parameters of its own"
+    own = [name for name, _ in experts.named_parameters(recurse=False)]
+    have = ", ".join(own) or "no parameters of its own"
     raise ValueError(
         f"{type(experts).__name__} has {have}: no layout of experts that is known here"
     )
@@ -79,6 +81,12 @@ def mlp_weights(module: nn.Module) -> Weights | None:
             # w1, w2, w3 stand in another order elsewhere, which square ones would not show.
             told = names == NAMES[0] or len(down) != len(gate)
             return (gate, up, down) if told and gate.shape == up.shape == down.T.shape else None
+    for joint, last in JOINT:
+        both, down = getattr(module, joint, None), getattr(module, last, None)
+        if isinstance(both, nn.Linear) and isinstance(down, nn.Linear):
+            gate, up = both.weight.chunk(2)
+            fits = gate.shape == up.shape == down.weight.T.shape
+            return (gate, up, down.weight) if fits else None
     return None
 
 

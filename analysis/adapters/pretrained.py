@@ -54,7 +54,7 @@ def read_model(folder: Path, device: str) -> Any:
     read it.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        from cartmoe.hf import AutoModelForCausalLM  # the library's, which knows ours, too
     except ImportError as error:
         raise ImportError('a pretrained model needs pip install "cartmoe[hf]"') from error
     small = sum(path.stat().st_size for path in weight_files(folder)) < LARGE

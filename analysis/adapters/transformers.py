@@ -52,6 +52,8 @@ class TransformersAdapter:
     than its logits, or whose choice no mask changes; other logits layer by layer; no causality.
     """
 
+    composed = False
+
     def __init__(
         self,
         model: Any,
@@ -207,8 +209,8 @@ class TransformersAdapter:
         return layouts.shared_weights(seat.block, [seat.router.module, seat.experts])
 
     def stage_input(self, site: RouterSite, stream_TD: Tensor) -> Tensor:
-        """No such model has two stages a layer."""
-        raise ValueError(f"{self.name} has no Cartesian layers: there are no composed experts")
+        """Not known: of two routers in a layer nobody says how one follows the other."""
+        raise ValueError(f"{self.name} does not tell how its stages follow: no composed experts")
 
     def combine(self, site: RouterSite, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
         """(T, D): what its stage makes of it; see `Seat.stage`."""

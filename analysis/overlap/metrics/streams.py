@@ -73,6 +73,8 @@ class Streams:
 def second_stage(model: Adapter, first: RouterSite) -> RouterSite | None:
     """That of as many experts, of the two-stage layer of which this site is the first; None
     elsewhere."""
+    if not getattr(model, "composed", True):
+        return None
     layer = [site for site in model.sites() if site.layer == first.layer]
     if len(layer) == 2 and layer[0] == first and layer[1].num_experts == first.num_experts:
         return layer[1]
