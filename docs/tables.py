@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -45,6 +46,7 @@ def metrics() -> str:
     return markdown(["metric", "of", "a row a", "what it is", "null"], rows)
 
 
+PARTS = ("trained", "third")
 CONDITIONS = {
     "DropTop(1)": "top-1 disabled",
     "DropTop(1), stage 0": "in stage 0",
@@ -60,7 +62,7 @@ def trained() -> str:
         pd.concat([pd.read_parquet(ROOT / "results" / part / f"{name}.parquet") for part in PARTS])
         for name in ("clean", "damage")
     )
-    loss = over_seeds(clean, ["model"], "bits_per_byte", "{:.3f}")
+    loss = over_seeds(clean, "model", "bits_per_byte", "{:.3f}")
     cost = over_seeds(damage, ["model", "label"], "delta_nats", "{:+.2f}")
     rows = (
         [f"`{model}`", bits, *(cost.get((model, label), "") for label in CONDITIONS)]
@@ -69,17 +71,14 @@ def trained() -> str:
     return markdown(["model", "bits per byte", *CONDITIONS.values()], rows)
 
 
-PARTS = ("trained", "third")
-
-
-def over_seeds(rows: pd.DataFrame, by: list[str], value: str, form: str) -> pd.Series:
+def over_seeds(rows: pd.DataFrame, by: Any, value: str, form: str) -> dict[Any, str]:
     """Of each group's seeds the mean, and from where to where they go."""
-    found = rows.groupby(by, sort=False)[value].agg(["mean", "min", "max"])
+    groups = rows.groupby(by, sort=False)[value]
     plain = form.replace("+", "")
-    return found.apply(
-        lambda r: f"{form.format(r['mean'])} ({plain.format(r['min'])} to {plain.format(r['max'])})",
-        axis=1,
-    )
+    return {
+        key: f"{form.format(v.mean())} ({plain.format(v.min())} to {plain.format(v.max())})"
+        for key, v in groups
+    }
 
 
 TABLES: dict[str, Callable[[], str]] = {
