@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import analysis
-import cartmoe
+import cartmoe.hf
 from analysis.__main__ import app as analysis_app
 from cartmoe import FAMILIES, PRESETS, ModelConfig
 from cartmoe.__main__ import app as cartmoe_app
