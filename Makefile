@@ -85,5 +85,5 @@ clean:
 	touch $@
 
 .venv/dev: .venv/core
-	$(PIP) -e '.[lab,hf,data,dask,dev]'
+	$(PIP) -e '.[lab,hf,eval,data,dask,dev]'
 	touch $@

@@ -71,3 +71,5 @@ from .study import dask as dask
 from .study import processes as processes
 from .study import read as read
 from .study import run as run
+from .tasks import TaskResults as TaskResults
+from .tasks import evaluate as evaluate

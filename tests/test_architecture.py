@@ -17,7 +17,7 @@ PACKAGES = ("cartmoe", "analysis")
 
 # A room imports only rooms that stand before it.
 ROOMS = ["stats", "plots", "adapters", "perturb", "measure", "overlap.metrics", "overlap", "study"]
-ROOMS += ["report", "explorer"]
+ROOMS += ["tasks", "report", "explorer"]
 APART = {("overlap", "study"), ("adapters", "plots"), ("perturb", "plots"), ("measure", "plots")}
 APART |= {("overlap", "plots"), ("overlap.metrics", "plots"), ("study", "plots")}
 LONGEST = 250  # lines of a file
@@ -46,6 +46,7 @@ NEVER = {
 ONLY = {
     "transformers": {"cartmoe.hf", "analysis.adapters.pretrained"},
     "anywidget": {"analysis.explorer.widget"},
+    "lm_eval": {"analysis.tasks.harness"},
 }
 
 

@@ -14,7 +14,7 @@ from analysis.measure.calibrate import calibrate, calibration_documents
 from analysis.measure.clean import CleanPass
 from analysis.measure.compare import compare
 from analysis.measure.comparison import Comparison
-from analysis.measure.generate import generation_agreement
+from analysis.measure.generate import Decoder, generation_agreement
 from analysis.measure.intervene import Intervention, perturbed
 from analysis.measure.losses import loss_gradient, output_slopes
 from analysis.measure.margins import flip_prediction
@@ -24,4 +24,4 @@ from analysis.measure.results import FACTS, MODELS, Description, Results, descri
 from analysis.measure.reuse import worth_reusing
 from analysis.measure.saved import is_saved
 from analysis.measure.shard import Cell, measure
-from analysis.measure.sweep import Asked, conditions_of, sweep
+from analysis.measure.sweep import Asked, conditions_of, models_in, sweep

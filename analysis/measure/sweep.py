@@ -63,10 +63,7 @@ def sweep(
     calibration   documents that RandomRouting draws from; by default the first 32 of `docs`
     tokens        keep every token's loss, for quantiles and groups of tokens
     """
-    if isinstance(model, Mapping | Sequence) and not isinstance(model, str):
-        models = several_models(model)
-    else:
-        models = [_loaded(model)]
+    models = several_models(model)
     check_documents(docs, *models)
     conditions = conditions_of(perturbations, where, point, seed, controls)
     calibration = calibration_documents(calibration, docs, *models)
@@ -81,10 +78,12 @@ def sweep(
     return replace(join(measured), unit=docs.unit)
 
 
-def several_models(models: Mapping[str, object] | Sequence[object]) -> list[Adapter]:
-    """Models in a list, or by names that they have here, the caller's keeping their own; what is a
-    path is loaded. Raises `ValueError` for names that conditions cannot have, two of one name and
-    train_seed, none, dense models, and tokens of different tokenizers."""
+def models_in(models: object) -> list[Adapter]:
+    """One model, models in a list, or by names that they have here, the caller's keeping their own;
+    what is a path is loaded. Raises `ValueError` for names that conditions cannot have, two of one
+    name and train_seed, none, and dense models."""
+    if isinstance(models, str) or not isinstance(models, Mapping | Sequence):
+        return [_loaded(models)]
     if not models:
         raise ValueError("models is empty; give at least one")
     if isinstance(models, Mapping):
@@ -100,6 +99,13 @@ def several_models(models: Mapping[str, object] | Sequence[object]) -> list[Adap
                 f"models has {times} of the name {name!r} and train_seed {seed}; give them names: "
                 "{'one': ..., 'other': ...}"
             )
+    return found
+
+
+def several_models(models: object) -> list[Adapter]:
+    """Models that are to read the same tokens. Raises as `models_in`, and `ValueError` for tokens
+    of different tokenizers."""
+    found = models_in(models)
     known = [(model.name, model.tokenizer) for model in found if model.tokenizer is not None]
     if len({tokenizer.identity for _, tokenizer in known}) > 1:
         listed = ", ".join(f"{name}: {tokenizer.name!r}" for name, tokenizer in known)

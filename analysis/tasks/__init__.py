@@ -1,0 +1,10 @@
+"""Tasks of lm-eval under perturbations: what wrong routing does to answers.
+
+scores.py, continuations.py   likelihoods of answers, and texts, clean and under conditions
+harness.py                    a model as lm-eval asks it; nothing else knows lm-eval
+samples.py, results.py        what it logs as a table of documents; differences from the clean run
+evaluate.py                   tasks, models and conditions together
+"""
+
+from analysis.tasks.evaluate import evaluate
+from analysis.tasks.results import TaskResults
