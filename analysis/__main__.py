@@ -1,5 +1,5 @@
 """python -m analysis run STUDY.toml | summarize | plot | report | export DIR | record |
-overlap MODEL | models | schema"""
+overlap MODEL | eval MODEL | models | schema"""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class _Commands(typer.core.TyperGroup):
             typer.echo(f"error: {told(error)}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as interrupt:
-            then = "begins again" if ctx.invoked_subcommand == "overlap" else "goes on from here"
+            again = ctx.invoked_subcommand in ("overlap", "eval")
+            then = "begins again" if again else "goes on from here"
             said = str(interrupt) or f"interrupted; the same command {then}"
             typer.echo(f"\n{said}", err=True)
             raise typer.Exit(130) from None
@@ -44,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 OUT = typer.Argument(help="The --out of a study, finished or not.")
+PROGRESS = typer.Option(True, help="Show progress bars.")
 TO = typer.Option(None, help="Directory for what is written; default: that of the study.")
 
 
@@ -57,13 +59,9 @@ def run(
     threads: int = typer.Option(
         None, help="Of each process, 1 by default; another number, other last bits.", min=1
     ),
-    dask: str = typer.Option(
-        None, metavar="ADDRESS", help="Measure on the Dask cluster of this scheduler."
-    ),
-    dry_run: bool = typer.Option(
-        False, "--dry-run", help="Only count the cells and estimate the time."
-    ),
-    progress: bool = typer.Option(True, help="Show progress bars."),
+    dask: str = typer.Option(None, metavar="ADDRESS", help="A Dask scheduler: measure with it."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Only count cells, estimate the time."),
+    progress: bool = PROGRESS,
 ) -> None:
     """Train and measure what is not there yet, then summarize and plot."""
     start = time.monotonic()
@@ -110,7 +108,7 @@ def record(
     checkpoint: Path = typer.Argument(metavar="MODEL", help="A checkpoint or a run."),
     study: Path = typer.Option(help="The study on whose documents it routes."),
     out: Path = typer.Option(help="Directory of the trace, which must not exist yet."),
-    progress: bool = typer.Option(True, help="Show a progress bar."),
+    progress: bool = PROGRESS,
 ) -> None:
     """Record the routing of a model on a study's documents, for Replay in that study."""
     from analysis.adapters import is_pretrained, load
@@ -135,7 +133,7 @@ def overlap(
     metric: list[str] = typer.Option(None, help="Of these alone; may be given several times."),
     sites: str = typer.Option(None, help='Routers, such as "layer 2"; all by default.'),
     probe: str = typer.Option("all", help="Tokens for outputs: all, routed or either."),
-    progress: bool = typer.Option(True, help="Show progress bars."),
+    progress: bool = PROGRESS,
 ) -> None:
     """Measure what the experts of models have in common: tables, and figures of metrics of pairs,
     over depth and at each model's first site."""
@@ -178,6 +176,31 @@ def overlap(
     typer.echo("\n".join(map(str, files)))
 
 
+@app.command("eval")
+def eval_(
+    models: list[Path] = typer.Argument(metavar="MODEL...", help="Checkpoints or runs."),
+    tasks: str = typer.Option(help="Of lm-eval, or of --include-path; several between commas."),
+    condition: list[str] = typer.Option(help='Such as "DropTop(1), stage 0"; one or several.'),
+    out: Path = typer.Option(help="Directory for the tables."),
+    include_path: Path = typer.Option(None, help="Directory with YAML files of tasks."),
+    num_fewshot: int = typer.Option(None, help="Examples before a question.", min=0),
+    limit: int = typer.Option(None, help="Documents of each task, at most.", min=1),
+    batch_size: int = typer.Option(8, help="Questions that are read together.", min=1),
+    seed: int = typer.Option(0, help="Of the noise.", min=0),
+    progress: bool = PROGRESS,
+) -> None:
+    """Ask models tasks of lm-eval, clean and under perturbations: the answers of each document,
+    differences with intervals, and the table."""
+    from analysis import report
+    from analysis.perturb import condition_from_text
+
+    conditions = [condition_from_text(text, seed) for text in condition]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    asked: dict[str, Any] = dict(include_path=include_path, num_fewshot=num_fewshot, limit=limit)
+    asked |= dict(batch_size=batch_size, progress=progress)
+    _print(*report.evaluate_into(out, models, names, conditions, **asked), "Files")
+
+
 @app.command()
 def plot(out: Path = OUT, to: Path = TO) -> None:
     """Draw figures/*.png and *.pdf, and print their paths."""
@@ -191,7 +214,7 @@ def plot(out: Path = OUT, to: Path = TO) -> None:
 def report(
     study: Path = typer.Argument(metavar="DIR", help="The --out of a study, finished or not."),
     out: Path = typer.Option(None, "--out", "-o", help="The page; default: DIR/report.html."),
-    progress: bool = typer.Option(True, help="Show a progress bar."),
+    progress: bool = PROGRESS,
 ) -> None:
     """Write a study as one page, and print its path: nothing else is needed to read it."""
     from analysis.report import write_report
@@ -218,8 +241,8 @@ def models() -> None:
     typer.echo(report.models_text())
 
 
-def _print(text: str, figures: list[Path]) -> None:
-    typer.echo("\n".join([text, "Figures:", *(f"  {path}" for path in figures)]))
+def _print(text: str, files: list[Path], title: str = "Figures") -> None:
+    typer.echo("\n".join([text, f"{title}:", *(f"  {path}" for path in files)]))
 
 
 if __name__ == "__main__":

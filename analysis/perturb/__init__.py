@@ -11,7 +11,7 @@ compound.py    made of other perturbations, or of a function
 catalogue.py   the dict that names them
 where.py       sites and tokens; context.py, noise.py: what a perturbation may see, and draw
 effects.py     the part of a changed decision that is let through
-condition.py   one arm of an experiment; arms.py: arms that belong together
+condition.py   one arm of an experiment; arms.py: arms that belong together; said.py: in words
 """
 
 from analysis.perturb.arms import cascade_arms, site_arms, split_arms
@@ -41,6 +41,7 @@ from analysis.perturb.logits import (
 from analysis.perturb.masks import DropChosen, DropExperts, DropTop, DropUnchosen, KeepRanks
 from analysis.perturb.noise import Noise, hash_key, mix64, sequence_hash
 from analysis.perturb.recorded import Replay
+from analysis.perturb.said import condition_from_text
 from analysis.perturb.trace import Trace
 from analysis.perturb.trace_arrays import check_lengths
 from analysis.perturb.where import KINDS, Where, kind_of, sites_of, token_kinds

@@ -11,6 +11,7 @@ study.py     the tables and figures that a study leaves in its directory; its ta
              other programs read
 overlap.py   those that `python -m analysis overlap` leaves
 models.py    the models that come with the project
+tasks.py     those that `python -m analysis eval` leaves
 made.py      what a folder was made from; pictures drawn into it
 """
 
@@ -19,3 +20,4 @@ from analysis.report.models import models_text
 from analysis.report.overlap import finished, named, write_overlap
 from analysis.report.page import write_report
 from analysis.report.study import export, plot, summarize
+from analysis.report.tasks import evaluate_into

@@ -6,5 +6,5 @@ samples.py, results.py        what it logs as a table of documents; differences 
 evaluate.py                   tasks, models and conditions together
 """
 
-from analysis.tasks.evaluate import evaluate
+from analysis.tasks.evaluate import evaluate, files_sha256
 from analysis.tasks.results import TaskResults

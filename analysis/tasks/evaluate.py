@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ from tqdm.auto import tqdm
 
 from analysis.adapters import Adapter, owned
 from analysis.measure import Asked, calibrate, conditions_of, key_columns, models_in
-from analysis.perturb import CLEAN, Calibration, Condition
+from analysis.perturb import CLEAN, Calibration, Condition, sites_of
 from analysis.tasks.continuations import Prompt, continuations
 from analysis.tasks.results import TaskResults
 from analysis.tasks.samples import sample_table
@@ -67,6 +69,8 @@ def evaluate(
     for one in models:
         if one.tokenizer is None:
             raise ValueError(f"{one.name} has no tokenizer; tasks are texts")
+        for condition in conditions:
+            condition.perturbation.check(sites_of(one, condition.where, tokens=True))
         with owned(one), tqdm(unit="question", disable=not progress) as bar:
             answerer = Answerer(one, conditions, calibration, batch_size, bar)
             asking = Asking(one, answerer, max_length or context_length(one))
@@ -118,3 +122,14 @@ def context_length(model: Adapter) -> int:
     known = getattr(config, "max_position_embeddings", None)
     trained = getattr(model, "trained_on", {}).get("train", {}).get("length")
     return known or trained or LONGEST
+
+
+def files_sha256(folder: Path) -> str:
+    """Of all that lies in a directory with tasks, beside the version of lm-eval. Raises
+    `FileNotFoundError` where there is none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"include_path is {str(folder)!r}, which is no directory")
+    digest = hashlib.sha256(version("lm_eval").encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()
