@@ -28,7 +28,7 @@ from .tiny import MODEL, tiny_study, write_corpus
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # In the order in which code goes on from what stands before.
-PAGES = ["studies", "pretrained", "perturbations", "overlap", "families", "numbers", "faq"]
+PAGES = ["studies", "tasks", "pretrained", "perturbations", "overlap", "families", "numbers", "faq"]
 DOCS = {page: (ROOT / "docs" / f"{page}.md").read_text() for page in PAGES}
 TEXT = "\n".join([README, *DOCS.values()])
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
@@ -177,6 +177,8 @@ def directory(tmp_path_factory):
         patch.setenv("CARTMOE_CACHE", str(directory / "cache"))
         patch.setitem(CORPORA, "stdlib", lambda: open_source(corpus))
         patch.chdir(directory)
+        task = next(block for _, block in BLOCKS if "tasks/lines.yaml" in block)
+        exec(task.partition("answers =")[0], {})  # the files that a command reads
         yield directory
 
 
@@ -193,7 +195,8 @@ def printed(directory):
 
 
 def test_commands(printed, directory):
-    assert len(printed) == 14
+    assert len(printed) == 15
+    assert "DropTop(1)" in next(text for words, text in printed.items() if words[:4] == "eval")
     assert re.search(r"^step +2$", printed["info runs/mine"], re.MULTILINE)
     assert "cartesian" in printed["import AUTHORS_DIR --out DIR"]
     dry, run = (text for words, text in printed.items() if words.startswith("run "))
@@ -245,4 +248,5 @@ def test_commands_are_found():
         "analysis overlap",
         "analysis models",
         "analysis schema",
+        "analysis eval",
     ]
