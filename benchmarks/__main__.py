@@ -13,6 +13,7 @@ from benchmarks import (
     steps,
     studies,
     sweeps,
+    tasks,
 )
 from benchmarks.timing import has_bf16
 
@@ -21,7 +22,18 @@ print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capabilit
 if not has_bf16():
     print("bf16 is slower than fp32 here: its rows are left out\n")
 print(f"{'what':<75} {'ratio':>7}  goal")
-parts = (layers, steps, memory, sweeps, pretrained, overlap, overlap_function, explorer, studies)
+parts = (
+    layers,
+    steps,
+    memory,
+    sweeps,
+    pretrained,
+    overlap,
+    overlap_function,
+    tasks,
+    explorer,
+    studies,
+)
 for part in parts:
     for row in part.rows():
         tqdm.write(f"{row.what:<75} {row.ratio:>7.3f}  {row.goal:<8} {row.detail}")
