@@ -50,7 +50,7 @@ def continuations(
     Prompts of one length are read together, so that there is no padding. The clean text is the
     first guess of the others (see `Decoder`).
     """
-    kinds_V = token_kinds(model, [condition.where for condition in conditions])
+    kinds_V, ends = token_kinds(model, [c.where for c in conditions]), ends_of(model)
     groups: dict[tuple, list[int]] = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault((len(prompt.tokens), prompt.new, prompt.until), []).append(i)
@@ -70,7 +70,7 @@ def continuations(
                     while True:
                         decoder = Decoder(model, batch, length, size, calibration, kinds_V)
                         ids_BN = decoder.text(condition, ids_BN)
-                        texts = [_text(model, ids, until) for ids in ids_BN.tolist()]
+                        texts = [_text(model, ids, until, ends) for ids in ids_BN.tolist()]
                         if size == new or all(ended for _, ended in texts):
                             break
                         size = min(4 * size, new)
@@ -82,9 +82,16 @@ def continuations(
     return found
 
 
-def _text(model: Adapter, ids: list[int], until: Sequence[str]) -> tuple[str, bool]:
+def ends_of(model: Adapter) -> set[int]:
+    """Tokens that end a text: those of a configuration of the transformers library, and the one
+    that starts the next document."""
+    said = getattr(getattr(model.module, "config", None), "eos_token_id", None)
+    return {model.tokenizer.bos_id, *(said if isinstance(said, list) else [said])} - {None}
+
+
+def _text(model: Adapter, ids: list[int], until: Sequence[str], ends: set[int]) -> tuple[str, bool]:
     """The text up to its end, and whether it has one."""
-    end = ids.index(model.tokenizer.bos_id) if model.tokenizer.bos_id in ids else len(ids)
+    end = next((i for i, id in enumerate(ids) if id in ends), len(ids))
     text, ended = model.tokenizer.decode(ids[:end]), end < len(ids)
     for stop in until:
         if stop and stop in text:

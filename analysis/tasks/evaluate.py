@@ -57,7 +57,10 @@ def evaluate(
 
     Raises `ImportError` without lm-eval, `ValueError` for tasks that there are not, and as `sweep`.
     """
-    from analysis.tasks.harness import Asking, Tasks  # lm-eval takes seconds to import
+    try:
+        from analysis.tasks.harness import Asking, Tasks  # lm-eval takes seconds to import
+    except ImportError as error:
+        raise ImportError('tasks need pip install "cartmoe[eval]"') from error
 
     batch_size = check_whole("batch_size", batch_size, 1)
     conditions = conditions_of(perturbations, where, point, seed)
