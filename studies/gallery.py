@@ -1,4 +1,4 @@
-"""The pictures of the README, from `make trained`, `make catalogue` and results/.
+"""The pictures of the README, from `make catalogue` and results/.
 
     python -m studies.gallery [NAME ...]
 
@@ -52,19 +52,21 @@ def of_the_catalogue() -> dict[str, Callable[[], Any]]:
     }
 
 
-def of_the_trained() -> dict[str, Callable[[], Any]]:
+def of_the_results() -> dict[str, Callable[[], Any]]:
     """The main figure, over training, over size."""
-    results = an.read(RUNS / "trained")
     read = {
         f"{folder}/{name}": pd.read_parquet(RESULTS / folder / f"{name}.parquet")
         for folder, name in [
+            *((seeds, "damage") for seeds in ("trained", "third")),
             *(("training", name) for name in ("damage", "overlap", "saturation")),
             *(("overlap", name) for name in ("per_mass", "relation")),
             *(("larger", "training"), ("size", "sizes")),
         ]
     }
     return {
-        "controls": lambda: an.plots.control_dots(results),
+        "controls": lambda: an.plots.control_dots(
+            pd.concat([read["trained/damage"], read["third/damage"]])
+        ),
         "training": lambda: over_training(
             read["training/damage"], read["training/overlap"], read["training/saturation"]
         ),
@@ -140,7 +142,7 @@ def over_seeds(larger: pd.DataFrame, size: pd.DataFrame) -> Figure:
 
 def main(names: list[str]) -> None:
     """All, or those of these names."""
-    for pictures in (of_the_catalogue, of_the_trained):
+    for pictures in (of_the_catalogue, of_the_results):
         with an.plots.paper_style():
             for name, picture in pictures().items():
                 if not names or name in names:
