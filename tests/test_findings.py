@@ -59,6 +59,6 @@ def test_documents_as_one_have_the_same_damage():
 
 
 def test_a_part_that_is_none():
-    with pytest.raises(typer.BadParameter, match="part is 'x'; choose of trained"):
+    with pytest.raises(typer.BadParameter, match="part is 'x'; choose of third"):
         asked(["x"])
     assert asked([]) == list(PARTS)
