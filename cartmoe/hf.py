@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
     PreTrainedConfig,
@@ -78,6 +79,9 @@ class CartmoeConfig(PreTrainedConfig):
     def __init__(
         self, router_aux_loss_coef: float = 0.01, output_router_logits: bool = False, **given: Any
     ):
+        for name in RENAMED.keys() & given.keys():
+            raise ValueError(f"{name} is {given[name]!r}; here it is called {RENAMED[name]}")
+        given = {self.attribute_map.get(name, name): value for name, value in given.items()}
         ours = _names()
         chosen = {name: given.pop(own) for name, own in ours.items() if own in given}
         if "top_k" in chosen and not isinstance(chosen["top_k"], int):
@@ -334,7 +338,7 @@ class CartmoeForCausalLM(CartmoePreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         if output_router_logits and made.router_logits:
-            aux_loss = self._balance(made.router_logits)
+            aux_loss = self._balance(made.router_logits, attention_mask)
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         return MoeCausalLMOutputWithPast(
@@ -346,13 +350,18 @@ class CartmoeForCausalLM(CartmoePreTrainedModel, GenerationMixin):
             router_logits=made.router_logits,
         )
 
-    def _balance(self, router_logits: tuple[Tensor, ...]) -> Tensor:
+    def _balance(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+        """Of the tokens that are no padding."""
+        real_T: Any = slice(None)
+        if attention_mask is not None and attention_mask.numel() == len(router_logits[0]):
+            real_T = attention_mask.flatten().bool()
         routers = [part for part in self.modules() if isinstance(part, CartmoeRouter)]
-        taken = [r.route(logits) for r, logits in zip(routers, router_logits, strict=True)]
+        taken = [r.route(logits[real_T]) for r, logits in zip(routers, router_logits, strict=True)]
         return torch.stack([balance_loss(r.scores_TE, expert_counts(r)) for r in taken]).sum()
 
 
 AutoConfig.register("cartmoe", CartmoeConfig)
+AutoModel.register(CartmoeConfig, CartmoeModel)
 AutoModelForCausalLM.register(CartmoeConfig, CartmoeForCausalLM)
 
 
@@ -387,10 +396,9 @@ def tokenizer_of(directory: str | Path) -> PreTrainedTokenizerFast | None:
     backend.post_processor = processors.TemplateProcessing(
         single=f"{start} $A", pair=f"{start} $A $B", special_tokens=starting
     )
-    # A document ends where the next one starts.
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=start, eos_token=start, pad_token=start
-    )
+    # A document ends where the next one starts, and one about that token does not.
+    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token"), start)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True, **tokens)
 
 
 def _of_bytes() -> Tokenizer:
@@ -424,6 +432,10 @@ def export(directory: str | Path, out: str | Path) -> None:
     model, tokenizer = from_checkpoint(found), tokenizer_of(found)
 
     def fill(folder: Path) -> None:
+        if tokenizer is not None:
+            for config in (model.config, model.generation_config):
+                config.bos_token_id = config.eos_token_id = tokenizer.bos_token_id
+                config.pad_token_id = tokenizer.pad_token_id
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

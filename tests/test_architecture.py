@@ -46,7 +46,7 @@ NEVER = {
 ONLY = {
     "transformers": {"cartmoe.hf", "analysis.adapters.pretrained"},
     "anywidget": {"analysis.explorer.widget"},
-    "lm_eval": {"analysis.tasks.harness"},
+    "lm_eval": {"analysis.tasks.harness", "analysis.tasks.loaded"},
 }
 
 

@@ -1,30 +1,30 @@
-"""Conditions as people write them, which is as tables call them: "DropTop(1), stage 0, scores"."""
+"""Conditions as people write them: "DropTop(1), stage 0, scores"."""
 
 from __future__ import annotations
 
 import ast
 from typing import Any
 
-from analysis.perturb.base import Perturbation
+from analysis.perturb.base import POINTS, Perturbation
 from analysis.perturb.catalogue import PERTURBATIONS
-from analysis.perturb.condition import Condition
+from analysis.perturb.condition import DOWNSTREAM, Condition
 from analysis.perturb.effects import EFFECTS
 from analysis.perturb.where import Where
 from cartmoe.config import check_choice
 
-POINTS = ("logits", "scores")
+KINDS: dict[str, Any] = {"point": POINTS, "effect": EFFECTS, "downstream": DOWNSTREAM}
 
 
 def condition_from_text(text: str, seed: int = 0) -> Condition:
     """The condition of such a text: a perturbation with its arguments, then, after commas, where it
-    acts, at which point, with which effect.
+    acts, at which point, with which effect, and whether later routers replay the clean run.
 
     Raises `ValueError` for what is none, naming the text and, where there are, the choices.
     """
     first, *rest = _parts(text)
     said: dict[str, Any] = {"where": "all"}
     for part in rest:
-        kind = "point" if part in POINTS else "effect" if part in EFFECTS else "where"
+        kind = next((kind for kind, words in KINDS.items() if part in words), "where")
         if kind in said and (kind, said[kind]) != ("where", "all"):
             both = f"{said[kind]!r} and {part!r}"
             raise ValueError(f"condition is {text!r}, in which {both} both say its {kind}")
@@ -63,6 +63,8 @@ def _perturbation(node: ast.expr, text: str) -> Perturbation:
     cls = PERTURBATIONS[call.func.id]
     given = [_value(argument, text) for argument in call.args]
     named = {word.arg: _value(word.value, text) for word in call.keywords if word.arg}
+    if len(named) < len(call.keywords):
+        raise ValueError(f"condition is {text!r}, which gives a parameter twice, or none by name")
     try:
         return cls(*given, **named)
     except TypeError as error:
@@ -72,9 +74,10 @@ def _perturbation(node: ast.expr, text: str) -> Perturbation:
 def _value(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Call | ast.Name):
         return _perturbation(node, text)
-    if isinstance(node, ast.List | ast.Tuple) and any(isinstance(n, ast.Call) for n in node.elts):
+    kinds = (ast.Call, ast.Name)
+    if isinstance(node, ast.List | ast.Tuple) and any(isinstance(n, kinds) for n in node.elts):
         return tuple(_value(n, text) for n in node.elts)
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         raise ValueError(f"condition is {text!r}: {ast.unparse(node)} is no value") from None

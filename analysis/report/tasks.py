@@ -8,17 +8,19 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import stats
 from analysis.perturb import Condition
 from analysis.report.made import write_note, write_tables
 from analysis.report.overlap import MANIFEST, finished, named
-from analysis.stats import CHECKPOINT, FEW_DOCUMENTS, FEW_NOTE, interval_texts, number_text
+from analysis.stats import FEW_DOCUMENTS, FEW_NOTE, interval_texts, number_text
 from analysis.study import manifest
-from analysis.tasks import evaluate, files_sha256
+from analysis.tasks import evaluate, tasks_sha256
 from cartmoe.files import write_atomically
 from cartmoe.folders import check_directory
 from cartmoe.lock import locked
 
 WORDS = "tasks.txt"
+NAMED = ["train_seed", "eval_seed"]  # said where they differ
 
 
 def tasks_text(differences: pd.DataFrame) -> str:
@@ -26,22 +28,21 @@ def tasks_text(differences: pd.DataFrame) -> str:
     [95 % interval]"."""
     blocks = []
     for metric, rows in differences.groupby("metric", sort=False):
-        change = interval_texts(rows, "difference", "low", "high")
-        values = [number_text(value) for value in rows.value]
-        cells = [f"{value}, {text}" for value, text in zip(values, change, strict=True)]
-        key = [*CHECKPOINT[:1], "train_seed", "label"]
-        clean = rows.drop_duplicates([*CHECKPOINT, "task", "filter"])
-        first = clean.assign(label="clean", cell=[number_text(value) for value in clean.clean])
-        table = pd.concat([first, rows.assign(cell=cells)])
-        wide = table.pivot_table(
-            index=key, columns=["task", "filter"], values="cell", aggfunc="first", sort=False
-        )
-        wide.columns = [t if f == "none" else f"{t}, {f}" for t, f in wide.columns]
-        body = wide.reset_index().fillna("").to_string(index=False)
-        blocks.append(f"{metric}\n\n{body}")
+        table = stats.task_table(differences, str(metric))
+        others = [name for name in NAMED if name in table and table[name].nunique() > 1]
+        shown = table[["model", *others, "label"]].fillna("").copy()
+        for task in dict.fromkeys(stats.task_names(rows)):
+            change = table[[f"{task} {name}" for name in ("difference", "low", "high")]]
+            change = change.assign(num_documents=rows.num_documents.min())
+            changes = interval_texts(change, *change.columns[:3])
+            values = [number_text(value) for value in table[task]]
+            both = zip(values, changes, table[f"{task} difference"], strict=True)
+            shown[task] = [v if pd.isna(d) else f"{v}, {change}" for v, change, d in both]
+        blocks.append(f"{metric}\n\n{shown.to_string(index=False)}")
     note = (
-        "Differences from the clean run with BCa intervals over documents, drawn for both runs "
-        "together; p of McNemar's test where a metric is 0 or 1 (differences.csv)."
+        "Differences from the clean run, document by document: with Newcombe's intervals, and p of "
+        "McNemar's test (differences.csv), where a metric is 0 or 1; elsewhere with BCa intervals "
+        "over documents. answer nats: what the right answer costs."
     )
     few = [FEW_NOTE] if differences.num_documents.min() < FEW_DOCUMENTS else []
     return "\n\n".join([*blocks, note, *few]) + "\n"
@@ -67,7 +68,7 @@ def evaluate_into(
         models={f"{model.name}-s{model.train_seed}": model.identity for model in loaded},
         coverage={model.name: getattr(model, "coverage", "") for model in loaded},
         tasks=[*tasks],
-        task_files=files_sha256(include_path) if include_path else None,
+        asked=tasks_sha256(tasks, include_path, num_fewshot, limit),
         conditions=[condition.to_dict() for condition in conditions],
         num_fewshot=num_fewshot,
         limit=limit,

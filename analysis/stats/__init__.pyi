@@ -42,6 +42,7 @@ from .robustness import positive_control as positive_control
 from .robustness import robustness_table as robustness_table
 from .seeds import over_seeds as over_seeds
 from .tasks import task_differences as task_differences
+from .tasks import task_names as task_names
 from .tasks import task_table as task_table
 from .texts import FEW_DOCUMENTS as FEW_DOCUMENTS
 from .texts import FEW_NOTE as FEW_NOTE

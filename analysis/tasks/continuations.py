@@ -13,7 +13,8 @@ import torch
 from analysis.adapters import Adapter, batches, owned, owning
 from analysis.measure import Decoder
 from analysis.perturb import CLEAN, Calibration, Condition, models_of, token_kinds
-from analysis.tasks.scores import Question, questions_as_sequences
+from analysis.tasks.scores import Question, as_sequences
+from analysis.tasks.words import Words
 
 FIRST = 16  # new tokens after which one looks whether a text has ended; then four times as many
 
@@ -50,7 +51,7 @@ def continuations(
     Prompts of one length are read together, so that there is no padding. The clean text is the
     first guess of the others (see `Decoder`).
     """
-    kinds_V, ends = token_kinds(model, [c.where for c in conditions]), ends_of(model)
+    kinds_V, words = token_kinds(model, [c.where for c in conditions]), Words(model)
     groups: dict[tuple, list[int]] = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault((len(prompt.tokens), prompt.new, prompt.until), []).append(i)
@@ -63,14 +64,14 @@ def continuations(
                     Question((*p.tokens, 0), 1, p.sequence_id, p.document)
                     for p in (prompts[i] for i in some)
                 ]
-                (batch,) = batches(model, questions_as_sequences(asked, 0), len(some))
+                (batch,) = batches(model, as_sequences(asked), len(some))
                 guess_BN = torch.zeros(len(some), 0, dtype=torch.int64, device=model.device)
                 for condition in (CLEAN, *conditions):
                     ids_BN, size = guess_BN, min(FIRST, new)
                     while True:
                         decoder = Decoder(model, batch, length, size, calibration, kinds_V)
                         ids_BN = decoder.text(condition, ids_BN)
-                        texts = [_text(model, ids, until, ends) for ids in ids_BN.tolist()]
+                        texts = [_text(words, ids, until) for ids in ids_BN.tolist()]
                         if size == new or all(ended for _, ended in texts):
                             break
                         size = min(4 * size, new)
@@ -82,17 +83,11 @@ def continuations(
     return found
 
 
-def ends_of(model: Adapter) -> set[int]:
-    """Tokens that end a text: those of a configuration of the transformers library, and the one
-    that starts the next document."""
-    said = getattr(getattr(model.module, "config", None), "eos_token_id", None)
-    return {model.tokenizer.bos_id, *(said if isinstance(said, list) else [said])} - {None}
-
-
-def _text(model: Adapter, ids: list[int], until: Sequence[str], ends: set[int]) -> tuple[str, bool]:
+def _text(words: Words, ids: list[int], until: Sequence[str]) -> tuple[str, bool]:
     """The text up to its end, and whether it has one."""
+    ends = {*words.ends, *(words.token(stop) for stop in until)}
     end = next((i for i, id in enumerate(ids) if id in ends), len(ids))
-    text, ended = model.tokenizer.decode(ids[:end]), end < len(ids)
+    text, ended = words.decode(ids[:end]), end < len(ids)
     for stop in until:
         if stop and stop in text:
             text, ended = text[: text.index(stop)], True

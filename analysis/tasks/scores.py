@@ -1,14 +1,14 @@
 """Log likelihoods of continuations, clean and under conditions, which share the clean pass.
 
-Shapes: B rows of a batch, L tokens of the longest, T = B * L, V vocabulary.
+Shapes: B rows of a batch, L tokens of the longest, P positions that answers have in a batch, V
+vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,10 +41,10 @@ class Score(NamedTuple):
     greedy: bool
 
 
-def questions_as_sequences(questions: Sequence[Question], pad: int) -> Sequences:
-    """A row a question, padded at its end with `pad`."""
+def as_sequences(questions: Sequence[Question]) -> Sequences:
+    """A row a question, padded at its end."""
     length = max((len(question.tokens) - 1 for question in questions), default=0)
-    tokens_SL = torch.full((len(questions), length), pad)
+    tokens_SL = torch.zeros(len(questions), length, dtype=torch.int64)
     targets_SL = torch.full_like(tokens_SL, IGNORE)
     for row, (tokens, answer, _, _) in enumerate(questions):
         ids, last = torch.tensor(tokens), len(tokens) - 1
@@ -66,36 +66,49 @@ def scores(
     model: Adapter,
     questions: Sequence[Question],
     conditions: Sequence[Condition],
-    calibration: Calibration,
+    calibration: Calibration | None = None,
     *,
     batch_size: int = 8,
-    progress: Callable[[int], object] = lambda rows_done: None,
+    progress: Callable[[int], object] = lambda questions_done: None,
 ) -> dict[Condition, list[Score]]:
     """Of each condition and of `CLEAN`, a score a question, in their order.
 
     A batch is read once without a perturbation, and under each condition from the first segment on
-    in which it acts. Questions of like length are read together; neither padding nor neighbors
-    change a score.
+    in which it acts. Questions that differ in their last token alone are read as one, and those of
+    like length together; neither padding nor neighbors change a score.
     """
     kinds_V = token_kinds(model, [condition.where for condition in conditions])
-    order = sorted(range(len(questions)), key=lambda i: (-len(questions[i].tokens), i))
-    found: dict[Condition, list[Score]] = {c: [] for c in (CLEAN, *conditions)}
+    found = {c: [Score(0.0, True)] * len(questions) for c in (CLEAN, *conditions)}
     with owned(*models_of(conditions)):
-        for start in range(0, len(order), batch_size):
-            some = [questions[i] for i in order[start : start + batch_size]]
-            (batch,) = batches(model, questions_as_sequences(some, 0), len(some))
+        for rows in _rows_together(questions, batch_size):
+            asked = [[questions[i] for i in row] for row in rows]
+            (batch,) = batches(model, as_sequences([row[0] for row in asked]), len(rows))
             clean = CleanPass.of(model, batch, kinds_V)
-            found[CLEAN] += _scores(model, clean.states[-1].hidden_BLD, batch.targets_SL)
-            for condition in conditions:
-                hidden_BLD = _perturbed(model, clean, condition, calibration)
-                found[condition] += _scores(model, hidden_BLD, batch.targets_SL)
-            progress(len(some))
-    back = np.argsort(order)
-    return {condition: [each[i] for i in back] for condition, each in found.items()}
+            for condition in found:
+                hidden_BLD = clean.states[-1].hidden_BLD
+                if condition != CLEAN:
+                    hidden_BLD = _perturbed(model, clean, condition, calibration)
+                given = _scores(model, hidden_BLD, asked)
+                for row, own in zip(rows, given, strict=True):
+                    for i, score in zip(row, own, strict=True):
+                        found[condition][i] = score
+            progress(sum(map(len, rows)))
+    return found
+
+
+def _rows_together(questions: Sequence[Question], batch_size: int) -> Iterator[list[list[int]]]:
+    """Numbers of the questions that one row answers, so many rows at a time, the longest first."""
+    same: dict[tuple, list[int]] = {}
+    for i, question in enumerate(questions):
+        read = question.tokens[:-1], question.answer, question.sequence_id
+        same.setdefault(read, []).append(i)
+    rows = sorted(same.values(), key=lambda row: (-len(questions[row[0]].tokens), row))
+    for start in range(0, len(rows), batch_size):
+        yield rows[start : start + batch_size]
 
 
 def _perturbed(
-    model: Adapter, clean: CleanPass, condition: Condition, calibration: Calibration
+    model: Adapter, clean: CleanPass, condition: Condition, calibration: Calibration | None
 ) -> Tensor:
     """(B, L, D) the last hidden states under the condition."""
     intervention = Intervention(
@@ -105,18 +118,29 @@ def _perturbed(
         return run(segments, start).hidden_BLD
 
 
-def _scores(model: Adapter, hidden_BLD: Tensor, targets_BL: Tensor) -> list[Score]:
-    """A score a row: of its targets."""
-    wanted_BL = targets_BL != IGNORE
-    hidden_TD, targets_T = hidden_BLD[wanted_BL], targets_BL[wanted_BL]
-    log_p_T = torch.empty(len(targets_T), dtype=torch.float64)
-    best_T = torch.empty(len(targets_T), dtype=torch.bool)
-    size = rows_at_once(hidden_TD.device, model.vocab_size)
-    for rows in torch.arange(len(targets_T)).split(size):
-        log_p = model.logits(hidden_TD[rows]).log_softmax(-1)
-        own_T1 = targets_T[rows, None]
-        log_p_T[rows] = log_p.gather(-1, own_T1)[:, 0].double().cpu()
-        best_T[rows] = (log_p.argmax(-1, keepdim=True) == own_T1)[:, 0].cpu()
-    counts = wanted_BL.sum(-1).tolist()
-    parts = zip(log_p_T.split(counts), best_T.split(counts), strict=True)
-    return [Score(float(p.sum()), bool(best.all())) for p, best in parts]
+def _scores(
+    model: Adapter, hidden_BLD: Tensor, asked: Sequence[Sequence[Question]]
+) -> list[list[Score]]:
+    """Of each row, a score for each of its questions."""
+    places, asks, first = [], [], 0  # (row, position) of answers; (place, token) that are asked for
+    for row, questions in enumerate(asked):
+        last, answer = len(questions[0].tokens) - 1, questions[0].answer
+        places += [(row, position) for position in range(last - answer, last)]
+        for question in questions:
+            asks += [(first + n, token) for n, token in enumerate(question.tokens[-answer:])]
+        first += answer
+    rows_P, positions_P = torch.tensor(places).T
+    place_A, token_A = torch.tensor(asks).T
+    hidden_PD = hidden_BLD[rows_P, positions_P]
+    log_p_A = torch.empty(len(asks), dtype=torch.float64)
+    best_A = torch.empty(len(asks), dtype=torch.bool)
+    for some in torch.arange(len(places)).split(rows_at_once(hidden_PD.device, model.vocab_size)):
+        log_p = model.logits(hidden_PD[some]).log_softmax(-1)
+        here_A = torch.isin(place_A, some)
+        place, token = place_A[here_A] - some[0], token_A[here_A]
+        log_p_A[here_A] = log_p[place, token].double().cpu()
+        best_A[here_A] = log_p.argmax(-1).cpu()[place] == token
+    parts = [question.answer for questions in asked for question in questions]
+    both = zip(log_p_A.split(parts), best_A.split(parts), strict=True)
+    made = iter([Score(float(p.sum()), bool(best.all())) for p, best in both])
+    return [[next(made) for _ in questions] for questions in asked]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     StaticCache,
@@ -91,6 +92,13 @@ def test_a_configuration_that_cannot_be():
         hf.CartmoeConfig(family="x")
     with pytest.raises(ValueError, match="num_experts"):
         hf.CartmoeConfig(num_experts_per_tok=99)
+    with pytest.raises(ValueError, match="top_k is 1; here it is called num_experts_per_tok"):
+        hf.CartmoeConfig(top_k=1)
+
+
+def test_the_names_of_the_library_are_taken():
+    made = hf.CartmoeConfig(hidden_size=32, num_hidden_layers=5, num_experts_per_tok=1)
+    assert (made.d_model, made.num_layers, made.native.top_k) == (32, 5, (1, 1))
 
 
 def test_a_new_model_begins_as_a_native_one_does():
@@ -164,6 +172,16 @@ def test_a_loss_of_labels_with_the_balance_of_the_native_objective():
         torch.testing.assert_close(made(inputs, labels=inputs, **after).loss, nll)
 
 
+def test_padding_takes_no_part_in_the_balance():
+    made, tokens_BL = hf.from_native(native("cartesian")), ids(2, 12)
+    longer = torch.cat([tokens_BL, torch.zeros(2, 9, dtype=torch.int64)], 1)
+    mask = (torch.arange(21) < 12).long().expand(2, -1)
+    with torch.no_grad():
+        alone = made(tokens_BL, output_router_logits=True).aux_loss
+        padded = made(longer, attention_mask=mask, output_router_logits=True).aux_loss
+    torch.testing.assert_close(padded, alone)
+
+
 def test_the_trainer_takes_steps(tmp_path):
     made = hf.from_native(native("cartesian")).train()
     rows = [{"input_ids": row, "labels": row} for row in ids(8, 32)]
@@ -201,13 +219,22 @@ def test_an_exported_model_is_the_one_that_it_was(exported):
         assert torch.equal(made(tokens_BL).logits, model(tokens_BL))
 
 
-@pytest.mark.parametrize("text", ["def f(x):\n\treturn 'é'", "", "a\0b", "🜁 ß", " leading"])
+def test_a_text_ends_where_the_next_document_starts(exported):
+    made = AutoModelForCausalLM.from_pretrained(exported)
+    for config in (made.config, made.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 0)
+    assert isinstance(AutoModel.from_pretrained(exported), hf.CartmoeModel)
+
+
+@pytest.mark.parametrize(
+    "text", ["def f(x):\n\treturn 'é'", "", "a\0b", "🜁 ß", " leading", "<|endoftext|> is a word"]
+)
 def test_the_tokenizer_of_bytes(exported, text):
     tokenizer = AutoTokenizer.from_pretrained(exported)
     ours = ByteTokenizer()
     found = tokenizer(text).input_ids
     assert found == [ours.bos_id, *ours.encode(text)]
-    assert tokenizer.decode(found, skip_special_tokens=True) == text.replace("\0", " ")
+    assert tokenizer.decode(found[1:]) == text.replace("\0", " ")
     everything = bytes(range(1, 256)).decode("latin-1")
     assert tokenizer(everything).input_ids[1:] == [*ours.encode(everything)]
 

@@ -18,6 +18,8 @@ from analysis.stats import label_of
         ("DropTop(1), part set", an.DropTop(1), {"effect": "part set"}),
         ("ResidualNoise(of=DropTop(1))", an.ResidualNoise(an.DropTop(1)), {}),
         ("KeepRanks([1, 3])", an.KeepRanks([1, 3]), {}),
+        ("DropTop(1), replay", an.DropTop(1), {"downstream": "replay"}),
+        ("Compose([RandomRouting, NoRouted])", an.Compose([an.RandomRouting(), an.NoRouted()]), {}),
     ],
 )
 def test_what_is_meant(text, perturbation, rest):
@@ -54,6 +56,9 @@ def test_the_labels_of_tables_can_be_typed(condition):
         ("DropTop(1 + os)", "no value"),
         ("DropTop(1), scores, logits", "'scores' and 'logits' both say its point"),
         ("DropTop(1), stage one", "stage one"),
+        ("DropTop(**{'m': 2})", "none by name"),
+        ("DropTop(m=1, m=2)", "write it like|twice"),
+        ("GaussianNoise({[]: 1})", "no value"),
         ("", "write it like"),
         ("(1)", "begins with no perturbation"),
     ],

@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import binomtest
 
 from analysis.stats import task_differences, task_table
-from analysis.stats.tasks import mcnemar
+from analysis.stats.tasks import mcnemar, newcombe, wilson
 
 KEY = dict(model="m", family="m", train_seed=0, where="all", point="logits", effect="full")
 KEY |= dict(downstream="reroute")
@@ -15,7 +15,8 @@ KEY |= dict(downstream="reroute")
 def samples(arms, metric="acc", task="t", filter="none", weight=1.0):
     rows = [
         KEY
-        | dict(condition=name, perturbation=name, strength=np.nan, task=task, filter=filter)
+        | dict(condition=name, perturbation=name, strength=np.nan, eval_seed=0)
+        | dict(task=task, filter=filter)
         | dict(document=str(i), doc_hash=f"d{i}", prompt_hash=f"p{i}", target_hash=f"t{i}")
         | dict(metric=metric, value=float(value), weight=weight)
         for name, values in arms.items()
@@ -38,6 +39,7 @@ def test_a_difference_of_accuracies():
     assert (row.clean, row.value) == (30 / 40, 20 / 40)
     assert row.difference == pytest.approx(-0.25)
     assert row.low < -0.25 < row.high < 0
+    assert (row.low, row.high) == newcombe(18, 12, 2, 40)
     assert (row.lost, row.gained) == (12, 2)
     assert row.p == pytest.approx(binomtest(2, 14).pvalue)
 
@@ -82,6 +84,60 @@ def test_a_table_of_tasks():
     assert table["t difference"].tolist()[1:] == [-0.25, 0.25]
     two = pd.concat([samples(arms), samples(arms, filter="strict")])
     assert {"t, none", "t, strict"} <= set(task_table(task_differences(two)))
+
+
+def test_bounds_of_a_share_are_those_of_scipy():
+    for yes, number in ((0, 12), (7, 20), (40, 40)):
+        exact = binomtest(yes, number).proportion_ci(method="wilson")
+        assert wilson(yes / number, number) == pytest.approx((exact.low, exact.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("table", "low", "high"),
+    [  # both, gained, lost, neither: Newcombe's own example
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+    ],
+)
+def test_bounds_of_a_change_are_newcombes(table, low, high):
+    both, gained, lost, _ = table
+    found = newcombe(both, lost, gained, sum(table))
+    assert found == pytest.approx((low, high), abs=5e-5)
+
+
+def test_nothing_that_changes_has_a_width_all_the_same():
+    low, high = newcombe(30, 0, 0, 40)
+    assert low < 0 < high
+    assert high - low < 0.3
+
+
+def test_bounds_of_changes_hold_the_truth():
+    """Of a true change of -0.1, in simulated tasks of 100 documents."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(1000):
+        both, lost, gained, _ = rng.multinomial(100, [0.5, 0.2, 0.1, 0.2])
+        low, high = newcombe(both, lost, gained, 100)
+        inside += low <= -0.1 <= high
+    assert 0.93 < inside / 1000 < 0.98
+
+
+def test_conditions_of_one_label_stay_apart():
+    table = samples({"clean": [1, 1, 0, 1], "X": [0, 1, 0, 1], "Y": [0, 0, 0, 1]})
+    seeds = {"clean": 0, "X": 0, "Y": 1}
+    table["eval_seed"] = table.condition.map(seeds)
+    table.loc[table.condition == "Y", "perturbation"] = "X"
+    found = task_differences(table)
+    assert found.label.tolist() == ["X", "X"]
+    assert found.eval_seed.tolist() == [0, 1]
+    assert task_table(found)["t"].tolist() == [0.75, 0.5, 0.25]
+
+
+def test_holm_is_within_a_metric():
+    arms = {"clean": [1] * 12, "X": [0] * 12}
+    both = pd.concat([samples(arms), samples(arms, metric="nats")])
+    found = task_differences(both)
+    assert found.p_holm.tolist() == found.p.tolist()
+    assert (found.min_p <= found.p).all()
 
 
 def test_nothing_but_clean():
