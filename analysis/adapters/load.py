@@ -11,6 +11,7 @@ import torch
 
 from analysis.adapters.cartmoe import CartMoEAdapter
 from analysis.adapters.pretrained import as_tokenizer, is_pretrained, pretrained_sha256
+from analysis.adapters.streamed import load_streamed
 from analysis.adapters.transformers import TransformersAdapter, load_pretrained
 from cartmoe.checkpoint import (
     CHECKPOINTS,
@@ -40,12 +41,15 @@ def load(
     train_seed: int | None = None,
     tokenizer: Tokenizer | None = None,
     device: str = "cpu",
+    stream: bool = False,
 ) -> CartMoEAdapter | TransformersAdapter:
     """The model of a checkpoint, or of the newest good checkpoint of a run, or of a directory of
     the transformers library (config.json, weights, tokenizer.json).
 
     path   also a name of `analysis.models`, where no such path exists, and "olmoe", "olmoe_tuned",
            small models of that library; nothing is fetched
+    stream of a pretrained model that is larger than memory: its weights stay on the disk, a layer's
+           are read when it is run, and whoever measures goes segment by segment; on the CPU
 
     Compact models that are stored in half precision are computed with in fp32, pretrained ones as
     they are stored.
@@ -57,7 +61,13 @@ def load(
     saying why.
     """
     if is_pretrained(given := located(path_of("path", path))):
-        found = load_pretrained(given, as_tokenizer(tokenizer), name=name, device=device)
+        if stream and device != "cpu":
+            raise ValueError(f"device is {device!r}; a model that is streamed runs on the CPU")
+        own = as_tokenizer(tokenizer)
+        if stream:
+            found: TransformersAdapter = load_streamed(given, own, name=name)
+        else:
+            found = load_pretrained(given, own, name=name, device=device)
         found.train_seed = train_seed or 0
         return found
     if given.is_dir() and not (given / MANIFEST).exists() and not (given / CHECKPOINTS).exists():
@@ -65,6 +75,8 @@ def load(
             f"{given} holds no checkpoint of this project, and no model of the transformers "
             "library: it has no config.json that names its model_type"
         )
+    if stream:
+        raise ValueError(f"stream is for models of the transformers library; {given} is none")
     folder = newest(path).resolve()
     meta = read_meta(folder)
     trained = meta.get("train_seed", 0)

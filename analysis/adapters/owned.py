@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from analysis.adapters.base import Adapter, as_adapter
+from analysis.adapters.shelf import Fetch
 from cartmoe.hooks import Caller, Hook, nothing
 from cartmoe.interrupt import restoring
 
@@ -154,10 +155,10 @@ def _routed_parts(model: Adapter) -> Mapping[str, nn.Module]:
 
 def _disturbs(hook: Any) -> bool:
     """Not what is left of ours in a copy, what torch computes weights with (pruning), and what
-    accelerate moves tensors between devices with."""
+    fetches tensors: from another device (accelerate), or from the disk."""
     moves = getattr(getattr(hook, "func", hook), "__module__", "").startswith("accelerate.")
     of_torch = type(hook).__module__.startswith("torch.")
-    return not (hook is None or hook is nothing or of_torch or moves)
+    return not (hook is None or hook is nothing or of_torch or moves or isinstance(hook, Fetch))
 
 
 def _named(hook: Any) -> str:
@@ -168,6 +169,8 @@ def _named(hook: Any) -> str:
 
 
 def _tensors(model: Adapter) -> list[torch.Tensor]:
+    if getattr(model, "streamed", False):  # they come and go
+        return []
     return [*model.module.parameters(), *model.module.buffers()]
 
 

@@ -86,11 +86,7 @@ class TransformersAdapter:
 
     def _attach(self, experts: Sequence[str] | None, routers: Sequence[str] | None) -> None:
         refuse_compiled(self.model)
-        if any(p.is_meta for p in self.model.parameters()):
-            raise ValueError(
-                f"{self.name} has weights that are not in memory (on the device meta): load it "
-                "whole, without offloading"
-            )
+        self._check_weights()
         if is_library(self.model) and self.model.config.is_encoder_decoder:
             raise ValueError(f"{self.name} has an encoder; this is for decoders of text alone")
         tokens_BL = probe_tokens(self.vocab_size, self.device)
@@ -106,6 +102,13 @@ class TransformersAdapter:
         self.body = Body(self.model, seats, events, tokens_BL, logits_BLV)
         for seat, routing in zip(seats, self.body.decisions, strict=True):
             seat.router = checked(seat.router, routing)
+
+    def _check_weights(self) -> None:
+        if any(p.is_meta for p in self.model.parameters()):
+            raise ValueError(
+                f"{self.name} has weights that are not in memory (on the device meta): load it "
+                "whole, without offloading, or with stream=True"
+            )
 
     @property
     def module(self) -> torch.nn.Module:

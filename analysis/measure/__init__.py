@@ -3,7 +3,8 @@
 clean.py, losses.py, doses.py     the clean pass of a batch; losses; how far decisions were changed
 calibrate.py, intervene.py        statistics of clean routing; conditions at work in a running model
 prepare.py, search.py             what a condition becomes on a batch; the worst flips
-shard.py, reuse.py                the unit of work; expert outputs that many conditions share
+shard.py, by_segment.py           the unit of work, batches or segments outside
+arm.py, collector.py, reuse.py    a condition on a batch; its cell; outputs that many share
 results.py, saved.py, sweep.py    tables, kept and read; models in memory
 compare.py, comparison.py         checkpoints side by side
 generate.py, regret.py, margins.py   text, better routes, flips that margins predict
@@ -12,6 +13,7 @@ rows.py                           sums of sequences, means over tokens with inte
 
 from analysis.measure.calibrate import calibrate, calibration_documents
 from analysis.measure.clean import CleanPass
+from analysis.measure.collector import Cell
 from analysis.measure.compare import compare
 from analysis.measure.comparison import Comparison
 from analysis.measure.generate import Decoder, generation_agreement
@@ -23,5 +25,5 @@ from analysis.measure.regret import regret
 from analysis.measure.results import FACTS, MODELS, Description, Results, describe, key_columns
 from analysis.measure.reuse import worth_reusing
 from analysis.measure.saved import is_saved
-from analysis.measure.shard import Cell, measure
+from analysis.measure.shard import measure
 from analysis.measure.sweep import Asked, conditions_of, models_in, sweep

@@ -77,6 +77,12 @@ class CleanLosses(NamedTuple):
     log_p: list[tuple[Tensor, Tensor, Tensor]] | None
 
     @classmethod
+    def unknown(cls, targets_T: Tensor) -> CleanLosses:
+        """Before the clean run is at its end: its targets are known."""
+        nothing = torch.empty(0)
+        return cls(nothing, targets_T, nothing, None)
+
+    @classmethod
     def of(cls, model: Adapter, hidden_TD: Tensor, targets_T: Tensor) -> CleanLosses:
         """Losses of the clean run."""
         nll_T = torch.zeros(len(hidden_TD), device=hidden_TD.device)

@@ -12,8 +12,8 @@ import pandas as pd
 
 from analysis import stats
 from analysis.adapters import Adapter
+from analysis.measure.collector import Cell
 from analysis.measure.saved import BYTES, KEY, TABLES, read_tables, write_tables
-from analysis.measure.shard import Cell
 from analysis.perturb import Condition
 from analysis.stats import Pairs, pair
 from cartmoe.cards import card

@@ -21,7 +21,10 @@ COMPUTES = (
     *(f"analysis/measure/{name}" for name in ("clean", "losses", "doses", "calibrate", "rows")),
     *(
         f"analysis/measure/{name}"
-        for name in ("intervene", "prepare", "search", "shard", "reuse", "cached")
+        for name in (
+            *("intervene", "prepare", "search", "shard", "by_segment", "arm", "collector"),
+            *("reuse", "cached"),
+        )
     ),
     "analysis/study/worker",
 )

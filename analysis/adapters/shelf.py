@@ -1,0 +1,173 @@
+"""Weights of a pretrained model that stay on the disk until a module that has them is run.
+
+A layer's are converted by the transformers library's own rules from the safetensors as they were
+published (one tensor an expert, fused, renamed), while the layer before it computes, and are let go
+when another layer is run. What is in no layer (embedding, last norm, head) is read once and stays.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cartmoe.foreign import named
+
+LAYER = re.compile(r".*?\.\d+(?=\.)")  # of a tensor's name, what names its layer
+
+
+@dataclass(frozen=True, eq=False)
+class Fetch:
+    """The hook that fetches a module's weights before it is run."""
+
+    shelf: Shelf
+    group: str
+
+    def __call__(self, *_: Any) -> None:
+        self.shelf.need(self.group)
+
+
+class Shelf:
+    """A directory's model, all of its weights on the device meta but those that are needed.
+
+    model   with hooks that fetch a module's weights before it is run
+    reads   layers that were read so far
+
+    Raises `ValueError` naming the directory where the library cannot build the model, where weights
+    are not safetensors, or quantized, and where some are missing.
+    """
+
+    def __init__(self, folder: Path):
+        from accelerate import init_empty_weights
+        from safetensors import safe_open
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} has no *.safetensors; only those can be read in parts")
+        with named(folder):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            if getattr(config, "quantization_config", None):
+                raise ValueError(f"{folder} is quantized; load it whole, dequantized")
+            with init_empty_weights(include_buffers=False):
+                made = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        self.model: Any = made.eval().requires_grad_(False)
+        self.dtype = config.dtype or torch.float32
+        self.rules = get_model_conversion_mapping(self.model, None, None)
+        self.sources: dict[str, Path] = {}  # by tensor, its file
+        for path in files:
+            with named(path), safe_open(path, "pt") as file:
+                self.sources |= dict.fromkeys(file.keys(), path)
+        self.groups = self._grouped()
+        self.layers = [group for group in self._in_order() if group in self.groups]
+        self.there: dict[str, Future] = {}
+        self.now, self.reads = "", 0
+        self.pool = ThreadPoolExecutor(1, "shelf")
+        for name, module in self.model.named_modules():
+            for own, _ in module.named_parameters(recurse=False):
+                fetch = Fetch(self, group_of(f"{name}.{own}"))
+                module.register_forward_pre_hook(fetch, prepend=True)
+                break
+
+    def _grouped(self) -> dict[str, list[str]]:
+        """By group, names of the tensors in the files that its parameters are made from."""
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+
+        rename = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
+        convert = [rule for rule in self.rules if isinstance(rule, WeightConverter)]
+        prefix, state = self.model.base_model_prefix, self.model.state_dict()
+        groups: dict[str, list[str]] = {}
+        for key in self.sources:
+            target, _ = rename_source_key(key, rename, convert, prefix, state)
+            groups.setdefault(group_of(target), []).append(key)
+        return groups
+
+    def _in_order(self) -> Iterator[str]:
+        """Every layer once, as the model has them."""
+        names = (LAYER.match(name) for name, _ in self.model.named_parameters())
+        yield from dict.fromkeys(found[0] for found in names if found)
+
+    def need(self, group: str) -> None:
+        """Wait until the group's weights are there; of a layer, let go those of others but the next
+        one, which is read meanwhile."""
+        if group == self.now:
+            return
+        if group not in self.layers:
+            if group not in self.there and group in self.groups:
+                self.there[group] = self.pool.submit(self._read, group)
+                self.there[group].result()
+            return
+        following = self.layers[self.layers.index(group) + 1 :][:1]
+        for other in [name for name in self.there if name in self.layers]:
+            if other not in (group, *following):
+                self.there.pop(other).result()
+                self._let_go(other)
+        for wanted in (group, *following):
+            if wanted not in self.there:
+                self.there[wanted] = self.pool.submit(self._read, wanted)
+        self.there[group].result()
+        self.now = group
+
+    def _read(self, group: str) -> None:
+        from safetensors import safe_open
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        self.reads += 1
+        how = LoadStateDictConfig(
+            device_map={"": "cpu"},
+            dtype=self.dtype,
+            weight_mapping=self.rules,  # type: ignore[arg-type]
+        )
+        # Opened for as long as it is read: a mapped file counts as memory of this process.
+        with ExitStack() as stack, _without_bars():
+            keys = self.groups[group]
+            paths = dict.fromkeys(self.sources[key] for key in keys)
+            files = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
+            tensors = {key: files[self.sources[key]].get_slice(key) for key in keys}
+            convert_and_load_state_dict_in_model(self.model, tensors, how)
+        if group not in self.layers:
+            self.model.tie_weights()
+        missing = [name for name, p in self._parameters(group) if p.is_meta]
+        if missing:
+            raise ValueError(f"the files have no weights for {missing[0]}")
+
+    def _let_go(self, group: str) -> None:
+        for name, parameter in self._parameters(group):
+            holder, _, own = name.rpartition(".")
+            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            setattr(self.model.get_submodule(holder), own, empty)
+
+    def _parameters(self, group: str) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.model.named_parameters() if group_of(n) == group]
+
+
+def group_of(name: str) -> str:
+    """Of a parameter: its layer, or the module that has it."""
+    layer = LAYER.match(name)
+    return layer[0] if layer else name.rpartition(".")[0]
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
