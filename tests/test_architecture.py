@@ -44,7 +44,7 @@ NEVER = {
 }
 # Who may import what comes with an extra.
 ONLY = {
-    "transformers": {"cartmoe.hf", "analysis.adapters.pretrained"},
+    "transformers": {"cartmoe.hf", "analysis.adapters.pretrained", "analysis.adapters.shelf"},
     "anywidget": {"analysis.explorer.widget"},
     "lm_eval": {"analysis.tasks.harness", "analysis.tasks.loaded"},
 }

@@ -58,7 +58,7 @@ def read_model(folder: Path, device: str) -> Any:
     except ImportError as error:
         raise ImportError('a pretrained model needs pip install "cartmoe[hf]"') from error
     small = sum(path.stat().st_size for path in weight_files(folder)) < LARGE
-    with named(folder), _quiet() if small else nullcontext():
+    with named(folder), without_bars() if small else nullcontext():
         load: Any = AutoModelForCausalLM.from_pretrained
         only = dict(local_files_only=True, trust_remote_code=False)
         model, told = load(folder, dtype="auto", output_loading_info=True, **only)
@@ -72,7 +72,7 @@ def read_model(folder: Path, device: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Without the library's bars."""
     from transformers.utils import logging
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from analysis.adapters.pretrained import without_bars
 from cartmoe.foreign import named
 
 LAYER = re.compile(r".*?\.\d+(?=\.)")  # of a tensor's name, what names its layer
@@ -132,7 +133,7 @@ class Shelf:
             weight_mapping=self.rules,  # type: ignore[arg-type]
         )
         # Opened for as long as it is read: a mapped file counts as memory of this process.
-        with ExitStack() as stack, _without_bars():
+        with ExitStack() as stack, without_bars():
             keys = self.groups[group]
             paths = dict.fromkeys(self.sources[key] for key in keys)
             files = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
@@ -158,16 +159,3 @@ def group_of(name: str) -> str:
     """Of a parameter: its layer, or the module that has it."""
     layer = LAYER.match(name)
     return layer[0] if layer else name.rpartition(".")[0]
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

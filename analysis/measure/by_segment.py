@@ -10,9 +10,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, DenseRouting, Experts, State, batches, branches, owned
+from analysis.adapters import Adapter, DenseRouting, State, batches, owned
 from analysis.measure.arm import Arm
-from analysis.measure.clean import CleanPass
+from analysis.measure.clean import CleanPass, Shares
 from analysis.measure.collector import Cell, Collector, join
 from analysis.measure.losses import CleanLosses
 from analysis.measure.reuse import Table
@@ -28,7 +28,6 @@ from analysis.perturb import (
 )
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
-from cartmoe.routing import Routing
 
 
 def measure_by_segment(
@@ -137,17 +136,10 @@ class Run:
 def advance(model: Adapter, clean: CleanPass, number: int, keep: bool) -> None:
     """The clean pass through one segment, whose decisions and states it then has, and, unless they
     are to be kept, no others."""
-    segment, shares = clean.segments[number], {}
-
-    def watch(x_TD: Tensor, routing: Routing, site: RouterSite, own: Experts) -> Tensor:
-        routed_TD = own(x_TD, routing)
-        share_T = branches(model, site, x_TD)[0][:, 0].float()
-        shares[site] = share_T, share_T * routed_TD.float().norm(dim=-1)
-        return routed_TD
-
+    segment, shares = clean.segments[number], Shares(model)
     before = clean.states[number]
     sites = set(segment.sites)
-    hooked = model.hooked(experts=watch, where=sites.__contains__) if sites else nullcontext()
+    hooked = model.hooked(experts=shares, where=sites.__contains__) if sites else nullcontext()
     with torch.no_grad(), hooked:
         after = segment.run(State(before.hidden_BLD, before.tokens_BL, ()))
     clean.states.append(after)

@@ -41,15 +41,8 @@ class CleanPass:
     def of(cls, model: Adapter, batch: Sequences, kinds_V: Tensor | None = None) -> CleanPass:
         """One forward. Raises `FloatingPointError` if router logits are not finite."""
         segments, states = model.segments(), [State(None, batch.tokens_SL)]
-        shares: dict[RouterSite, tuple[Tensor, Tensor]] = {}
-
-        def watch(x_TD: Tensor, routing: Routing, site: RouterSite, own: Experts) -> Tensor:
-            routed_TD = own(x_TD, routing)
-            share_T = branches(model, site, x_TD)[0][:, 0].float()
-            shares[site] = share_T, share_T * routed_TD.float().norm(dim=-1)
-            return routed_TD
-
-        with torch.no_grad(), model.hooked(experts=watch) if model.sites() else nullcontext():
+        shares = Shares(model)
+        with torch.no_grad(), model.hooked(experts=shares) if model.sites() else nullcontext():
             states += [after for _, _, after in steps(segments, states[0])]
             hidden_TD = states[-1].hidden_BLD.flatten(0, 1)
             losses = CleanLosses.of(model, hidden_TD, batch.targets_SL.flatten())
@@ -75,3 +68,17 @@ class CleanPass:
             change_BLD -= before.hidden_BLD - self.states[number].hidden_BLD
         change_T = change_BLD.flatten(0, 1).float().norm(dim=-1)
         return change_T / self.residual_norm(number)
+
+
+class Shares(dict[RouterSite, tuple[Tensor, Tensor]]):
+    """Stands where experts are called, and notes `CleanPass.branches`."""
+
+    def __init__(self, model: Adapter):
+        super().__init__()
+        self.model = model
+
+    def __call__(self, x_TD: Tensor, routing: Routing, site: RouterSite, own: Experts) -> Tensor:
+        routed_TD = own(x_TD, routing)
+        share_T = branches(self.model, site, x_TD)[0][:, 0].float()
+        self[site] = share_T, share_T * routed_TD.float().norm(dim=-1)
+        return routed_TD
