@@ -16,7 +16,10 @@ import torch
 
 # The source files that compute a cell (folders: all in them); a change of any is another cell.
 COMPUTES = (
-    *(f"cartmoe/{name}" for name in ("config", "routing", "experts", "ffn", "losses", "model")),
+    *(
+        f"cartmoe/{name}"
+        for name in ("config", "routing", "experts", "ffn", "losses", "model", "hf")
+    ),
     *("cartmoe/hooks", "cartmoe/tokenizers", "analysis/adapters", "analysis/perturb"),
     *(f"analysis/measure/{name}" for name in ("clean", "losses", "doses", "calibrate", "rows")),
     *(

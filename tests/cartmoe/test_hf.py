@@ -263,7 +263,13 @@ def test_a_study_of_an_exported_model_gives_the_native_numbers(exported):
     assert_same_damage(model, made, docs)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("dense", "hash")])
+ROUTED = [name for name in VARIANTS if name not in ("dense", "hash")]
+QUICK = ("cartesian", "top_p", "sigmoid")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ROUTED]
+)
 def test_the_adapter_gives_the_native_numbers(name):
     model = native(name)
     made = an.adapt(hf.from_native(model), ByteTokenizer(), name=model.config.family)

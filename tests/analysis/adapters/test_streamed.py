@@ -16,7 +16,7 @@ from tests.analysis.adapters.families import FAMILIES, save_directory
 
 # Of which layers cannot be called again; and one that the library itself loads from no directory.
 LEFT_OUT = {"gemma4", "zaya", "mistral4"}
-QUICK = {"olmoe", "qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral"}
+QUICK = {"olmoe", "gpt_oss", "deepseek_v3"}
 CONDITIONS = [
     *("DropTop(1)", "DropTop(1), layer 1", "GaussianNoise(0.5)", "RandomRouting", "NoRouted"),
     *("ResidualNoise(of=DropTop(1))", "Lag(1)", "DropChosen(1)", "DropTop(1), replay"),

@@ -70,7 +70,6 @@ def test_a_task_that_was_edited_is_another(out, task_folder):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--tasks", "tiny_x", "--condition", "DropTop(1)"], "tiny_x"),
         (["--tasks", "tiny_choice", "--condition", "Drop(1)"], "choose one of"),
         (["--tasks", ",", "--condition", "DropTop(1)"], "tasks is empty"),
         (["--tasks", "tiny_choice", "--condition", "DropTop(99)"], "99"),

@@ -65,7 +65,9 @@ def test_the_clean_answers_are_those_of_lm_eval(found, task_folder):
     assert clean[clean.metric == "acc"].value.mean() > 0.9
 
 
-@pytest.mark.parametrize("name", ["smoe", "hash", "top_p", "olmoe"])
+@pytest.mark.parametrize(
+    "name", ["hash", "olmoe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("smoe", "top_p"))]
+)
 def test_other_models(name, task_folder):
     made = an.evaluate(
         an.load(name), TASKS, [an.DropTop(1)], include_path=task_folder, limit=4, progress=False
@@ -78,10 +80,11 @@ def test_other_models(name, task_folder):
 
 
 def test_the_batch_size_changes_no_answer(model, found, task_folder):
-    how = dict(include_path=task_folder, progress=False)
+    how = dict(include_path=task_folder, progress=False, limit=4)
     alone = an.evaluate(model, TASKS, NOISY, batch_size=1, **how).samples
     near = dict(rtol=1e-4, atol=1e-4)
-    pd.testing.assert_frame_equal(alone, found.samples, **near)
+    first = found.samples[found.samples.document.astype(int) < 4].reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone, first, **near)
 
 
 def test_answers_to_one_question_meet_the_same_noise(model):
