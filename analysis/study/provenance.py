@@ -16,11 +16,8 @@ import torch
 
 # The source files that compute a cell (folders: all in them); a change of any is another cell.
 COMPUTES = (
-    *(
-        f"cartmoe/{name}"
-        for name in ("config", "routing", "experts", "ffn", "losses", "model", "hf")
-    ),
-    *("cartmoe/hooks", "cartmoe/tokenizers", "analysis/adapters", "analysis/perturb"),
+    *(f"cartmoe/{name}" for name in ("config", "routing", "experts", "ffn", "losses", "model")),
+    *("cartmoe/hf", "cartmoe/hooks", "cartmoe/tokenizers", "analysis/adapters", "analysis/perturb"),
     *(f"analysis/measure/{name}" for name in ("clean", "losses", "doses", "calibrate", "rows")),
     *(
         f"analysis/measure/{name}"
