@@ -40,6 +40,7 @@ def test_it_is_as_good_as_the_compact_models(name, text):
     assert bits_per_byte(name) < 1.05 * bits_per_byte("smoe")
 
 
+@pytest.mark.slow
 def test_experts_rounded_to_8_bits():
     """As notebook 03 does it: all change, a little, and decisions drift."""
     model, rounded = an.load("olmoe"), an.load("olmoe", name="int8")

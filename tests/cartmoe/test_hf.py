@@ -256,7 +256,7 @@ def test_a_study_of_an_exported_model_gives_the_native_numbers(exported):
     assert made.trained_on["corpus"] == "stdlib"
     assert [site.place for site in made.sites()] == [site.place for site in model.sites()]
     docs, same = (
-        an.documents("stdlib", m, length=64, limit=6, max_tokens_per_document=64)
+        an.documents({"a": "import os\n" * 9, "b": "def f(x):\n    return x\n" * 4}, m, length=64)
         for m in (model, made)
     )
     assert torch.equal(docs.tokens_SL, same.tokens_SL)
