@@ -39,6 +39,19 @@ def test_a_worker_does_without():
     assert others.isdisjoint(heavy)
 
 
+EXTRAS = ("transformers", "tokenizers", "accelerate", "lm_eval", "datasets", "anywidget", "dask")
+ROOMS = ("adapters", "measure", "overlap", "study", "tasks", "report", "explorer", "plots", "stats")
+
+
+def test_rooms_do_without_the_extras():
+    """As with the core install, which `make study` makes."""
+    absent = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))"  # None: there is none
+    for room in ROOMS:
+        code = f"{absent}; import analysis.{room} as room; [getattr(room, n) for n in dir(room)]"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_it_would_be_seen():
     assert "torch" in heavy_after("from cartmoe import LanguageModel")
     assert "pandas" in heavy_after("from analysis import stats; stats.damage")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from analysis.adapters import Adapter
 from cartmoe.tokenizers import JsonTokenizer
 
@@ -25,6 +23,8 @@ class Words:
         self.tokenizer: Any = model.tokenizer
         self.library: Any = None
         if isinstance(self.tokenizer, JsonTokenizer):
+            from tokenizers import Tokenizer  # of an extra
+
             self.library = Tokenizer.from_str(self.tokenizer.json)
             self.library.no_truncation()
             self.library.no_padding()
