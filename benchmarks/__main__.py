@@ -11,6 +11,7 @@ from benchmarks import (
     overlap_function,
     pretrained,
     steps,
+    streamed,
     studies,
     sweeps,
     tasks,
@@ -31,6 +32,7 @@ parts = (
     overlap,
     overlap_function,
     tasks,
+    streamed,
     explorer,
     studies,
 )
