@@ -44,7 +44,10 @@ NEVER = {
 }
 # Who may import what comes with an extra.
 ONLY = {
-    "transformers": {"cartmoe.hf", "analysis.adapters.pretrained", "analysis.adapters.shelf"},
+    "transformers": {
+        *(f"cartmoe.hf{name}" for name in ("", ".config", ".model", ".export")),
+        *("analysis.adapters.pretrained", "analysis.adapters.shelf"),
+    },
     "anywidget": {"analysis.explorer.widget"},
     "lm_eval": {"analysis.tasks.harness", "analysis.tasks.loaded"},
 }

@@ -128,6 +128,7 @@ class Adapter(Protocol):
     vocab_size   V: documents are checked by it, and losses taken so many rows at a time
     module       the torch model, which one measures at a time: `owned`
     composed     False, if it is there, where `stage_input` is not known: no composed experts
+    streamed     True, if it is there, where weights come and go, segment by segment
     """
 
     name: str

@@ -71,18 +71,17 @@ def measure(
                 with collector.timed():
                     arm = Arm(model, clean, batch, collector, calibration)
                     reuses = collector.condition in reuse
-                    _run_condition(clean, arm, tables if reuses else None, model)
+                    _run(arm, tables if reuses else None)
                 progress(1)
     return [c.cell() for c in collectors]
 
 
-def _run_condition(
-    clean: CleanPass, arm: Arm, tables: dict[RouterSite, Table] | None, model: Adapter
-) -> None:
-    first = arm.first
+def _run(arm: Arm, tables: dict[RouterSite, Table] | None) -> None:
+    """A condition from its first segment to its losses; what it takes from a table is made once."""
+    clean, first = arm.clean, arm.first
     if tables is not None:
         (site,) = clean.segments[first].sites
-        tables.setdefault(site, Table(model, site, clean.routings[site]))
+        tables.setdefault(site, Table(arm.model, site, clean.routings[site]))
         tables = {site: tables[site]}
     hidden_BLD = clean.states[first].hidden_BLD
     arm.begin(clean.draws)

@@ -16,7 +16,6 @@ import pandas as pd
 KINDS: dict[str, tuple[str, float, bool]] = {
     "mean": ("", 1.0, False),
     "nanmean": ("", 1.0, False),
-    "acc_all": ("", 1.0, False),
     "perplexity": ("nats", -1.0, False),
     "weighted_perplexity": ("nats per unit", -1.0, True),
     "bits_per_byte": ("bits per byte", -math.log(2), True),

@@ -1,34 +1,14 @@
-"""The compact models as models of the transformers library: `import cartmoe.hf` makes them known.
-
-    model = cartmoe.hf.from_checkpoint("cartesian")
-    cartmoe.hf.export("cartesian", "cartesian-hf")        # model and tokenizer
-    AutoModelForCausalLM.from_pretrained("cartesian-hf")  # generate, Trainer, lm-eval, ...
-
-Tensors have the names of `cartmoe.LanguageModel`, and are computed with by its modules. Routers and
-experts are called as those of the library are, experts with hidden states, ids and weights, so that
-whatever looks for a mixture of experts there finds one. Shapes as in `cartmoe.model`.
-"""
+"""A compact model in the transformers library: that library's forward around `cartmoe`'s modules.
+Shapes as in `cartmoe.model`."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -36,78 +16,12 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from cartmoe.checkpoint import META, load, newest, read_meta, read_tokenizer
 from cartmoe.config import FAMILIES, ModelConfig
 from cartmoe.experts import RoutedExperts
 from cartmoe.ffn import DenseLayer, MoELayer, RoutedStage
-from cartmoe.files import path_of
-from cartmoe.folders import write_folder
-from cartmoe.model import Attention, LanguageModel
+from cartmoe.hf.config import CartmoeConfig
+from cartmoe.model import Attention
 from cartmoe.routing import Router, Routing, TableGate, balance_loss, expert_counts
-from cartmoe.tokenizers import JsonTokenizer
-
-# What the library takes for arguments of `generate`, under these names of its own.
-RENAMED = {"top_k": "num_experts_per_tok", "top_p": "routing_top_p"}
-
-
-def _names() -> dict[str, str]:
-    """Of each field of `ModelConfig`, its name here."""
-    return {field.name: RENAMED.get(field.name, field.name) for field in fields(ModelConfig)}
-
-
-class CartmoeConfig(PreTrainedConfig):
-    """The fields of `cartmoe.ModelConfig` (top_k as num_experts_per_tok, top_p as routing_top_p);
-    those that are not given are those of its preset micro, of family cartesian.
-
-    router_aux_loss_coef    what the sum of the routers' balance losses is multiplied by
-    output_router_logits    whether it is added to the loss of labels
-
-    Raises `ValueError` as `ModelConfig` does.
-    """
-
-    model_type = "cartmoe"
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
-        "hidden_size": "d_model",
-        "intermediate_size": "ffn_width",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "initializer_range": "init_std",
-        "rms_norm_eps": "norm_eps",
-    }
-
-    def __init__(
-        self, router_aux_loss_coef: float = 0.01, output_router_logits: bool = False, **given: Any
-    ):
-        for name in RENAMED.keys() & given.keys():
-            raise ValueError(f"{name} is {given[name]!r}; here it is called {RENAMED[name]}")
-        given = {self.attribute_map.get(name, name): value for name, value in given.items()}
-        ours = _names()
-        chosen = {name: given.pop(own) for name, own in ours.items() if own in given}
-        if "top_k" in chosen and not isinstance(chosen["top_k"], int):
-            chosen["top_k"] = tuple(chosen["top_k"])
-        native = ModelConfig.preset("micro", **chosen)
-        kept = native.to_dict()
-        if FAMILIES[native.family].ffn == "dense":  # whoever looks for experts is to find none
-            kept = {name: v for name, v in kept.items() if name not in ("num_experts", "top_k")}
-        given.setdefault("tie_word_embeddings", False)
-        super().__init__(**given)
-        for name, value in kept.items():
-            setattr(self, ours[name], value)
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.output_router_logits = output_router_logits
-
-    @classmethod
-    def of(cls, native: ModelConfig, **others: Any) -> CartmoeConfig:
-        """Of such a model."""
-        said = native.to_dict()
-        return cls(**{own: said[name] for name, own in _names().items()}, **others)
-
-    @property
-    def native(self) -> ModelConfig:
-        """The same of `cartmoe`."""
-        said = {name: getattr(self, own, None) for name, own in _names().items()}
-        return ModelConfig.from_dict(said)
 
 
 class CartmoeRouter(Router):
@@ -358,87 +272,3 @@ class CartmoeForCausalLM(CartmoePreTrainedModel, GenerationMixin):
         routers = [part for part in self.modules() if isinstance(part, CartmoeRouter)]
         taken = [r.route(logits[real_T]) for r, logits in zip(routers, router_logits, strict=True)]
         return torch.stack([balance_loss(r.scores_TE, expert_counts(r)) for r in taken]).sum()
-
-
-AutoConfig.register("cartmoe", CartmoeConfig)
-AutoModel.register(CartmoeConfig, CartmoeModel)
-AutoModelForCausalLM.register(CartmoeConfig, CartmoeForCausalLM)
-
-
-def from_native(model: LanguageModel) -> CartmoeForCausalLM:
-    """The same model, with tensors of its own."""
-    made: Any = CartmoeForCausalLM(CartmoeConfig.of(model.config))
-    made.to(next(model.parameters()).dtype).load_state_dict(model.state_dict())
-    return made.eval()
-
-
-def to_native(model: CartmoeForCausalLM) -> LanguageModel:
-    """The inverse of `from_native`."""
-    made = LanguageModel(model.config.native)
-    made.to(next(model.parameters()).dtype).load_state_dict(model.state_dict())
-    return made.eval()
-
-
-def from_checkpoint(directory: str | Path) -> CartmoeForCausalLM:
-    """The model of a checkpoint, of the newest one of a run, or of a name of `analysis.models`, in
-    fp32. Raises as `cartmoe.checkpoint.load` does."""
-    return from_native(load(directory).float())
-
-
-def tokenizer_of(directory: str | Path) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that a checkpoint was trained with; None where it does not say."""
-    found = read_tokenizer(directory)
-    if found is None:
-        return None
-    backend = Tokenizer.from_str(found.json) if isinstance(found, JsonTokenizer) else _of_bytes()
-    start = backend.id_to_token(found.bos_id)
-    starting = [(start, found.bos_id)]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A", pair=f"{start} $A $B", special_tokens=starting
-    )
-    # A document ends where the next one starts, and one about that token does not.
-    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token"), start)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True, **tokens)
-
-
-def _of_bytes() -> Tokenizer:
-    """`cartmoe.tokenizers.ByteTokenizer` as one of the library: an id a byte, 0 starts a text."""
-    start = "<|endoftext|>"
-    letters = _letters()
-    vocabulary = {start: 0} | {letters[byte]: byte for byte in range(1, 256)}
-    made = Tokenizer(models.BPE(vocabulary, []))
-    made.normalizer = normalizers.Replace("\0", " ")
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([start])
-    return made
-
-
-def _letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level BPE (GPT-2): itself where it can be
-    seen, else the next one behind 255."""
-    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in seen else next(others)) for byte in range(256)]
-
-
-def export(directory: str | Path, out: str | Path) -> None:
-    """Write the model of a checkpoint, a run or a name of `analysis.models`, and its tokenizer, as
-    the library reads them, beside what is known of its training.
-
-    Raises `FileExistsError` where out exists, and as `cartmoe.checkpoint.load` does.
-    """
-    found = newest(directory)
-    model, tokenizer = from_checkpoint(found), tokenizer_of(found)
-
-    def fill(folder: Path) -> None:
-        if tokenizer is not None:
-            for config in (model.config, model.generation_config):
-                config.bos_token_id = config.eos_token_id = tokenizer.bos_token_id
-                config.pad_token_id = tokenizer.pad_token_id
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        (folder / META).write_text(json.dumps(read_meta(found), indent=1), encoding="utf-8")
-
-    write_folder(path_of("out", out), fill)
