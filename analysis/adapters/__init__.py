@@ -24,7 +24,6 @@ from analysis.adapters.base import (
     Segment,
     State,
     as_adapter,
-    check_documents,
     routed_adapter,
 )
 from analysis.adapters.cartmoe import CartMoEAdapter
@@ -50,6 +49,7 @@ from analysis.adapters.running import (
     Watch,
     batches,
     branches,
+    check_documents,
     clean_routing,
     num_batches,
     run,

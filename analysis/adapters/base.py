@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
 
@@ -126,6 +125,7 @@ class Adapter(Protocol):
     tokenizer    with `encode` and `num_bytes` (see cartmoe.tokenizers), or None: documents
     device       where its weights are, and batches go
     vocab_size   V: documents are checked by it, and losses taken so many rows at a time
+    width        D: tables of expert outputs
     module       the torch model, which one measures at a time: `owned`
     composed     False, if it is there, where `stage_input` is not known: no composed experts
     streamed     True, if it is there, where weights come and go, segment by segment
@@ -136,6 +136,7 @@ class Adapter(Protocol):
     train_seed: int
     tokenizer: Any
     vocab_size: int
+    width: int
 
     @property
     def module(self) -> torch.nn.Module: ...
@@ -232,19 +233,3 @@ def routed_adapter(model: object) -> Adapter:
     if not model.sites():
         raise ValueError(f"{model.name} has no router: it is dense")
     return model
-
-
-def check_documents(docs: Sequences, *models: Adapter, name: str = "docs") -> None:
-    """Raise `ValueError` unless these are sequences of documents, at least one, in tokens that all
-    of these models know."""
-    if not isinstance(docs, Sequences):
-        raise ValueError(f"{name} is a {type(docs).__name__}; give what analysis.documents returns")
-    if not len(docs):
-        raise ValueError(f"{name} has no sequence")
-    largest = int(docs.tokens_SL.max())
-    for model in models:
-        if largest >= model.vocab_size:
-            raise ValueError(
-                f"{name} has token {largest}, and {model.name} a vocabulary of {model.vocab_size}: "
-                "take those of analysis.documents(corpus, model), which are in its own tokens"
-            )

@@ -25,6 +25,8 @@ from cartmoe.routing import Routing, raise_nonfinite
 class Body:
     """What makes hidden states of tokens, layer by layer where layers can be called again.
 
+    width   of the hidden states
+
     Raises `ValueError` if neither way gives the logits of the model's own forward to the last bit.
     """
 
@@ -60,6 +62,7 @@ class Body:
         state = run_segments(self.segments(), tokens_BL)
         logits_TV = self.logits(state.hidden_BLD.flatten(0, 1))
         same = torch.equal(logits_TV, logits_BLV.flatten(0, 1).float())
+        self.width = state.hidden_BLD.shape[-1]
         return state.decisions if same else None
 
     def segments(self) -> list[Segment]:

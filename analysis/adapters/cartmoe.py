@@ -45,7 +45,8 @@ class CartMoEAdapter:
     ):
         """identity, trained_on: those of the checkpoint that it was loaded from, its "meta"."""
         self.model, self.trained_on = model, trained_on or {}
-        self.family, self.vocab_size = model.config.family, model.config.vocab_size
+        self.family, self.width = model.config.family, model.config.d_model
+        self.vocab_size = model.config.vocab_size
         self.name, self.train_seed, self.tokenizer = name or self.family, train_seed, tokenizer
         # Of a checkpoint, for as long as the model's tensors are those that were read from it.
         self._loaded = {tensors_sha256(model): identity} if identity else {}

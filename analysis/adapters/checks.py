@@ -124,7 +124,8 @@ def _unpacked(model: Any) -> str:
 
 
 def checked(router: TappedRouter, taken: Routing) -> TappedRouter:
-    """The router, its scores said to be unknown where it decides otherwise when it is told them.
+    """The router described, its scores said to be unknown where it decides otherwise when it is
+    told them.
 
     Raises `ValueError` unless the router, asked with the logits that it had, decides what it did,
     and never chooses what is masked."""
@@ -142,7 +143,7 @@ def checked(router: TappedRouter, taken: Routing) -> TappedRouter:
         raise ValueError(f"{name} uses an expert whose logit is -inf: it cannot be masked")
     if torch.equal(masked.ids_TK, taken.ids_TK):
         raise ValueError(f"{name} does not choose by its logits: a mask changes nothing")
-    return router if _agrees(router, taken) else replace(router, scored=False)
+    return replace(router.described(), scored=_agrees(router, taken))
 
 
 def _agrees(router: TappedRouter, taken: Routing) -> bool:

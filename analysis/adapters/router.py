@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class TappedRouter:
     decided   (what it returns) -> ids (T, K), weights (T, K)
     ranked    whether these are the best first, and not in the order of its choice
     scored    whether its scores are known: told them, it decides what it decided
+    facts     top_k, renormalize (1 where weights have one sum whatever they are), num_experts
+    by_logits whether it uses the top_k highest logits, whatever else they are
     """
 
     site: RouterSite
@@ -36,6 +38,23 @@ class TappedRouter:
     decided: Callable[[Any], tuple[Tensor, Tensor]]
     ranked: bool = False
     scored: bool = True
+    facts: dict[str, float] = field(default_factory=dict, compare=False)
+    by_logits: bool = False
+
+    def described(self) -> TappedRouter:
+        """The same with `facts` and `by_logits`, found once, while its weights are at hand."""
+        generator = torch.Generator().manual_seed(0)
+        logits_TE = torch.randn(PROBED, self.site.num_experts, generator=generator)
+        routing = self.route(logits_TE.to(next(self.module.parameters()).device))
+        sum_T = routing.weights_TK.sum(-1)
+        one = float((sum_T - sum_T.mean()).abs().max() < 1e-3 * sum_T.mean())
+        top_k, num_experts = self.site.top_k, self.site.num_experts
+        highest_TK = routing.logits_TE.topk(routing.ids_TK.shape[-1]).indices
+        return replace(
+            self,
+            facts=dict(top_k=top_k, renormalize=one, num_experts=num_experts),
+            by_logits=torch.equal(highest_TK.sort(-1).values, routing.ids_TK.sort(-1).values),
+        )
 
     def _run(self, tokens: int, x_TD: Tensor | None = None, **changes: Any) -> tuple[Tap, Any]:
         """Its forward on so many tokens, on zeros where what enters it makes no difference."""
@@ -150,27 +169,6 @@ class TappedRouter:
         matrices = [p for p in self.module.parameters() if p.ndim == 2]
         fitting = [p for p in matrices if len(p) == self.site.num_experts]
         return fitting[0] if len(fitting) == 1 else None
-
-    @property
-    def facts(self) -> dict[str, float]:
-        """top_k, renormalize (1 where weights have one sum whatever they are), num_experts."""
-        sum_T = self._of_random.weights_TK.sum(-1)
-        one = float((sum_T - sum_T.mean()).abs().max() < 1e-3 * sum_T.mean())
-        top_k, num_experts = self.site.top_k, self.site.num_experts
-        return dict(top_k=top_k, renormalize=one, num_experts=num_experts)
-
-    @property
-    def by_logits(self) -> bool:
-        """Whether it uses the top_k highest logits, whatever else they are."""
-        routing = self._of_random
-        highest_TK = routing.logits_TE.topk(routing.ids_TK.shape[-1]).indices
-        return torch.equal(highest_TK.sort(-1).values, routing.ids_TK.sort(-1).values)
-
-    @property
-    def _of_random(self) -> Routing:
-        generator = torch.Generator().manual_seed(0)
-        logits_TE = torch.randn(PROBED, self.site.num_experts, generator=generator)
-        return self.route(logits_TE.to(next(self.module.parameters()).device))
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -18,6 +18,22 @@ from cartmoe.hooks import RouterSite
 from cartmoe.routing import Routing
 
 
+def check_documents(docs: Sequences, *models: Adapter, name: str = "docs") -> None:
+    """Raise `ValueError` unless these are sequences of documents, at least one, in tokens that all
+    of these models know."""
+    if not isinstance(docs, Sequences):
+        raise ValueError(f"{name} is a {type(docs).__name__}; give what analysis.documents returns")
+    if not len(docs):
+        raise ValueError(f"{name} has no sequence")
+    largest = int(docs.tokens_SL.max())
+    for model in models:
+        if largest >= model.vocab_size:
+            raise ValueError(
+                f"{name} has token {largest}, and {model.name} a vocabulary of {model.vocab_size}: "
+                "take those of analysis.documents(corpus, model), which are in its own tokens"
+            )
+
+
 def num_batches(docs: Sequences, batch_size: int) -> int:
     """How many there are; `ValueError` for a batch_size that is no whole number above 0."""
     return -(-len(docs) // check_whole("batch_size", batch_size, 1))

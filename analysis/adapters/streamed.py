@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,19 @@ from analysis.adapters.shelf import Shelf, group_of
 from analysis.adapters.transformers import TransformersAdapter
 from cartmoe.hooks import RouterSite
 from cartmoe.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class ShelvedRouter(TappedRouter):
+    """Its weights are fetched where they are read; what runs its module fetches them anyway."""
+
+    fetch: Callable[[], None] = lambda: None
+
+    @property
+    def rows(self) -> Tensor | None:
+        """See `TappedRouter`."""
+        self.fetch()
+        return super().rows
 
 
 class StreamedAdapter(TransformersAdapter):
@@ -37,6 +52,8 @@ class StreamedAdapter(TransformersAdapter):
     ):
         self.shelf, self._identity = shelf, identity
         super().__init__(shelf.model, tokenizer, name=name, trained_on=trained_on)
+        for site, seat in self.seats.items():
+            seat.router = ShelvedRouter(**vars(seat.router), fetch=partial(self._fetch, site))
         if self.body.layers is None:
             raise ValueError(
                 f"{name} has layers that cannot be called again by themselves, so it cannot be run "
@@ -56,34 +73,29 @@ class StreamedAdapter(TransformersAdapter):
         """Where layers compute."""
         return torch.device("cpu")
 
-    def _fetched(self, site: RouterSite) -> None:
+    def _fetch(self, site: RouterSite) -> None:
         self.shelf.need(group_of(f"{site.name}."))
-
-    def router(self, site: RouterSite) -> TappedRouter:
-        """The site's router, whose weights are then there."""
-        self._fetched(site)
-        return super().router(site)
 
     def expert_weights(self, site: RouterSite) -> tuple[Tensor, Tensor, Tensor]:
         """See `TransformersAdapter`."""
-        self._fetched(site)
+        self._fetch(site)
         return super().expert_weights(site)
 
     def expert_outputs(
         self, site: RouterSite, x_TD: Tensor, ids: list[int] | None = None
     ) -> Tensor:
         """See `TransformersAdapter`."""
-        self._fetched(site)
+        self._fetch(site)
         return super().expert_outputs(site, x_TD, ids)
 
     def shared_weights(self, site: RouterSite) -> tuple[Tensor, Tensor, Tensor] | None:
         """See `TransformersAdapter`."""
-        self._fetched(site)
+        self._fetch(site)
         return super().shared_weights(site)
 
     def combine(self, site: RouterSite, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
         """See `TransformersAdapter`."""
-        self._fetched(site)
+        self._fetch(site)
         return super().combine(site, x_TD, routed_TD)
 
 

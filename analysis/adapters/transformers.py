@@ -28,12 +28,7 @@ from analysis.adapters.form import call, is_library, logits_of, vocab_size_of
 from analysis.adapters.given import given_to
 from analysis.adapters.identity import module_sha256
 from analysis.adapters.lists import listed_seats, numbered
-from analysis.adapters.pretrained import (
-    origin_of,
-    pretrained_sha256,
-    read_model,
-    tokenizer_in,
-)
+from analysis.adapters.pretrained import origin_of, pretrained_sha256, read_model, tokenizer_in
 from analysis.adapters.router import TappedRouter
 from analysis.adapters.seams import stream_of, watch
 from analysis.adapters.seat import Functions
@@ -100,6 +95,7 @@ class TransformersAdapter:
             self.coverage += " that were named"
         self.seats = {seat.site: seat for seat in seats}
         self.body = Body(self.model, seats, events, tokens_BL, logits_BLV)
+        self.width = self.body.width
         for seat, routing in zip(seats, self.body.decisions, strict=True):
             seat.router = checked(seat.router, routing)
 

@@ -3,7 +3,8 @@
 clean.py, losses.py, doses.py     the clean pass of a batch; losses; how far decisions were changed
 calibrate.py, intervene.py        statistics of clean routing; conditions at work in a running model
 prepare.py, search.py             what a condition becomes on a batch; the worst flips
-shard.py, by_segment.py           the unit of work, batches or segments outside
+shard.py, by_segment.py           the unit of work, batches or segments outside: batch.py,
+                                  bookmarks.py: one on its way, and how far it has come
 arm.py, collector.py, reuse.py    a condition on a batch; its cell; outputs that many share
 results.py, saved.py, sweep.py    tables, kept and read; models in memory
 compare.py, comparison.py         checkpoints side by side
@@ -11,7 +12,7 @@ generate.py, regret.py, margins.py   text, better routes, flips that margins pre
 rows.py                           sums of sequences, means over tokens with intervals over documents
 """
 
-from analysis.measure.calibrate import calibrate, calibration_documents
+from analysis.measure.calibrate import Calibrating, calibrate, calibration_documents
 from analysis.measure.clean import CleanPass
 from analysis.measure.collector import Cell
 from analysis.measure.compare import compare

@@ -3,7 +3,9 @@ L length, D model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,11 +84,46 @@ class Arm:
         losses["touched"] = torch.stack([*self.intervention.touched.values()]).any(0)
         self.collector.add_losses(self.batch, losses, self.clean.losses.nll_T)
 
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes."""
+        intervention = self.intervention
+        return {
+            "rows": self.collector.state(),
+            "touched": {str(site.place): t for site, t in intervention.touched.items()},
+            "earlier": plain(intervention.earlier if self.looks_back else {}),
+            "own": plain(intervention.own if self.looks_back else {}),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Behind the segments at whose end it gave this state."""
+        sites = self.model.sites()
+        self.begin({})
+        self.collector.restore(self.batch, state["rows"])
+        touched = state["touched"]
+        self.intervention.touched = {
+            site: touched[str(site.place)] for site in sites if str(site.place) in touched
+        }
+        self.intervention.earlier |= routings_of(state["earlier"], sites)
+        self.intervention.own |= routings_of(state["own"], sites)
+
     def _observe(self, site: RouterSite, base: Routing, changed: Routing) -> None:
         clean = self.clean
         base_dense = clean.dense[site] if base is clean.routings[site] else DenseRouting(base)
         changed_dense = base_dense if changed is base else DenseRouting(changed)
         self.doses[site] = change_of(base_dense, changed_dense, clean.dense[site])
+
+
+def plain(routings: Mapping[RouterSite, Routing]) -> dict[str, list[Tensor]]:
+    """By place, the tensors of decisions."""
+    return {str(site.place): list(routing) for site, routing in routings.items()}
+
+
+def routings_of(
+    values: Mapping[str, Sequence[Tensor]], sites: Sequence[RouterSite]
+) -> dict[RouterSite, Routing]:
+    """What `plain` was given, of these sites."""
+    places = {str(site.place): site for site in sites}
+    return {places[place]: Routing(*tensors) for place, tensors in values.items()}
 
 
 def looks_back(perturbation: object) -> bool:

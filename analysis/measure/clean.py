@@ -70,6 +70,12 @@ class CleanPass:
         return change_T / self.residual_norm(number)
 
 
+def check_finite(site: RouterSite, routing: Routing) -> None:
+    """Raise `FloatingPointError` if logits are not."""
+    if not routing.logits_TE.isfinite().all():
+        raise FloatingPointError(f"router logits are not finite ({site})")
+
+
 class Shares(dict[RouterSite, tuple[Tensor, Tensor]]):
     """Stands where experts are called, and notes `CleanPass.branches`."""
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -97,6 +97,15 @@ class Collector:
 
     def add_site(self, batch: Sequences, site: RouterSite, doses: dict[str, Tensor]) -> None:
         self.routing.add(batch, doses, layer=site.layer, stage=site.stage)
+
+    def state(self) -> dict[str, Any]:
+        """Before there are losses: what `restore` takes."""
+        return {"seconds": self.seconds, "routing": self.routing.state()}
+
+    def restore(self, batch: Sequences, state: Mapping[str, Any]) -> None:
+        """As it was, of one batch alone."""
+        self.seconds = state["seconds"]
+        self.routing.restore(batch, state["routing"])
 
     def cell(self) -> Cell:
         tokens = self.tokens.frame() if self.keep_tokens else None

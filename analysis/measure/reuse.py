@@ -73,8 +73,7 @@ def worth_reusing(
 
 def fits(model: Adapter, site: RouterSite, num_tokens: int) -> bool:
     """Whether a table of so many tokens stays below `MAX_BYTES`."""
-    width = model.expert_weights(site)[2].shape[1]
-    return site.num_experts * num_tokens * width * 4 <= MAX_BYTES
+    return site.num_experts * num_tokens * model.width * 4 <= MAX_BYTES
 
 
 def _used(model: Adapter, site: RouterSite) -> float:

@@ -18,6 +18,8 @@ from torch import Tensor
 from analysis.stats import Bootstrap
 from cartmoe.data import IGNORE, Sequences
 
+IDS = ("document_id", "sequence_id")
+
 
 class SequenceRows:
     """Batch after batch; the same columns every time."""
@@ -46,6 +48,18 @@ class SequenceRows:
         ids = dict(document_id=batch.document_id, sequence_id=batch.sequence_id_S.cpu().numpy())
         spread = {n: v if np.ndim(v) else np.full(len(batch), v) for n, v in columns.items()}
         self._parts.append(ids | spread)
+
+    def state(self) -> list[dict[str, Tensor]]:
+        """Its numbers, for `restore`."""
+        return [
+            {n: torch.from_numpy(v) for n, v in part.items() if n not in IDS}
+            for part in self._parts
+        ]
+
+    def restore(self, batch: Sequences, state: List[Mapping[str, Tensor]]) -> None:
+        """Those of one batch alone, as they were."""
+        for part in state:
+            self.append(batch, **{name: values.numpy() for name, values in part.items()})
 
     def frame(self) -> pd.DataFrame:
         """All of them."""

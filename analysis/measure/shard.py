@@ -8,6 +8,7 @@ stream kept there. Shapes: S sequences, L length, T = S * L tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from analysis.adapters import Adapter, batches, owned, owning
 from analysis.measure.arm import Arm
 from analysis.measure.by_segment import measure_by_segment
+from analysis.measure.calibrate import Calibrating
 from analysis.measure.clean import CleanPass
 from analysis.measure.collector import Cell, Collector
 from analysis.measure.reuse import Table, worth_reusing
@@ -31,9 +33,10 @@ def measure(
     shard: Sequences,
     *,
     batch_size: int = 16,
-    calibration: Calibration | None = None,
+    calibration: Calibration | Calibrating | None = None,
     reuse: Collection[Condition] | None = None,
     keep_tokens: bool = False,
+    streams: Path | None = None,
     progress: Callable[[int], None] = lambda conditions_done: None,
 ) -> list[Cell]:
     """The clean cell, then one a condition, in their order.
@@ -41,6 +44,10 @@ def measure(
     reuse         conditions that take the expert outputs of their first site from a table; by
                   default those for which `worth_reusing` says that it pays
     keep_tokens   keep every token's loss, for quantiles and groups of tokens
+    calibration   of a streamed model it may come along, a segment at a time
+    streams       of a streamed model: a folder for hidden states between its layers, in place of
+                  memory; the same call goes on there, however it was stopped, behind the last layer
+                  that it was through with
 
     Raises `ValueError` if a condition's `where` selects no router of the model.
     """
@@ -50,8 +57,10 @@ def measure(
         reuse = worth_reusing(model, conditions, batch_size * shard.tokens_SL.shape[1])
     if getattr(model, "streamed", False):
         how: dict[str, Any] = dict(batch_size=batch_size, calibration=calibration, reuse=reuse)
-        how |= dict(keep_tokens=keep_tokens, progress=progress)
+        how |= dict(keep_tokens=keep_tokens, streams=streams, progress=progress)
         return measure_by_segment(model, conditions, shard, **how)
+    if isinstance(calibration, Calibrating):
+        calibration = calibration.finish()
     kinds_V = token_kinds(model, [c.where for c in conditions])
     collectors = [Collector(c, keep_tokens) for c in (CLEAN, *conditions)]
     with owned(*models_of(conditions)):

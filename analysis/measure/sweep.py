@@ -12,7 +12,8 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from analysis.adapters import Adapter, check_documents, load, num_batches, owned, routed_adapter
-from analysis.measure.calibrate import calibrate, calibration_documents
+from analysis.measure.by_segment import forget_calibration
+from analysis.measure.calibrate import Calibrating, calibration_documents
 from analysis.measure.results import Results, join
 from analysis.measure.shard import measure
 from analysis.perturb import (
@@ -29,6 +30,8 @@ from analysis.perturb import (
     of_one_name,
 )
 from cartmoe.data import Sequences
+from cartmoe.files import path_of
+from cartmoe.folders import check_directory
 
 CONTROLS = (
     *(Identity(), DropChosen(1), DropUnchosen(1), RandomRouting(), NoRouted()),
@@ -50,6 +53,7 @@ def sweep(
     calibration: Sequences | None = None,
     batch_size: int = 16,
     tokens: bool = False,
+    streams: str | Path | None = None,
     progress: bool = True,
 ) -> Results:
     """Measure perturbations of models in memory on the same documents; `run` is its long form.
@@ -62,20 +66,39 @@ def sweep(
                   ResidualNoise as large as DropTop(1)
     calibration   documents that RandomRouting draws from; by default the first 32 of `docs`
     tokens        keep every token's loss, for quantiles and groups of tokens
+    streams       of models that are larger than memory (`load(path, stream=True)`): a folder that
+                  hidden states lie in between layers, in place of memory; the same call again goes
+                  on behind the last layer that was done
     """
     models = several_models(model)
     check_documents(docs, *models)
     conditions = conditions_of(perturbations, where, point, seed, controls)
     calibration = calibration_documents(calibration, docs, *models)
+    folder = streams_folder(streams, models)
     total = num_batches(docs, batch_size) * len(conditions) * len(models)
     measured = []
     with owned(*models), tqdm(total=total, unit="batch", disable=not progress) as bar:
         for one in models:
-            stats = calibrate(one, calibration)
+            stats = Calibrating(one, calibration)
             options: dict[str, Any] = dict(batch_size=batch_size, calibration=stats)
-            options |= dict(keep_tokens=tokens, progress=bar.update)
+            options |= dict(keep_tokens=tokens, streams=folder, progress=bar.update)
             measured.append((one, measure(one, conditions, docs, **options)))
+            if folder:
+                forget_calibration(folder, one, stats)
     return replace(join(measured), unit=docs.unit)
+
+
+def streams_folder(given: str | Path | None, models: Sequence[Adapter]) -> Path | None:
+    """Where hidden states are kept; `ValueError` where no model is streamed, or it is no folder."""
+    if given is None:
+        return None
+    if not any(getattr(model, "streamed", False) for model in models):
+        raise ValueError(
+            "streams is for models that are larger than memory: analysis.load(path, stream=True)"
+        )
+    folder = path_of("streams", given)
+    check_directory(folder)
+    return folder
 
 
 def models_in(models: object) -> list[Adapter]:

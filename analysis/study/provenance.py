@@ -22,8 +22,8 @@ COMPUTES = (
     *(
         f"analysis/measure/{name}"
         for name in (
-            *("intervene", "prepare", "search", "shard", "by_segment", "arm", "collector"),
-            *("reuse", "cached"),
+            *("intervene", "prepare", "search", "shard", "by_segment", "batch", "bookmarks"),
+            *("arm", "collector", "reuse", "cached"),
         )
     ),
     "analysis/study/worker",

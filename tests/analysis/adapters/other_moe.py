@@ -117,7 +117,7 @@ class OtherAdapter:
 
     def __init__(self, model):
         self.model = self.module = model
-        self.vocab_size = model.head.out_features
+        self.vocab_size, self.width = model.head.out_features, model.head.in_features
         self.identity = f"an OtherMoE of {sum(p.double().sum().item() for p in model.parameters())}"
         self._forward, self._router, self._experts, self._output = [], [], [], []
 

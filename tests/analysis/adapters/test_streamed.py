@@ -8,7 +8,9 @@ from safetensors.torch import load_file, save_file
 import analysis as an
 from analysis.adapters.streamed import load_streamed
 from analysis.measure import measure
-from analysis.measure.calibrate import calibrate
+from analysis.measure.batch import Batch
+from analysis.measure.bookmarks import Bookmarks
+from analysis.measure.calibrate import Calibrating, calibrate
 from analysis.perturb import condition_from_text
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.tokenizers import ByteTokenizer
@@ -127,3 +129,85 @@ def test_what_cannot_be_streamed(folder_of):
         an.load("smoe", stream=True)
     with pytest.raises(ValueError, match="streamed runs on the CPU"):
         an.load(folder_of("olmoe"), stream=True, device="cuda")
+
+
+class Stop(Exception):
+    """Somebody stops the measurement."""
+
+
+@pytest.mark.parametrize("family", ["olmoe", pytest.param("qwen3_next", marks=pytest.mark.slow)])
+def test_streams_on_the_disk_go_on_where_they_were(family, folder_of, tmp_path, monkeypatch):
+    """Stopped behind any segment of any batch, it reads no layer before that one again, and gives
+    the same cells to the last bit."""
+    whole, _ = both(folder_of(family))
+    conditions, docs = [condition_from_text(text) for text in CONDITIONS], documents()
+    how = dict(batch_size=4, keep_tokens=True)
+    expected = measure(whole, conditions, docs, calibration=calibrate(whole, docs), **how)
+    writes = [0]
+
+    def stopping(self, *args):
+        own(self, *args)
+        writes[0] += 1
+        if writes[0] == 1:
+            raise Stop
+
+    own = Bookmarks.write
+    how |= dict(streams=tmp_path)
+    monkeypatch.setattr(Bookmarks, "write", stopping)
+    for _ in range(100):
+        writes[0], (_, streamed) = 0, both(folder_of(family))
+        before = streamed.shelf.reads
+        try:
+            found = measure(
+                streamed, conditions, docs, calibration=Calibrating(streamed, docs), **how
+            )
+            break
+        except Stop:
+            assert streamed.shelf.reads - before <= 2  # its own and the next one
+    assert streamed.shelf.reads - before <= 2
+    for one, other in zip(found, expected, strict=True):
+        for name in ("losses", "routing", "tokens"):
+            frames = getattr(one, name), getattr(other, name)
+            pd.testing.assert_frame_equal(*frames, check_exact=True)
+    left = [path.name for path in tmp_path.glob("*/*")]
+    assert all(name.startswith("calibration") for name in left), left
+
+
+def test_damaged_streams_are_made_again(folder_of, tmp_path, monkeypatch):
+    whole, streamed = both(folder_of("olmoe"))
+    conditions, docs = [condition_from_text("GaussianNoise(0.5)")], documents()
+    expected = measure(whole, conditions, docs, batch_size=4)
+    monkeypatch.setattr(Batch, "end", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure(streamed, conditions, docs, batch_size=4, streams=tmp_path)
+    monkeypatch.undo()
+    (path, _) = sorted(tmp_path.glob("*/batch*"))
+    data = bytearray(path.read_bytes())
+    for i in range(len(data) // 3, len(data) // 2):
+        data[i] ^= 1
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="damaged.*made again"):
+        found = measure(streamed, conditions, docs, batch_size=4, streams=tmp_path)
+    for one, other in zip(found, expected, strict=True):
+        pd.testing.assert_frame_equal(one.losses, other.losses, check_exact=True)
+
+
+def test_streams_of_other_measurements_are_left_alone(folder_of, tmp_path):
+    """Two sweeps in one folder, of other conditions and documents."""
+    whole, streamed = both(folder_of("olmoe"))
+    how = dict(batch_size=4, progress=False, controls=False)
+    for perturbation in (an.DropTop(1), an.GaussianNoise(0.5)):
+        for docs in (documents(), documents(rows=3)):
+            found = an.sweep(streamed, docs, perturbation, streams=tmp_path, **how)
+            expected = an.sweep(whole, docs, perturbation, **how)
+            pd.testing.assert_frame_equal(found.losses, expected.losses, check_exact=True)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_streams_are_for_streamed_models(folder_of, tmp_path):
+    whole, streamed = both(folder_of("olmoe"))
+    with pytest.raises(ValueError, match=r"streams is for models.*stream=True"):
+        an.sweep(whole, documents(), an.DropTop(1), streams=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="is a file"):
+        an.sweep(streamed, documents(), an.DropTop(1), streams=tmp_path / "file")
