@@ -59,6 +59,7 @@ def run(
     threads: int = typer.Option(
         None, help="Of each process, 1 by default; another number, other last bits.", min=1
     ),
+    model: Path = typer.Option(None, help="Directory of the model that a study leaves to you."),
     dask: str = typer.Option(None, metavar="ADDRESS", help="A Dask scheduler: measure with it."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Only count cells, estimate the time."),
     progress: bool = PROGRESS,
@@ -70,13 +71,15 @@ def run(
 
     if workers and dask:
         raise ValueError("--workers and --dask: give one of them")
-    read = studies.Study.read(study)
+    read = studies.Study.read(study, model)
     executor = studies.dask(dask) if dask else None
     each = threads or read.measure.threads or 1
     if workers or (not dask and (free := studies.free_workers(read.models, each)) > 1):
         executor = studies.processes(workers or free)
-    if dry_run:
+    larger = any(studies.is_streamed(spec) for spec in read.models if not spec.absent)
+    if dry_run or (larger and not (out / studies.STORE).exists()):  # told once, beforehand
         typer.echo(studies.dry_run(read, out, threads, executor))
+    if dry_run:
         return
     studies.run(read, out, progress, executor, threads)
     _print(report.summarize(out), report.plot(out, progress))
@@ -133,46 +136,16 @@ def overlap(
     metric: list[str] = typer.Option(None, help="Of these alone; may be given several times."),
     sites: str = typer.Option(None, help='Routers, such as "layer 2"; all by default.'),
     probe: str = typer.Option("all", help="Tokens for outputs: all, routed or either."),
+    stream: bool = typer.Option(False, "--stream", help="A layer of a pretrained model at a time."),
     progress: bool = PROGRESS,
 ) -> None:
     """Measure what the experts of models have in common: tables, and figures of metrics of pairs,
     over depth and at each model's first site."""
     from analysis import report
-    from analysis.adapters import documents as read_documents
-    from analysis.overlap import Overlap, check_request, measure_overlap
-    from cartmoe.folders import check_directory
-    from cartmoe.lock import locked
 
-    check_directory(out)
-    asked_for = (metric or None, sites, probe)
-    loaded = {f"{model.name}-s{model.train_seed}": model for model in report.named(models)}
-    for model in loaded.values():  # before texts are read and the first takes minutes
-        check_request(model, *asked_for)
-    limits: dict[str, Any] = dict(length=length, limit=documents, max_tokens_per_document=length)
-    data = {name: read_documents(corpus, model, **limits) for name, model in loaded.items()}
-    asked = dict(
-        models={name: model.identity for name, model in loaded.items()},
-        data={name: docs.sha256 for name, docs in data.items()},
-        corpus=corpus,
-        documents=documents,
-        length=length,
-        metrics=sorted(set(metric or [])),
-        sites=sites,
-        probe=probe,
-        coverage={name: getattr(model, "coverage", "") for name, model in loaded.items()},
-    )
-    files = report.finished(out, asked)
-    if files is None:
-        if any(len(set(docs.document_id)) < 2 for docs in data.values()):
-            raise ValueError(f"corpus {corpus!r} has one document; intervals need several")
-        with locked(out):
-            found = [
-                measure_overlap(model, data[name], *asked_for, progress=progress)
-                for name, model in loaded.items()
-            ]
-            files = report.write_overlap(Overlap.join(found), out, asked)
-    else:
-        typer.echo(f"{out} is finished")
+    asked: dict[str, Any] = dict(corpus=corpus, documents=documents, length=length, stream=stream)
+    metrics = metric or None
+    files = report.overlap_into(out, models, metrics, sites, probe, **asked, progress=progress)
     typer.echo("\n".join(map(str, files)))
 
 

@@ -55,3 +55,4 @@ from analysis.adapters.running import (
     run,
     steps,
 )
+from analysis.adapters.shape import Shape, published_config, shallow, shape_of

@@ -17,7 +17,7 @@ made.py      what a folder was made from; pictures drawn into it
 
 from analysis.report.captions import caption
 from analysis.report.models import models_text
-from analysis.report.overlap import finished, named, write_overlap
+from analysis.report.overlap import overlap_into, write_overlap
 from analysis.report.page import write_report
 from analysis.report.study import export, plot, summarize
 from analysis.report.tasks import evaluate_into

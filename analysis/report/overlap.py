@@ -9,25 +9,79 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from analysis import plots
 from analysis.adapters import Adapter, load
-from analysis.overlap import Overlap
+from analysis.adapters import documents as read_documents
+from analysis.overlap import Overlap, check_request, measure_overlap
 from analysis.overlap.metrics import METRICS
 from analysis.plots import SHARES, SIMILAR
 from analysis.report.cite import BIBTEX
 from analysis.report.made import Note, Picture, draw, write_note, write_tables
 from analysis.stats import CHECKPOINT, facts_of
 from analysis.study import manifest
-from cartmoe.lock import LOCK
+from cartmoe.folders import check_directory
+from cartmoe.lock import LOCK, locked
 
 MANIFEST = "manifest.json"
 
 
-def named(paths: Sequence[Path]) -> list[Adapter]:
+def overlap_into(
+    out: Path,
+    paths: Sequence[Path],
+    metrics: Sequence[str] | None = None,
+    sites: str | None = None,
+    probe: str = "all",
+    *,
+    corpus: str = "stdlib",
+    documents: int = 60,
+    length: int = 256,
+    stream: bool = False,
+    progress: bool = True,
+) -> list[Path]:
+    """Measure overlap of the models at these paths and write what `write_overlap` does, unless this
+    was asked there before; returns the paths.
+
+    stream   of pretrained models: a layer at a time
+
+    Raises as `finished` and `measure_overlap` do, before anything is computed.
+    """
+    check_directory(out)
+    asked_for = (metrics, sites, probe)
+    loaded = {f"{model.name}-s{model.train_seed}": model for model in named(paths, stream)}
+    for model in loaded.values():  # before texts are read and the first takes minutes
+        check_request(model, *asked_for)
+    limits: dict[str, Any] = dict(length=length, limit=documents, max_tokens_per_document=length)
+    data = {name: read_documents(corpus, model, **limits) for name, model in loaded.items()}
+    asked = dict(
+        models={name: model.identity for name, model in loaded.items()},
+        data={name: docs.sha256 for name, docs in data.items()},
+        corpus=corpus,
+        documents=documents,
+        length=length,
+        metrics=sorted(set(metrics or [])),
+        sites=sites,
+        probe=probe,
+        coverage={name: getattr(model, "coverage", "") for name, model in loaded.items()},
+    )
+    if files := finished(out, asked):
+        tqdm.write(f"{out} is finished")
+        return files
+    if any(len(set(docs.document_id)) < 2 for docs in data.values()):
+        raise ValueError(f"corpus {corpus!r} has one document; intervals need several")
+    with locked(out):
+        found = [
+            measure_overlap(model, data[name], *asked_for, progress=progress)
+            for name, model in loaded.items()
+        ]
+        return write_overlap(Overlap.join(found), out, asked)
+
+
+def named(paths: Sequence[Path], stream: bool = False) -> list[Adapter]:
     """The models of these checkpoints or runs, those that tables could not tell apart by family and
     seed by the names of their folders. Raises `ValueError` where that does not help either."""
-    models: list[Adapter] = [load(path) for path in paths]
+    models: list[Adapter] = [load(path, stream=stream) for path in paths]
     seen = Counter((model.name, model.train_seed) for model in models)
     for path, model in zip(paths, models, strict=True):
         if seen[model.name, model.train_seed] > 1:

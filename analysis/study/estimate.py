@@ -3,7 +3,8 @@
 Cells are counted as `run` would count them. Times come from a probe: of every model, one small
 batch under one condition of each kind (perturbation, first perturbed segment, effect, downstream,
 table or none), and one small training step; a model that is not trained yet is probed with random
-weights, since the time does not depend on them. Nothing is written.
+weights, since the time does not depend on them; of one that is larger than memory, or not there
+yet, its configuration tells (`analysis.study.larger`). Nothing is written.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +25,16 @@ from analysis.adapters import Adapter, adapt
 from analysis.measure import calibrate, measure
 from analysis.perturb import CLEAN, Condition
 from analysis.study.folder import STORE
+from analysis.study.larger import needs_of
+from analysis.study.machine import is_streamed
 from analysis.study.models import Checkpoint, run_folder
 from analysis.study.plan import Plan
-from analysis.study.provenance import default_device
+from analysis.study.provenance import default_device, platform_identity
 from analysis.study.run import check_executor, threads_of, trainers_of
 from analysis.study.specs import ModelSpec
 from analysis.study.store import Store
 from analysis.study.study import Study
-from analysis.study.texts import Texts
+from analysis.study.texts import Texts, tokenizer_of
 from analysis.study.unlike import why_others
 from analysis.study.worker import autocast, numerics, opened
 from cartmoe.checkpoint import read_meta, run_checkpoints
@@ -55,12 +58,31 @@ def dry_run(
     out = path_of("out", out)
     check_directory(out)
     check_executor(executor)
-    plan = Plan.of(study, threads_of(study, executor, threads))
+    threads = threads_of(study, executor, threads)
     kept: dict[str, dict[str, Any]] = {}
     if (out / STORE).is_file():
         with Store(out / STORE, readonly=True) as store:
             finished = store.keys()
             kept = {key: of for key, of in store.identities().items() if key in finished}
+    told = [spec for spec in study.models if spec.absent or is_streamed(spec)]
+    others = tuple(spec for spec in study.models if spec not in told)
+    said: list[str] = []
+    if others:
+        said += _probed(Plan.of(replace(study, models=others), threads), out, kept, executor)
+    platform = platform_identity(default_device(), threads)
+    with torch.random.fork_rng(), numerics(platform), autocast(study.measure.precision):
+        said += [_told(study, spec, out, kept, threads) for spec in told]
+    return "\n".join(said)
+
+
+def _probed(
+    plan: Plan,
+    out: Path,
+    kept: Mapping[str, dict[str, Any]],
+    executor: Callable[[], Executor] | None,
+) -> list[str]:
+    """What is said of models that are there, or are to be trained."""
+    study = plan.study
     with torch.random.fork_rng(), numerics(plan.platform), autocast(study.measure.precision):
         found = plan.find(out)
         rows = [
@@ -68,7 +90,31 @@ def dry_run(
             for spec, checkpoint in zip(study.models, found, strict=True)
         ]
         planned = [cell for there in found if there for cell in plan.work(there).cells]
-    return "\n".join([_describe(plan, pd.DataFrame(rows), executor), *why_others(planned, kept)])
+    return [_describe(plan, pd.DataFrame(rows), executor), *why_others(planned, kept)]
+
+
+def _told(
+    study: Study, spec: ModelSpec, out: Path, kept: Mapping[str, dict[str, Any]], threads: int
+) -> str:
+    """What is said of a model that is larger than memory, or not there yet."""
+    alone = replace(study, models=(spec,), contrasts=None)
+    texts = None if spec.absent else Texts.of(alone, tokenizer_of(alone, spec))
+    needs, finished, others = needs_of(alone, spec, texts), 0, []
+    if kept:
+        plan = Plan.of(alone, threads)
+        planned = [cell for there in plan.find(out) if there for cell in plan.work(there).cells]
+        finished, others = sum(cell.key in kept for cell in planned), why_others(planned, kept)
+    left = 1 - finished / needs.cells
+    at_most = "at most " if spec.absent else ""
+    lines = [
+        f"Study {study.name!r}, {spec.name}: {at_most}{needs.cells} cells, {finished} finished",
+        str(needs),
+        f"    measuring, with {threads} thread{'s' * (threads > 1)}: about "
+        f"{spoken(needs.seconds * left)}",
+        "Told from its configuration, the time from two shallow models of that with random weights"
+        f"{'' if needs.reading else ', without the time of reading'}; nothing was written.",
+    ]
+    return "\n".join([*lines, *others])
 
 
 def _estimate(

@@ -16,6 +16,7 @@ from cartmoe.files import path_of
 from cartmoe.sealed import read_sealed
 
 STORE, PLAN = "results.sqlite", "plan.json"
+STREAMS = "streams"  # hidden states of models that are larger than memory, while they run
 
 
 def read_plan(out: Path) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from analysis.adapters import weight_files
+import torch
+
+from analysis.adapters import shape_of, weight_files
 from analysis.study.provenance import default_device
 from analysis.study.specs import ModelSpec
 from cartmoe.checkpoint import read_config
@@ -22,10 +24,29 @@ CGROUP = Path("/sys/fs/cgroup")  # of a container
 def free_workers(models: Iterable[ModelSpec], threads: int = 1) -> int:
     """As many as there are cores for, of so many threads each, and memory for the largest of the
     models in each; one on a GPU."""
-    if default_device() != "cpu":
+    models = list(models)
+    if default_device() != "cpu" or any(map(is_streamed, models)):  # each would read all layers
         return 1
     fitting = free_memory() // (PROCESS + PARAMETER * max(map(_parameters, models)))
     return max(1, min(cores() // threads, fitting))
+
+
+def is_streamed(spec: ModelSpec) -> bool:
+    """Whether its weights stay on the disk, as the study says, or as there is room for them."""
+    if spec.stream is not None:
+        return spec.stream
+    if spec.absent:
+        return shape_of(spec.published or {}).stored > room() / 2
+    if spec.hf is None:
+        return False
+    return sum(path.stat().st_size for path in weight_files(Path(spec.hf))) > room() / 2
+
+
+def room() -> int:
+    """Bytes for weights where studies measure."""
+    if default_device() == "cpu":
+        return free_memory()
+    return torch.cuda.mem_get_info()[0]
 
 
 def _parameters(spec: ModelSpec) -> int:

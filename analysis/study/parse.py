@@ -11,22 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from analysis.adapters import is_pretrained
 from analysis.perturb import Condition, of_one_name, perturbation_class
 from analysis.stats import ALL, CONDITION, label_of
+from analysis.study.given import given_models
 from analysis.study.reading import Mistakes, TableReader
 from analysis.study.specs import Contrasts, Data, Measure, ModelSpec, Only
-from cartmoe.checkpoint import located
 from cartmoe.config import FAMILIES, PRESETS, ModelConfig
 from cartmoe.corpora import check_source
 from cartmoe.foreign import named
-from cartmoe.shipped import named_by
 from cartmoe.tokenizers import tokenizer_key
 from cartmoe.train import TrainConfig
 
 NAME = r"[\w+-]{1,100}"  # of a variant and its directory
 SECTIONS = ("name", "data", "measure", "train", "models", "conditions", "contrasts")
-GIVEN = {"path": "checkpoint or run", "hf": "model"}  # of [[models]], and what directory each is
 RUNS = ("preset", "families", "seeds", "model", "variants")  # of [train], beside its settings
 OF_DATA = {"corpus", "tokenizer", "length"}  # settings of a run that [data] says
 SETTINGS = {f.name for f in fields(TrainConfig)} - OF_DATA - {"seed"}
@@ -35,17 +32,19 @@ OPTIONS = {f.name for f in fields(Condition)} - {"perturbation"}
 FILTERS = {f.name for f in fields(Only)}
 
 
-def read_study(path: Path) -> dict[str, Any]:
+def read_study(path: Path, brought: str | Path | None) -> dict[str, Any]:
     """The fields of `Study`; see `Study.read`."""
     if not path.is_file():
         raise FileNotFoundError(f"no study at {path}")
     with named(f"{path}: not TOML"):
         text = path.read_text(encoding="utf-8-sig")
         table = tomllib.loads(text)
-    return study_fields(table, str(path), path.stem) | {"toml": text}
+    return study_fields(table, str(path), path.stem, brought) | {"toml": text}
 
 
-def study_fields(table: Mapping[str, Any], origin: str, default_name: str) -> dict[str, Any]:
+def study_fields(
+    table: Mapping[str, Any], origin: str, default_name: str, brought: str | Path | None
+) -> dict[str, Any]:
     """The fields of `Study`; see `Study.from_dict`."""
     reader = _Reader()
     reader.known("", table, SECTIONS)
@@ -58,7 +57,7 @@ def study_fields(table: Mapping[str, Any], origin: str, default_name: str) -> di
         files = {key: given[key] for key in ("corpus", "tokenizer") if key in given}
         data = reader.build("data", Data, {"data": files}) or Data()
     measure = reader.build("measure", Measure, table) or Measure()
-    models = [*reader.trained(table, data), *reader.given(table)]
+    models = [*reader.trained(table, data), *given_models(reader, table, brought)]
     names = [(m.name, m.train_seed) for m in models]
     for twice, seed in sorted({n for n in names if names.count(n) > 1}):
         reader.mistakes.append(f"models: {twice!r} with seed {seed} stands twice")
@@ -128,39 +127,6 @@ class _Reader(TableReader):
                 self.mistakes.append(
                     f"{where}: {name!r} must be 1 to 100 letters, digits and _ - +, and not 'all'"
                 )
-
-    def given(self, study: Mapping) -> Iterable[ModelSpec]:
-        """[[models]] with path or hf, or several, and, to tell them apart, name and train_seed."""
-        for where, table in self.tables("models", study):
-            known = self.known(f"{where}.", table, ("path", "hf", "name", "train_seed"))
-            kinds = [kind for kind in GIVEN if kind in known]
-            if len(kinds) != 1:
-                self.mistakes.append(f"{where}: give one of {', '.join(GIVEN)}")
-                continue
-            (kind,) = kinds
-            for text in self.items(f"{where}.{kind}", known.pop(kind)):
-                path = self._place(f"{where}.{kind}", kind, text)
-                if path:
-                    own = named_by(path) or {"name": path.resolve().name}
-                    given = own | {kind: str(path)} | known
-                    yield from filter(None, [self.attempt(where, ModelSpec, **given)])
-
-    def _place(self, where: str, kind: str, text: Any) -> Path | None:
-        """Where such a model is; None with the mistake noted."""
-        is_text = text and isinstance(text, str)
-        path = self.attempt(where, located, text) if is_text else None
-        if path is None or not path.is_dir():
-            fetched = "; nothing is fetched from a hub" if kind == "hf" else ""
-            self.mistakes.append(f"{where}: {text!r} is no {GIVEN[kind]} directory{fetched}")
-            return None
-        if is_pretrained(path) != (kind == "hf"):
-            is_one = "holds no" if kind == "hf" else "holds a"
-            other = "path" if kind == "hf" else "hf"
-            self.mistakes.append(
-                f"{where}: {text!r} {is_one} model of the transformers library; write {other} = ..."
-            )
-            return None
-        return path
 
     def conditions(self, study: Mapping, models: list[ModelSpec]) -> dict[Condition, Only]:
         """The product over all values that stand for several, and which models it is for."""

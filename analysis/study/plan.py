@@ -12,6 +12,7 @@ from typing import Any
 from analysis.adapters import Adapter, skeleton
 from analysis.measure import Description, describe, worth_reusing
 from analysis.perturb import CLEAN, Condition, Where
+from analysis.study.machine import is_streamed
 from analysis.study.models import Checkpoint, find, place_of
 from analysis.study.parse import note_sources
 from analysis.study.provenance import default_device, platform_identity
@@ -143,7 +144,8 @@ class Plan:
     def _model(self, spec: ModelSpec, checkpoint: Checkpoint | None) -> Adapter:
         """Without weights, where what is fixed by the architecture can be told without them."""
         if spec.hf and checkpoint:
-            return opened(checkpoint.path.resolve(), checkpoint.identity, spec.name)
+            path, identity = checkpoint.path.resolve(), checkpoint.identity
+            return opened(path, identity, spec.name, is_streamed(spec))
         config = read_config(checkpoint.path) if checkpoint else spec.config
         model = skeleton(config, name=spec.name, train_seed=spec.train_seed)
         model.trained_on = read_meta(checkpoint.path) if checkpoint else {}
@@ -151,7 +153,7 @@ class Plan:
 
     def _subject(self, model: Adapter, spec: ModelSpec) -> Subject:
         model.train_seed = spec.train_seed
-        conditions = conditions_for(model, self.study.conditions_of(spec))
+        conditions = conditions_for(model.sites(), self.study.conditions_of(spec))
         tokens = self.study.measure.batch_size * self.study.data.length
         reuses = worth_reusing(model, conditions, tokens)
         arms = {c: c in reuses for c in (CLEAN, *conditions)}
@@ -182,22 +184,28 @@ class Plan:
                 cells.append(PlannedCell(key, number, condition, reuses, identity))
         return Work(checkpoint, subject.described, cells)
 
-    def tasks(self, work: Sequence[Work], keys: Collection[str], workers: int) -> list[Task]:
+    def tasks(
+        self, work: Sequence[Work], keys: Collection[str], workers: int, streams: Path | None = None
+    ) -> list[Task]:
         """These cells in tasks: those of one model and shard together, since they share a clean
-        pass, but cut where they are many, or where workers would be left without any."""
+        pass, but cut where they are many, or where workers would be left without any.
+
+        streams   a folder for hidden states of streamed models, whose cells are not cut: each task
+                  reads all layers
+        """
         taken: set[str] = set()  # two names may stand for one model
         together: dict[tuple[Checkpoint, int], list[PlannedCell]] = {}
         for checkpoint, cell in ((w.checkpoint, cell) for w in work for cell in w.cells):
             if cell.key in keys and cell.key not in taken:
                 taken.add(cell.key)
                 together.setdefault((checkpoint, cell.shard), []).append(cell)
-        pieces = math.ceil(TASKS_A_WORKER * workers / max(1, len(together))) if workers > 1 else 1
-        keep = self.study.measure.tokens
-        return [
-            Task(self._source(checkpoint), self.text(checkpoint.spec).shards[shard], part, keep)
-            for (checkpoint, shard), cells in together.items()
-            for part in _cut(cells, max(pieces, math.ceil(len(cells) / MOST_CELLS)))
-        ]
+        busy = math.ceil(TASKS_A_WORKER * workers / max(1, len(together))) if workers > 1 else 1
+        keep, tasks = self.study.measure.tokens, []
+        for (checkpoint, shard), cells in together.items():
+            source, docs = self._source(checkpoint), self.text(checkpoint.spec).shards[shard]
+            pieces = 1 if source.stream else max(busy, math.ceil(len(cells) / MOST_CELLS))
+            tasks += [Task(source, docs, part, keep, streams) for part in _cut(cells, pieces)]
+        return tasks
 
     def _source(self, checkpoint: Checkpoint) -> Source:
         text, measure = self.text(checkpoint.spec), self.study.measure
@@ -210,6 +218,7 @@ class Plan:
             calibration_sha256=text.calibration.sha256,
             batch_size=measure.batch_size,
             precision=measure.precision,
+            stream=is_streamed(checkpoint.spec),
             platform=tuple(self.platform.items()),
         )
 
@@ -220,10 +229,9 @@ def _cut(cells: list[PlannedCell], pieces: int) -> Iterator[tuple[PlannedCell, .
         yield tuple(cells[first : first + size])
 
 
-def conditions_for(model: Adapter, conditions: Sequence[Condition]) -> list[Condition]:
-    """Those that perturb a router of the model, leaving out a part that is the whole: in a model
+def conditions_for(sites: Sequence[RouterSite], conditions: Sequence[Condition]) -> list[Condition]:
+    """Those that perturb one of a model's routers, leaving out a part that is the whole: in a model
     of one stage a layer, "stage 0" is "all"."""
-    sites = model.sites()
 
     def fits(where: Where) -> bool:
         chosen = sum(map(where, sites))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -13,8 +14,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from analysis.measure import Results, key_columns
-from analysis.study.folder import PLAN, STORE, read
-from analysis.study.machine import free_workers
+from analysis.study.folder import PLAN, STORE, STREAMS, read
+from analysis.study.machine import cores, free_workers, is_streamed
 from analysis.study.models import Checkpoint, check_bytes, trained
 from analysis.study.plan import Plan, Work
 from analysis.study.pool import Failure, InProcess, Pool
@@ -42,8 +43,9 @@ def run(
                which also trains as many models at a time, `analysis.dask("tcp://host:8786")`, or
                one of yours (of processes: spawned, not forked); None: in this process
     threads    of each process on a CPU; by default what the study says, then what the executor has,
-               then 1. Results are the same bits for the same number, wherever and with how many
-               processes they are computed, on CPUs of one capability.
+               then 1, or for a model that is larger than memory all cores. Results are the same
+               bits for the same number, wherever and with how many processes they are computed, on
+               CPUs of one capability.
 
     A run that was stopped, however, goes on where it was: training from its last checkpoint, the
     measurement with the first cell that is not in `out`/results.sqlite. A cell that kills its
@@ -64,12 +66,12 @@ def run(
         finished = _undamaged(store)
         work = _ready(plan, out, finished, trainers_of(study, executor, plan.threads), progress)
         write_sealed(out / PLAN, _described(plan, work))
-        _measure_missing(plan, work, finished, store, executor, progress)
+        _measure_missing(plan, out, work, finished, store, executor, progress)
         try:
             return read(out)
         except DamagedCells as damaged:
             _forget(store, damaged)
-        _measure_missing(plan, work, store.keys(), store, executor, progress)
+        _measure_missing(plan, out, work, store.keys(), store, executor, progress)
         return read(out)
 
 
@@ -97,7 +99,10 @@ def threads_of(
     study: Study, executor: Callable[[], Executor] | None, threads: int | None = None
 ) -> int:
     """Of each process that measures."""
-    return threads or study.measure.threads or getattr(executor, "threads", None) or 1
+    of_executor = getattr(executor, "threads", None)
+    # A model that is larger than memory is measured by one process, which has all cores.
+    usual = cores() if any(map(is_streamed, study.models)) else 1
+    return threads or study.measure.threads or of_executor or usual
 
 
 def trainers_of(study: Study, executor: Callable[[], Executor] | None, threads: int) -> int:
@@ -128,6 +133,7 @@ def _ready(plan: Plan, out: Path, finished: set[str], workers: int, progress: bo
 
 def _measure_missing(
     plan: Plan,
+    out: Path,
     work: Sequence[Work],
     finished: set[str],
     store: Store,
@@ -137,14 +143,16 @@ def _measure_missing(
     planned = {cell.key for w in work for cell in w.cells}
     missing = planned - finished
     if not missing:
+        shutil.rmtree(out / STREAMS, ignore_errors=True)
         return
     if progress:
         tqdm.write(f"measuring {len(missing)} of {len(planned)} cells")
     attempts = store.failures().set_index("key").attempts.to_dict()
+    streams = out / STREAMS if plan.study.measure.streams == "disk" else None
     bar = tqdm(total=len(missing), unit="cell", disable=not progress)
     with bar, InProcess() if executor is None else Pool(executor) as pool:
         tasks = [
-            plan.tasks(work, keys, pool.workers)
+            plan.tasks(work, keys, pool.workers, streams)
             for keys in (missing - attempts.keys(), missing & attempts.keys())
         ]
         # Closed at once when anything goes wrong here: workers do not go on.
@@ -159,6 +167,8 @@ def _measure_missing(
                     for cell, measured in zip(task.cells, outcome, strict=True):
                         store.add(cell.identity, measured)
                 bar.update(len(task.cells))
+    if streams:  # nothing is left that would go on from there
+        shutil.rmtree(streams, ignore_errors=True)
 
 
 def _described(plan: Plan, work: Sequence[Work]) -> dict[str, Any]:

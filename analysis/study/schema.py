@@ -9,7 +9,8 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
 from analysis.perturb import PERTURBATIONS, Condition, Where
-from analysis.study.parse import GIVEN, OPTIONS, SETTINGS
+from analysis.study.given import GIVEN, PUBLISHED
+from analysis.study.parse import OPTIONS, SETTINGS
 from analysis.study.specs import Contrasts, Data, Measure, ModelSpec, Only
 from cartmoe.config import FAMILIES, PRESETS, ModelConfig
 from cartmoe.train import TrainConfig
@@ -30,12 +31,16 @@ def study_schema() -> Schema:
     settings = {key: of for key, of in _fields(TrainConfig).items() if key in SETTINGS}
     given = {key: of for key, of in _fields(ModelSpec).items() if key not in ("config", "train")}
     given |= {kind: _one_or_several({"type": "string"}) for kind in GIVEN}
+    kinds = {"oneOf": _each_required([*GIVEN, PUBLISHED])}
     sections = {
         "name": {"type": "string", "minLength": 1},
         "data": _table(_fields(Data)),
         "measure": _table(_fields(Measure)),
         "train": _table(settings | runs),
-        "models": {"type": "array", "items": _table(given) | {"oneOf": _each_required(GIVEN)}},
+        "models": {
+            "type": "array",
+            "items": _table(given) | kinds,
+        },
         "conditions": {"type": "array", "items": {"anyOf": list(_conditions())}},
         "contrasts": _table(_fields(Contrasts)),
     }

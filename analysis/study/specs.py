@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -43,6 +43,8 @@ class Measure:
 
     calibration   documents of the training split that RandomRouting and others draw from
     tokens        keep every token's loss, for quantiles and groups of tokens
+    streams       where a model that is larger than memory keeps hidden states between its layers:
+                  on the "disk", from where it goes on when it was stopped, or in "memory"
     threads       of each process on the CPU, which changes last bits; None: what the executor
                   has, or 1
     """
@@ -51,6 +53,7 @@ class Measure:
     precision: Literal["fp32", "bf16"] = "fp32"
     calibration: Positive = 16
     tokens: Flag = False
+    streams: Literal["disk", "memory"] = "disk"
     threads: Positive | None = None
 
 
@@ -73,13 +76,17 @@ class ModelSpec:
     """One model of a study.
 
     path   of a checkpoint or a run;  hf   of a directory with a model of the transformers library
-    config, train   where neither is given: how it is trained
+    published   of one whose directory its user brings: what its config.json says
+    stream      whether weights stay on the disk, a layer in memory; None: if there is no room
+    config, train   where none of these is given: how it is trained
     """
 
     name: Text
     train_seed: Count = 0
     path: str | None = None
     hf: str | None = None
+    published: dict[str, Any] | None = field(default=None, hash=False)
+    stream: Flag | None = None
     config: ModelConfig = None  # type: ignore[assignment]
     train: TrainConfig = None  # type: ignore[assignment]
 
@@ -87,6 +94,11 @@ class ModelSpec:
     def given(self) -> str | None:
         """Where it is, of one that is not to be trained."""
         return self.path or self.hf
+
+    @property
+    def absent(self) -> bool:
+        """Whether its user has not brought it yet."""
+        return self.published is not None and self.hf is None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@
     path = "runs/mine"
     [[models]]              # or directories with models of the transformers library
     hf = "downloads/OLMoE-1B-7B-0924"
+    stream = true           # a layer at a time; by default where it is too large for the memory
+    [[models]]              # or a place for one whose directory is given when the study is read
+    name = "OLMoE-1B-7B"
+    published = {model_type = "olmoe"}  # what its config.json says, for estimates
     [measure]               # the fields of `Measure`
     tokens = true
     [contrasts]             # the fields of `Contrasts`
@@ -70,23 +74,31 @@ class Study:
     toml: str = field(default="", compare=False, repr=False)
 
     @classmethod
-    def read(cls, path: str | Path) -> Study:
-        """Raises `FileNotFoundError`, or `ValueError` listing every mistake: file, key, value."""
-        return cls(**read_study(path_of("path", path)))
+    def read(cls, path: str | Path, model: str | Path | None = None) -> Study:
+        """model: the directory that a study with a `published` model leaves to its user.
+
+        Raises `FileNotFoundError`, or `ValueError` listing every mistake: file, key, value."""
+        return cls(**read_study(path_of("path", path), model))
 
     @classmethod
     def from_dict(
-        cls, table: Mapping[str, Any], origin: str = "study", default_name: str = "study"
+        cls,
+        table: Mapping[str, Any],
+        origin: str = "study",
+        default_name: str = "study",
+        model: str | Path | None = None,
     ) -> Study:
         """The same from a parsed table."""
-        return cls(**study_fields(table, origin, default_name))
+        return cls(**study_fields(table, origin, default_name, model))
 
     @property
     def definition(self) -> str:
         """The text of the file that it was read from, "" if it says something else by now."""
         if not self.toml:
             return ""
-        read = Study.from_dict(tomllib.loads(self.toml), default_name=self.name)
+        brought = next((spec.hf for spec in self.models if spec.published), None)
+        table = tomllib.loads(self.toml)
+        read = Study.from_dict(table, default_name=self.name, model=brought)
         return self.toml if read == self else ""
 
     def conditions_of(self, spec: ModelSpec) -> list[Condition]:

@@ -44,7 +44,13 @@ class Texts:
 
 
 def tokenizer_of(study: Study, spec: ModelSpec) -> str | Tokenizer:
-    """A pretrained model's own; for the others the one that the study names."""
+    """A pretrained model's own; for the others the one that the study names. Raises `ValueError`
+    for a model that is absent."""
+    if spec.absent:
+        raise ValueError(
+            "its user brings it: give the directory that it was downloaded to, --model DIR "
+            "(Study.read(path, model=DIR))"
+        )
     return tokenizer_in(Path(spec.hf)) if spec.hf else study.data.tokenizer
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from analysis.adapters import Adapter, load
-from analysis.measure import Cell, calibrate, measure
+from analysis.measure import Calibrating, Cell, measure
 from analysis.perturb import CLEAN, Calibration, Condition
 from analysis.study.provenance import default_device, platform_identity
 from cartmoe.data import Sequences
@@ -36,6 +36,7 @@ class Source:
 
     tokenizer     that of the documents, which tells kinds of tokens
     calibration   sequences, whose routing is recorded `batch_size` at a time, and their hash
+    stream        whether its weights stay on the disk, a layer in memory
     platform      items of `platform_identity` where the study was planned
     """
 
@@ -47,6 +48,7 @@ class Source:
     calibration_sha256: str
     batch_size: int
     precision: str
+    stream: bool
     platform: tuple[tuple[str, Any], ...]
 
 
@@ -65,12 +67,16 @@ class PlannedCell(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Cells of one model on one shard, and what to measure them with."""
+    """Cells of one model on one shard, and what to measure them with.
+
+    streams   where hidden states of a streamed model lie between its layers; None: in memory
+    """
 
     source: Source
     shard: Sequences
     cells: tuple[PlannedCell, ...]
     keep_tokens: bool
+    streams: Path | None = None
 
 
 def compute(task: Task) -> list[Cell]:
@@ -87,6 +93,7 @@ def compute(task: Task) -> list[Cell]:
             calibration=calibration,
             reuse=frozenset(cell.condition for cell in task.cells if cell.reuses),
             keep_tokens=task.keep_tokens,
+            streams=task.streams if source.stream else None,
         )
     by_condition = {cell.condition: cell for cell in measured}
     return [by_condition[cell.condition] for cell in task.cells]
@@ -112,19 +119,21 @@ def forget() -> None:
 
 
 @lru_cache(maxsize=1)
-def _prepared(source: Source) -> tuple[Adapter, Calibration | None]:
-    model = opened(source.checkpoint, source.identity, source.name)
+def _prepared(source: Source) -> tuple[Adapter, Calibration | Calibrating | None]:
+    model = opened(source.checkpoint, source.identity, source.name, source.stream)
     model.tokenizer = source.tokenizer
     if not model.sites():
         return model, None
-    return model, calibrate(model, source.calibration, batch_size=source.batch_size)
+    calibrating = Calibrating(model, source.calibration, batch_size=source.batch_size)
+    # That of a streamed model goes along with its first shard.
+    return model, calibrating if source.stream else calibrating.finish()
 
 
 @lru_cache(maxsize=1)
-def opened(checkpoint: Path, identity: str, name: str) -> Adapter:
+def opened(checkpoint: Path, identity: str, name: str, stream: bool = False) -> Adapter:
     """The model of a checkpoint, where a study measures. Raises `ValueError` if it is another one
     than that of this identity."""
-    model = load(checkpoint, name=name, device=default_device())
+    model = load(checkpoint, name=name, device=default_device(), stream=stream)
     if model.identity != identity:
         raise ValueError(f"{checkpoint} is not the checkpoint that was planned anymore")
     return model

@@ -1,5 +1,10 @@
 """Studies of pretrained models."""
 
+import json
+import signal
+import subprocess
+import sys
+
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -117,3 +122,95 @@ def test_a_directory_without_weights(study, folder, tmp_path):
     study["models"] = [{"hf": str(tmp_path / "tiny")}]
     with pytest.raises(ValueError, match="has no weights"):
         run(study, tmp_path / "out")
+
+
+def test_streamed_the_same(study, tmp_path):
+    whole = run(study, tmp_path / "whole")
+    study["models"][0]["stream"] = True
+    for streams in ("disk", "memory"):
+        study["measure"] = {"streams": streams}
+        found = run(study, tmp_path / streams, threads=1)
+        assert found.losses.equals(whole.losses)
+        assert found.routing.equals(whole.routing)
+        assert not (tmp_path / streams / "streams").exists()
+    # Its cells are those of the whole model.
+    assert run(study, tmp_path / "whole", threads=1).losses.equals(whole.losses)
+
+
+def test_streamed_in_processes_the_same(study, tmp_path):
+    here = run(study, tmp_path / "here")
+    study["models"][0]["stream"] = True
+    there = run(study, tmp_path / "there", executor=processes(2))
+    assert here.losses.equals(there.losses)
+
+
+def test_killed_it_goes_on_behind_the_last_layer(study, tmp_path):
+    """kill -9 in the middle of a shard: what was read of the layers before is not read again."""
+    study["models"][0]["stream"] = True
+    out = tmp_path / "out"
+    whole = run(study, tmp_path / "whole", threads=1)
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(study))
+    reads = []
+    for _ in range(20):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.analysis.study.stopped", str(path), str(out)],
+            capture_output=True,
+            text=True,
+        )
+        reads.append(int(done.stdout.split()[-1]))
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert [*out.glob("streams/*/*")]
+    assert len(reads) > 3
+    assert max(reads) <= 2
+    assert an.read(out).losses.equals(whole.losses)
+
+
+def test_what_a_larger_one_would_take(study, folder, tmp_path):
+    """Told from its configuration; also of one that nobody has brought."""
+    study["models"][0]["stream"] = True
+    said = dry_run(an.Study.from_dict(study), tmp_path / "out")
+    assert "4 cells, 0 finished" in said
+    assert "of hidden states" in said
+    config = json.loads((folder / "config.json").read_text())
+    study["models"] = [{"name": "mine", "published": config}]
+    absent = an.Study.from_dict(study)
+    assert "mine: at most" in dry_run(absent, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"its user brings it: .*--model DIR"):
+        an.run(absent, tmp_path / "out", progress=False)
+    brought = an.Study.from_dict(study, model=folder)
+    assert brought.models[0].hf == str(folder)
+    found = an.run(brought, tmp_path / "out", progress=False)
+    assert found.losses.model.unique().tolist() == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("models", "brought", "message"),
+    [
+        ([{"hf": "TINY"}], "TINY", "has no place for it"),
+        ([{"name": "a", "published": {}}], None, "give at least model_type"),
+        ([{"name": "a", "published": {"model_type": "mixtral"}}], "TINY", "of type 'olmoe'"),
+        ([{"name": "a", "published": {"model_type": "olmoe"}}], "/nowhere", "is no model dir"),
+        ([{"name": "a", "published": {"model_type": "olmoe"}, "hf": "TINY"}], None, "give one of"),
+        ([{"published": {"model_type": "olmoe"}}], "TINY", "name"),
+        ([{"name": n, "published": {"model_type": "olmoe"}} for n in "ab"], "TINY", "brings one"),
+        ([{"path": "SMOE", "stream": True}], None, "models of the transformers library"),
+    ],
+)
+def test_what_is_wrong_with_one_that_is_brought(
+    study, folder, checkpoint_of, models, brought, message
+):
+    places = {"SMOE": str(checkpoint_of("smoe")), "TINY": str(folder)}
+    swapped = [{k: places.get(str(v), v) for k, v in model.items()} for model in models]
+    study["models"] = swapped
+    with pytest.raises(ValueError, match=message):
+        an.Study.from_dict(study, model=places.get(str(brought), brought))
+
+
+def test_layers_that_a_larger_one_does_not_have(study, tmp_path):
+    study["models"][0]["stream"] = True
+    study["conditions"] = [{"perturbation": "DropTop", "where": "layer 40"}]
+    with pytest.raises(ValueError, match=r"'layer 40'; layers with a router are those of 0 to 2"):
+        dry_run(an.Study.from_dict(study), tmp_path / "out")

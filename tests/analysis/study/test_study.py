@@ -148,7 +148,7 @@ def test_conditions_of_a_model(model_of, kind, kept):
     wheres = ["all", "stage 0", "stage 1", "layer 0", "layer 1", "layer 2 stage 1",
               "positions 0:4", "stage 2"]  # fmt: skip
     conditions = [Condition(DropTop(1), where) for where in wheres]
-    assert [str(c.where) for c in conditions_for(model_of(kind), conditions)] == kept
+    assert [str(c.where) for c in conditions_for(model_of(kind).sites(), conditions)] == kept
 
 
 def test_given_models(tmp_path):
