@@ -46,7 +46,7 @@ NEVER = {
 ONLY = {
     "transformers": {
         *(f"cartmoe.hf{name}" for name in ("", ".config", ".model", ".export")),
-        *("analysis.adapters.pretrained", "analysis.adapters.shelf"),
+        *("analysis.adapters.pretrained", "analysis.adapters.shelf", "analysis.adapters.shape"),
     },
     "anywidget": {"analysis.explorer.widget"},
     "lm_eval": {"analysis.tasks.harness", "analysis.tasks.loaded"},

@@ -143,7 +143,7 @@ def checked(router: TappedRouter, taken: Routing) -> TappedRouter:
         raise ValueError(f"{name} uses an expert whose logit is -inf: it cannot be masked")
     if torch.equal(masked.ids_TK, taken.ids_TK):
         raise ValueError(f"{name} does not choose by its logits: a mask changes nothing")
-    return replace(router.described(), scored=_agrees(router, taken))
+    return replace(router.described(logits_TE.device), scored=_agrees(router, taken))
 
 
 def _agrees(router: TappedRouter, taken: Routing) -> bool:

@@ -41,11 +41,11 @@ class TappedRouter:
     facts: dict[str, float] = field(default_factory=dict, compare=False)
     by_logits: bool = False
 
-    def described(self) -> TappedRouter:
-        """The same with `facts` and `by_logits`, found once, while its weights are at hand."""
+    def described(self, device: torch.device) -> TappedRouter:
+        """The same with `facts` and `by_logits`, found once, on random logits."""
         generator = torch.Generator().manual_seed(0)
         logits_TE = torch.randn(PROBED, self.site.num_experts, generator=generator)
-        routing = self.route(logits_TE.to(next(self.module.parameters()).device))
+        routing = self.route(logits_TE.to(device))
         sum_T = routing.weights_TK.sum(-1)
         one = float((sum_T - sum_T.mean()).abs().max() < 1e-3 * sum_T.mean())
         top_k, num_experts = self.site.top_k, self.site.num_experts

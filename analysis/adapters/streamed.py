@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +10,16 @@ import torch
 from torch import Tensor
 
 from analysis.adapters.pretrained import origin_of, pretrained_sha256, tokenizer_in
-from analysis.adapters.router import TappedRouter
 from analysis.adapters.shelf import Shelf, group_of
 from analysis.adapters.transformers import TransformersAdapter
 from cartmoe.hooks import RouterSite
 from cartmoe.tokenizers import Tokenizer
 
 
-@dataclass(frozen=True)
-class ShelvedRouter(TappedRouter):
-    """Its weights are fetched where they are read; what runs its module fetches them anyway."""
-
-    fetch: Callable[[], None] = lambda: None
-
-    @property
-    def rows(self) -> Tensor | None:
-        """See `TappedRouter`."""
-        self.fetch()
-        return super().rows
-
-
 class StreamedAdapter(TransformersAdapter):
     """See `TransformersAdapter`. Weights are on the disk but those of the layer that runs and of
-    the next one, so it is run segment by segment, all batches inside (`measure.by_segment`).
+    the next one, so it is run segment by segment, all batches inside (`measure.by_segment`); a
+    router's `rows` have numbers where other weights of its site were asked for before.
 
     Raises `ValueError` as that does, and for a model of which layers cannot be called again.
     """
@@ -52,8 +37,6 @@ class StreamedAdapter(TransformersAdapter):
     ):
         self.shelf, self._identity = shelf, identity
         super().__init__(shelf.model, tokenizer, name=name, trained_on=trained_on)
-        for site, seat in self.seats.items():
-            seat.router = ShelvedRouter(**vars(seat.router), fetch=partial(self._fetch, site))
         if self.body.layers is None:
             raise ValueError(
                 f"{name} has layers that cannot be called again by themselves, so it cannot be run "

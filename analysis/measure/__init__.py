@@ -12,8 +12,9 @@ generate.py, regret.py, margins.py   text, better routes, flips that margins pre
 rows.py                           sums of sequences, means over tokens with intervals over documents
 """
 
+from analysis.measure.bookmarks import Bookmarks, marked
 from analysis.measure.calibrate import Calibrating, calibrate, calibration_documents
-from analysis.measure.clean import CleanPass
+from analysis.measure.clean import CleanPass, check_finite
 from analysis.measure.collector import Cell
 from analysis.measure.compare import compare
 from analysis.measure.comparison import Comparison

@@ -2,8 +2,9 @@
 
 metrics/          on tensors
 request.py        what a measurement is asked for
-probes.py         documents as the sites of a model see them; traced.py: as a trace tells of them
-measure.py        streams over one pass; tables.py: all of it as tables
+probes.py         documents as the sites of a model see them; traced.py: as a trace tells of them;
+                  routed.py: which tokens experts have
+measure.py        streams over one pass, by_segment.py: a layer at a time; tables.py: its tables
 removal.py        experts dropped one at a time; relation.py: what that costs against overlap
 substitution.py   experts in each other's place
 truth.py          against a corpus with a known answer

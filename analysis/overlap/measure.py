@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,8 +12,10 @@ import torch
 from tqdm.auto import tqdm
 
 from analysis.adapters import owned
+from analysis.measure import Bookmarks
+from analysis.overlap.by_segment import Readings, Tables, by_segment
 from analysis.overlap.metrics import MAX_UNITS, METRICS, TABLES, Streams
-from analysis.overlap.probes import Labels, Probes, packs_of
+from analysis.overlap.probes import Labels, Probes, Reading, packs_of
 from analysis.overlap.request import DAMAGE, check_request, check_tokens
 from analysis.overlap.tables import KEYS, VALUES, Overlap, concat, rows_of, site_columns
 from analysis.overlap.traced import TracedModel, TraceProbes, check_trace_request
@@ -20,6 +23,8 @@ from analysis.perturb import Trace
 from analysis.stats import INDEX, check_confidence
 from cartmoe.config import check_whole
 from cartmoe.data import Sequences
+from cartmoe.files import path_of
+from cartmoe.hooks import RouterSite
 
 TOTAL = "none: classes are kept as one total"
 FIXED = {"weights": "none: parameters", "usage": TOTAL, "outputs": TOTAL}  # by kind
@@ -39,6 +44,7 @@ def measure_overlap(
     skip_first: bool = False,
     confidence: float = 0.95,
     seed: int = 0,
+    streams: str | Path | None = None,
     progress: bool = True,
 ) -> Overlap:
     """Tables of what experts have in common; `METRICS` says what each metric is and its null.
@@ -55,6 +61,9 @@ def measure_overlap(
                 at once)
     minibatch   tokens of which one HSIC of debiased CKA is made
     skip_first  leave out the first token of each sequence, on which all attention dwells
+    streams     of a model that is larger than memory (`load(path, stream=True)`), through which all
+                batches go a layer at a time: a folder from which the same call goes on behind the
+                last layer that was done
 
     Routing is that of the real run, as the experts were given it. Memory does not grow with the
     documents, only with the number of domains that they are of. Tokens for which a trace has no
@@ -82,26 +91,46 @@ def measure_overlap(
     asked = {name: METRICS[name] for name in wanted}
     sizes = labels.num_classes, len(labels.domains)
     options = dict(probe=probe, minibatch=minibatch, seed=seed)
-    streams = Streams(study, chosen, asked, units, sizes, **options)
+    sums = Streams(study, chosen, asked, units, sizes, **options)
     kind = TraceProbes if isinstance(study, TracedModel) else Probes
-    probes = kind(study, texts, chosen, labels, skip_first, DAMAGE in streams.kinds)
-    read = [] if streams.kinds == {"weights"} else packs  # parameters need no tokens
-    with owner, tqdm(total=sum(map(len, read)), unit="sequence", disable=not progress) as bar:
-        for number, pack in enumerate(read):
-            for first in range(0, len(pack), batch_size):
-                rows = pack[first : first + batch_size]
-                for site, seen in probes.of(rows, number % units, (seed, number, first)):
-                    streams.add(site, seen)
-                bar.update(len(rows))
-    probes.check()
+    probes = kind(study, texts, chosen, labels, skip_first, DAMAGE in sums.kinds)
+    read = [] if sums.kinds == {"weights"} else packs  # parameters need no tokens
     resampled = ("batch of documents" if len(packs) <= MAX_UNITS else "batches of documents", units)
-    tables = {table: [pd.DataFrame(columns=[*KEYS, *INDEX[table], *VALUES])] for table in TABLES}
-    for site in chosen:
-        for name, found in streams.estimates(site, confidence):
+
+    def rows_at(site: RouterSite) -> Tables:
+        found: Tables = []
+        for name, values in sums.estimates(site, confidence) if site in chosen else ():
             metric = asked[name]
             unit, num_units = resampled if metric.units else (FIXED[metric.kind], 0)
             columns = site_columns(study, site) | {"metric": name}
             domains = labels.domains if name == "domain_specialization" else ()
-            rows = rows_of(columns, metric.table, found, site, domains)
-            tables[metric.table].append(rows.assign(unit=unit, num_units=num_units))
+            rows = rows_of(columns, metric.table, values, site, domains)
+            found.append((metric.table, rows.assign(unit=unit, num_units=num_units)))
+        return found
+
+    taken = [
+        (pack[first : first + batch_size], number % units, (seed, number, first))
+        for number, pack in enumerate(read)
+        for first in range(0, len(pack), batch_size)
+    ]
+    quiet = not progress
+    with owner:
+        if read and getattr(study, "streamed", False):
+            marks = None
+            if streams:
+                said = options | dict(batch_size=batch_size, skip_first=skip_first)
+                said |= dict(metrics=sorted(asked), sites=[site.name for site in chosen])
+                said |= dict(model=study.identity, data=texts.sha256, confidence=confidence)
+                marks = Bookmarks(path_of("streams", streams), said)
+            each = [Reading(probes, *one) for one in taken]
+            found = by_segment(Readings(study, each, sums, rows_at), marks, quiet)
+        else:
+            for rows, *how in tqdm(taken, unit="batch", disable=quiet):
+                for site, seen in probes.of(rows, *how):
+                    sums.add(site, seen)
+            found = [rows for site in chosen for rows in rows_at(site)]
+    probes.check()
+    tables = {table: [pd.DataFrame(columns=[*KEYS, *INDEX[table], *VALUES])] for table in TABLES}
+    for table, rows in found:
+        tables[table].append(rows)
     return Overlap(**{table: concat(frames) for table, frames in tables.items()})

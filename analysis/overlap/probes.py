@@ -5,17 +5,19 @@ Shapes: S sequences, L length, T tokens, V vocabulary, R shuffles, D model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, DenseRouting, State, Watch, batches, clean_routing, steps
-from analysis.measure import loss_gradient
+from analysis.adapters import Adapter, Segment, State, Watch, steps
+from analysis.measure import check_finite, loss_gradient
 from analysis.overlap.metrics import Probe
 from cartmoe.data import IGNORE, Sequences
 from cartmoe.hooks import RouterSite
@@ -109,27 +111,10 @@ class Probes:
     ) -> Iterator[tuple[RouterSite, Probe]]:
         """Of a batch of these sequences, a `Probe` for each site; `key` of the random order of its
         tokens. Raises `FloatingPointError` if logits are not finite."""
-        batch = self.docs.take(rows).to(self.model.device)
-        counts_SL = batch.targets_SL != IGNORE
-        if self.skip_first:
-            counts_SL[:, 0] = False
-        seen = self.look(batch, counts_SL)
-        at = np.random.default_rng(key).permutation(np.flatnonzero(counts_SL.cpu()))
-        counted = torch.from_numpy(at).to(self.model.device)
-        own_SL = torch.arange(counts_SL.shape[1]).expand_as(counts_SL)
-        others_RS = self.labels.other_RS[:, rows]
-        own = self._labels(torch.tensor(rows), own_SL, at)
-        others = self._labels(others_RS, self._places(others_RS), at)
-        before: Routing | None = None
+        reading = Reading(self, rows, unit, key)
+        seen = self.look(reading.batch, reading.counts_SL)
         for site in self.model.sites():
-            x_TD, routing, stream_TD, gradient_TD = seen[site]
-            routing = Routing(*(t.detach()[counted] for t in routing))
-            if site in self.sites:
-                x_TD, stream_TD = x_TD.detach()[counted], stream_TD[counted]
-                gradient_TD = gradient_TD[counted] if gradient_TD is not None else None
-                labels = *own, *others
-                yield site, Probe(unit, x_TD, routing, *labels, before, stream_TD, gradient_TD)
-            before = routing
+            yield from reading.probe(site, seen[site])
 
     def look(self, batch: Sequences, counts_SL: Tensor) -> dict[RouterSite, Seen]:
         """One forward, and with gradients one backward. Which tokens count stays as it is."""
@@ -171,33 +156,58 @@ class Probes:
         return self.labels.class_V[tokens_T], domain_T
 
 
-def decisions(
-    model: Adapter, batch: Sequences, sites: Sequence[RouterSite]
-) -> dict[RouterSite, Routing]:
-    """Those of the clean run at these sites, of the tokens that have a target."""
-    counts_T = (batch.targets_SL != IGNORE).flatten()
-    routed = clean_routing(model, batch.tokens_SL.to(model.device))
-    return {site: Routing(*(t[counts_T] for t in routed[site])) for site in sites}
+class Reading:
+    """A batch of documents on its way through a model, whose sites see it one after the other.
 
+    counts_SL   which of its tokens count, until one of its probes is made
+    before      the decision at the last site, of those that do
+    """
 
-def of_tokens(batch: Sequences, number_of: Mapping[str, int]) -> Tensor:
-    """(T,) the number of its document, for each token that has a target."""
-    number_S = torch.tensor([number_of[document] for document in batch.document_id])
-    return number_S[(batch.targets_SL != IGNORE).nonzero()[:, 0].cpu()]
+    def __init__(self, probes: Probes, rows: list[int], unit: int, key: tuple[int, ...]):
+        self.probes, self.rows, self.unit, self.key = probes, rows, unit, key
+        self.batch = probes.docs.take(rows).to(probes.model.device)
+        self.counts_SL = self.batch.targets_SL != IGNORE
+        if probes.skip_first:
+            self.counts_SL[:, 0] = False
+        self.hidden_BLD: Any = None  # a Tensor behind the first segment
+        self.before: Routing | None = None
 
+    @cached_property
+    def at(self) -> np.ndarray:
+        """Numbers of the tokens that count, in a random order."""
+        counted = np.flatnonzero(self.counts_SL.cpu())
+        return np.random.default_rng(self.key).permutation(counted)
 
-def routed_tokens(model: Adapter, docs: Sequences, batch_size: int) -> dict[RouterSite, np.ndarray]:
-    """By site (S, E): tokens with a target, of each sequence, that use each expert."""
-    parts: dict[RouterSite, list[Tensor]] = {site: [] for site in model.sites()}
-    for batch in batches(model, docs, batch_size):
-        counts_SL = batch.targets_SL != IGNORE
-        for site, routing in clean_routing(model, batch.tokens_SL).items():
-            used_SLE = DenseRouting(routing).used_TE.unflatten(0, counts_SL.shape)
-            parts[site].append((used_SLE & counts_SL[..., None]).sum(1).double().cpu())
-    return {site: torch.cat(counts_SE).numpy() for site, counts_SE in parts.items()}
+    @cached_property
+    def labels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Their classes and domains, and those of other documents at their places."""
+        probes, at = self.probes, self.at
+        own_SL = torch.arange(self.counts_SL.shape[1]).expand_as(self.counts_SL)
+        others_RS = probes.labels.other_RS[:, self.rows]
+        own = probes._labels(torch.tensor(self.rows), own_SL, at)
+        return *own, *probes._labels(others_RS, probes._places(others_RS), at)
 
+    def step(self, segment: Segment) -> Iterator[tuple[RouterSite, Probe]]:
+        """Through one segment: a `Probe` for each of its sites."""
+        model, flows, before = self.probes.model, Watch(), self.hidden_BLD
+        inside = set(segment.sites)
+        hooked = model.hooked(experts=flows, where=inside.__contains__) if inside else nullcontext()
+        with torch.no_grad(), hooked:
+            after = segment.run(State(before, self.batch.tokens_SL))
+        self.hidden_BLD = after.hidden_BLD
+        for site, flow in flows.items():
+            check_finite(site, flow.routing)
+            stream_TD = before.flatten(0, 1)
+            yield from self.probe(site, Seen(flow.x_TD, flow.routing, stream_TD, None))
 
-def by_document(docs: Sequences, values_CS: Iterable[np.ndarray]) -> np.ndarray:
-    """(C, D) sums over the sequences of each document, in order of their ids."""
-    document_S = np.unique(docs.document_id, return_inverse=True)[1]
-    return np.stack([np.bincount(document_S, weights=values_S) for values_S in values_CS])
+    def probe(self, site: RouterSite, seen: Seen) -> Iterator[tuple[RouterSite, Probe]]:
+        """The site's, if it is asked for; sites come in order."""
+        counted = torch.from_numpy(self.at).to(self.probes.model.device)
+        x_TD, routing, stream_TD, gradient_TD = seen
+        routing = Routing(*(t.detach()[counted] for t in routing))
+        if site in self.probes.sites:
+            x_TD, stream_TD = x_TD.detach()[counted], stream_TD[counted]
+            gradient_TD = gradient_TD[counted] if gradient_TD is not None else None
+            args = *self.labels, self.before, stream_TD, gradient_TD
+            yield site, Probe(self.unit, x_TD, routing, *args)
+        self.before = routing

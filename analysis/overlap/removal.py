@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from analysis.adapters import Adapter, DenseRouting, Router, batches, num_batches, owning
 from analysis.measure import measure
 from analysis.overlap.metrics import Sums, UnitSums, usage
-from analysis.overlap.probes import by_document, decisions, of_tokens
 from analysis.overlap.request import check_run
+from analysis.overlap.routed import by_document, decisions, of_tokens
 from analysis.overlap.tables import site_columns
 from analysis.perturb import Condition, DropExperts, Where
 from analysis.stats import Bootstrap

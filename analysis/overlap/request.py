@@ -24,6 +24,8 @@ def check_request(
     chosen = sites_of(model, sites, "sites")
     check_choice("probe", probe, PROBES)
     fitting = {name: m for name, m in METRICS.items() if fits(model, chosen, name, m)}
+    if getattr(model, "streamed", False):  # no gradient goes through layers that come and go
+        fitting = {name: m for name, m in fitting.items() if m.kind != DAMAGE}
     if metrics is None:
         return model, chosen, [name for name, m in fitting.items() if m.kind != DAMAGE]
     names = metric_names(metrics, METRICS)

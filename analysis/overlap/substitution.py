@@ -14,8 +14,8 @@ import torch
 
 from analysis.adapters import Router, owning, routed_adapter
 from analysis.overlap.measure import measure_overlap
-from analysis.overlap.probes import by_document, routed_tokens
 from analysis.overlap.removal import rises
+from analysis.overlap.routed import by_document, routed_tokens
 from analysis.perturb import DOWNSTREAM, Condition, Perturbation, RouterContext, Where, sites_of
 from analysis.stats import SITE, Bootstrap, check_columns
 from cartmoe.config import check_choice, check_whole

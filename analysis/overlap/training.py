@@ -22,8 +22,8 @@ from analysis.adapters import DenseRouting, batches, load
 from analysis.measure import Asked, sweep
 from analysis.overlap.measure import measure_overlap
 from analysis.overlap.metrics import MAX_UNITS, Metric, UnitSums, estimate, usage
-from analysis.overlap.probes import decisions, of_tokens
 from analysis.overlap.request import check_run
+from analysis.overlap.routed import decisions, of_tokens
 from analysis.overlap.tables import Overlap, site_columns
 from analysis.stats import CHECKPOINT, check_confidence
 from cartmoe.checkpoint import run_checkpoints, step_of

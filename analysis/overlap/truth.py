@@ -15,8 +15,8 @@ from scipy.stats import rankdata
 
 from analysis.adapters import owning
 from analysis.overlap.metrics import usage
-from analysis.overlap.probes import by_document, routed_tokens
 from analysis.overlap.request import check_run, metric_names
+from analysis.overlap.routed import by_document, routed_tokens
 from analysis.overlap.tables import KEYS, Overlap, site_columns
 from analysis.stats import Bootstrap, facts_of, square
 from cartmoe.config import check_choice, check_whole

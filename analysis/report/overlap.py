@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from analysis.plots import SHARES, SIMILAR
 from analysis.report.cite import BIBTEX
 from analysis.report.made import Note, Picture, draw, write_note, write_tables
 from analysis.stats import CHECKPOINT, facts_of
-from analysis.study import manifest
+from analysis.study import STREAMS, manifest
 from cartmoe.folders import check_directory
 from cartmoe.lock import LOCK, locked
 
@@ -71,11 +72,16 @@ def overlap_into(
     if any(len(set(docs.document_id)) < 2 for docs in data.values()):
         raise ValueError(f"corpus {corpus!r} has one document; intervals need several")
     with locked(out):
+        streams = out / STREAMS if stream else None
+        if stream:  # before the first layer, so that the same command finds its own folder
+            write_note(out / MANIFEST, asked | manifest(), [])
         found = [
-            measure_overlap(model, data[name], *asked_for, progress=progress)
+            measure_overlap(model, data[name], *asked_for, streams=streams, progress=progress)
             for name, model in loaded.items()
         ]
-        return write_overlap(Overlap.join(found), out, asked)
+        files = write_overlap(Overlap.join(found), out, asked)
+        shutil.rmtree(out / STREAMS, ignore_errors=True)
+        return files
 
 
 def named(paths: Sequence[Path], stream: bool = False) -> list[Adapter]:

@@ -12,7 +12,7 @@ run.py, estimate.py         running it, and what that would take
 
 from analysis.study.estimate import dry_run
 from analysis.study.executors import dask, processes
-from analysis.study.folder import STORE, progress_of, read, read_plan
+from analysis.study.folder import STORE, STREAMS, progress_of, read, read_plan
 from analysis.study.machine import free_workers, is_streamed
 from analysis.study.provenance import manifest, source_sha256
 from analysis.study.run import run, threads_of

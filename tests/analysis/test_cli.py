@@ -292,7 +292,7 @@ def test_a_full_disk(small, monkeypatch, tmp_path, write_study):
 
 @pytest.mark.parametrize("text", ["", "stopped after step 3"])
 def test_interrupted(monkeypatch, tmp_path, text):
-    def stop(path):
+    def stop(*args):
         raise KeyboardInterrupt(*([text] if text else []))
 
     monkeypatch.setattr("analysis.study.Study.read", stop)

@@ -40,25 +40,37 @@ class Streams:
             "outputs": lambda site: OutputStream(model, site, units, **options),
             "function": lambda site: SubstitutionStream(model, site, units),
         }
-        self._streams = {
-            site: {k: make[k](site) for k in make if k in self.kinds} for site in sites
-        }
+        self._make = {kind: make[kind] for kind in make if kind in self.kinds}
+        self._streams: dict[RouterSite, dict[str, Stream]] = {}
+        self._layers: dict[RouterSite, Stream] = {}  # of two stages, for each of the two
         if "composite" in self.kinds:
             for first in sites:
                 if second := second_stage(model, first):
                     layer = CompositeStream(model, first, second, units, tokens_for(metrics))
-                    self._streams[first]["composite"] = layer
+                    self._layers[first] = layer
                     if second in sites:
-                        self._streams[second]["composite"] = SecondStage(layer)
+                        self._layers[second] = SecondStage(layer)
+
+    def _of(self, site: RouterSite) -> dict[str, Stream]:
+        """By kind; made when the site is first seen, since some hold as much as its experts."""
+        if site not in self._streams:
+            self._streams[site] = {kind: make(site) for kind, make in self._make.items()}
+            if site in self._layers:
+                self._streams[site]["composite"] = self._layers[site]
+        return self._streams[site]
 
     def add(self, site: RouterSite, probe: Probe) -> None:
         """Add a batch, as the site saw it."""
-        for stream in self._streams[site].values():
+        for stream in self._of(site).values():
             stream.add(probe)
+
+    def forget(self, site: RouterSite) -> None:
+        """What was summed at a site."""
+        self._streams.pop(site, None)
 
     def estimates(self, site: RouterSite, confidence: float) -> Iterator[tuple[str, Estimate]]:
         """By name, of those metrics that speak of this site."""
-        streams = self._streams[site]
+        streams = self._of(site)
         sums: dict[str, Any] = {kind: stream.sums() for kind, stream in streams.items()}
         if "weights" in self.kinds:
             sums["weights"] = ExpertWeights.of(self.model, site)
