@@ -49,7 +49,7 @@ def load(
     path   also a name of `analysis.models`, where no such path exists, and "olmoe", "olmoe_tuned",
            small models of that library; nothing is fetched
     stream of a pretrained model that is larger than memory: its weights stay on the disk, a layer's
-           are read when it is run, and whoever measures goes segment by segment; on the CPU
+           are read when it is run, and whoever measures goes segment by segment
 
     Compact models that are stored in half precision are computed with in fp32, pretrained ones as
     they are stored.
@@ -61,11 +61,9 @@ def load(
     saying why.
     """
     if is_pretrained(given := located(path_of("path", path))):
-        if stream and device != "cpu":
-            raise ValueError(f"device is {device!r}; a model that is streamed runs on the CPU")
         own = as_tokenizer(tokenizer)
         if stream:
-            found: TransformersAdapter = load_streamed(given, own, name=name)
+            found: TransformersAdapter = load_streamed(given, own, name=name, device=device)
         else:
             found = load_pretrained(given, own, name=name, device=device)
         found.train_seed = train_seed or 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,7 +60,9 @@ def read_model(folder: Path, device: str) -> Any:
     small = sum(path.stat().st_size for path in weight_files(folder)) < LARGE
     with named(folder), without_bars() if small else nullcontext():
         load: Any = AutoModelForCausalLM.from_pretrained
-        only = dict(local_files_only=True, trust_remote_code=False)
+        only: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
+        if is_packed(_json(folder / CONFIG)):
+            only |= dict(quantization_config=unpacking())
         model, told = load(folder, dtype="auto", output_loading_info=True, **only)
     absent = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
     if absent:  # which the library fills with random numbers
@@ -69,6 +71,19 @@ def read_model(folder: Path, device: str) -> Any:
             f"tensors, such as {min(absent)}"
         )
     return model.to(device).eval()
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether its weights are in MXFP4, whose kernels route by themselves, so that it is
+    dequantized."""
+    return (config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
+
+
+def unpacking() -> Any:
+    """How the library is told to dequantize."""
+    from transformers.utils.quantization_config import Mxfp4Config
+
+    return Mxfp4Config(dequantize=True)
 
 
 @contextmanager

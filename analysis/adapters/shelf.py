@@ -8,7 +8,7 @@ when another layer is run. What is in no layer (embedding, last norm, head) is r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from analysis.adapters.pretrained import without_bars
+from analysis.adapters.pretrained import is_packed, unpacking, without_bars
 from cartmoe.foreign import named
 
 LAYER = re.compile(r".*?\.\d+(?=\.)")  # of a tensor's name, what names its layer
@@ -41,11 +41,12 @@ class Shelf:
     model   with hooks that fetch a module's weights before it is run
     reads   layers that were read so far
 
-    Raises `ValueError` naming the directory where the library cannot build the model, where weights
-    are not safetensors, or quantized, and where some are missing.
+    Weights in MXFP4 are dequantized. Raises `ValueError` naming the directory where the library
+    cannot build the model, where weights are not safetensors, or quantized in another way, and
+    where some are missing.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, device: str = "cpu"):
         from accelerate import init_empty_weights
         from safetensors import safe_open
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,13 +57,18 @@ class Shelf:
             raise ValueError(f"{folder} has no *.safetensors; only those can be read in parts")
         with named(folder):
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            if getattr(config, "quantization_config", None):
-                raise ValueError(f"{folder} is quantized; load it whole, dequantized")
+            self.quantizer = _quantizer(folder, config.to_dict())
+            if self.quantizer:
+                del config.quantization_config
             with init_empty_weights(include_buffers=False):
                 made = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
         self.model: Any = made.eval().requires_grad_(False)
-        self.dtype = config.dtype or torch.float32
-        self.rules = get_model_conversion_mapping(self.model, None, None)
+        self.dtype, self.device = config.dtype or torch.float32, torch.device(device)
+        self.dtypes = made._get_dtype_plan(self.dtype)  # of what the model keeps in others
+        self.rules = get_model_conversion_mapping(self.model, None, self.quantizer)
+        for part in made.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = buffer.to(self.device)
         self.sources: dict[str, Path] = {}  # by tensor, its file
         for path in files:
             with named(path), safe_open(path, "pt") as file:
@@ -128,8 +134,10 @@ class Shelf:
 
         self.reads += 1
         how = LoadStateDictConfig(
-            device_map={"": "cpu"},
+            device_map={"": str(self.device)},
             dtype=self.dtype,
+            dtype_plan=self.dtypes,
+            hf_quantizer=self.quantizer,
             weight_mapping=self.rules,  # type: ignore[arg-type]
         )
         # Opened for as long as it is read: a mapped file counts as memory of this process.
@@ -153,6 +161,17 @@ class Shelf:
 
     def _parameters(self, group: str) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.model.named_parameters() if group_of(n) == group]
+
+
+def _quantizer(folder: Path, config: Mapping[str, Any]) -> Any:
+    """What dequantizes the weights while they are read, None where there is nothing to do."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if not config.get("quantization_config"):
+        return None
+    if not is_packed(config):
+        raise ValueError(f"{folder} is quantized; load it whole, dequantized")
+    return AutoHfQuantizer.from_config(unpacking(), pre_quantized=True)
 
 
 def group_of(name: str) -> str:

@@ -54,7 +54,7 @@ class StreamedAdapter(TransformersAdapter):
     @property
     def device(self) -> torch.device:
         """Where layers compute."""
-        return torch.device("cpu")
+        return self.shelf.device
 
     def _fetch(self, site: RouterSite) -> None:
         self.shelf.need(group_of(f"{site.name}."))
@@ -83,12 +83,16 @@ class StreamedAdapter(TransformersAdapter):
 
 
 def load_streamed(
-    folder: Path, tokenizer: Tokenizer | None = None, *, name: str | None = None
+    folder: Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    name: str | None = None,
+    device: str = "cpu",
 ) -> StreamedAdapter:
     """The causal language model of a directory, in the dtype that it is stored in, its weights on
     the disk. Raises as `Shelf` and `StreamedAdapter` do."""
     return StreamedAdapter(
-        Shelf(folder),
+        Shelf(folder, device),
         tokenizer or tokenizer_in(folder),
         pretrained_sha256(folder),
         name=name or folder.resolve().name,

@@ -48,13 +48,16 @@ class Marked(Protocol):
 
 
 class Bookmarks:
-    """Those of one measurement, in a folder within `folder` that its identity names."""
+    """Those of one measurement, in a folder within `folder` that its identity names. device: where
+    tensors are when they are read."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]):
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], device: torch.device | str = "cpu"
+    ):
         capability = torch.backends.cpu.get_cpu_capability()  # what changes last bits
         identity = {**identity, "torch": [torch.__version__, torch.get_num_threads(), capability]}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.folder = folder / digest[:16]
+        self.folder, self.device = folder / digest[:16], device
 
     def done(self, name: str) -> int:
         """Behind how many segments it is."""
@@ -65,7 +68,7 @@ class Bookmarks:
         """What was written last; None, with a warning, where it cannot be read."""
         path = self._path(name, self.done(name))
         try:
-            found = torch.load(path, weights_only=True)
+            found = torch.load(path, map_location=self.device, weights_only=True)
             if _checksum(found["state"]) != found["checksum"]:
                 raise ValueError("its content is not as it was written")
             return found["state"]
@@ -128,7 +131,7 @@ def _own(value: Any) -> Any:
 def _checksum(value: Any, start: int = 0) -> int:
     """CRC-32 of all that is in it."""
     if isinstance(value, Tensor):
-        flat = value.contiguous().reshape(-1).view(torch.uint8)
+        flat = value.cpu().contiguous().reshape(-1).view(torch.uint8)
         return zlib.crc32(flat.numpy().data, start)
     if isinstance(value, dict):
         value = [part for item in value.items() for part in item]

@@ -50,7 +50,7 @@ def measure_by_segment(
             "data": shard.sha256,
             "batch_size": batch_size,
         }
-        marks, of_calibration = Bookmarks(streams, common | own), Bookmarks(streams, common)
+        marks, of_calibration = (Bookmarks(streams, common | of, model.device) for of in (own, {}))
     last = len(model.segments()) - 1
     with owned(*models_of(conditions)):
         for number in range(last + 1):

@@ -121,7 +121,7 @@ def measure_overlap(
                 said = options | dict(batch_size=batch_size, skip_first=skip_first)
                 said |= dict(metrics=sorted(asked), sites=[site.name for site in chosen])
                 said |= dict(model=study.identity, data=texts.sha256, confidence=confidence)
-                marks = Bookmarks(path_of("streams", streams), said)
+                marks = Bookmarks(path_of("streams", streams), said, study.device)
             each = [Reading(probes, *one) for one in taken]
             found = by_segment(Readings(study, each, sums, rows_at), marks, quiet)
         else:

@@ -1,5 +1,7 @@
 """Models of which a layer's weights are in memory at a time: the same numbers, to the last bit."""
 
+import json
+
 import pandas as pd
 import pytest
 import torch
@@ -124,11 +126,63 @@ def test_weights_that_are_missing(folder_of, tmp_path):
         load_streamed(folder, ByteTokenizer())
 
 
-def test_what_cannot_be_streamed(folder_of):
+def packed(folder, dtype):
+    """A gpt-oss as it is published: experts in MXFP4, four bits a number and a scale for 32."""
+    shape = dict(hidden_size=64, intermediate_size=64, num_local_experts=4, num_hidden_layers=2)
+    save_directory(folder, "gpt_oss", dtype=dtype, **shape)
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(1)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, width, rows = tensors.pop(name).shape
+        of_blocks, of_scales = (experts, rows, width // 32, 16), (experts, rows, width // 32)
+        blocks = torch.randint(0, 256, of_blocks, generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 126, of_scales, generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_weights_are_dequantized(dtype, tmp_path):
+    whole, streamed = both(packed(tmp_path / "packed", dtype))
+    conditions, docs = [condition_from_text(text) for text in CONDITIONS], documents()
+    cells = [
+        measure(m, conditions, docs, calibration=calibrate(m, docs)) for m in (whole, streamed)
+    ]
+    for one, other in zip(*cells, strict=True):
+        pd.testing.assert_frame_equal(one.losses, other.losses, check_exact=True)
+    streamed.shelf.need(streamed.shelf.layers[0])
+    assert streamed.model.model.layers[0].mlp.experts.down_proj.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "olmoe"])
+def test_in_half_precision_the_same(family, tmp_path):
+    """What a family keeps in fp32 stays so."""
+    save_directory(tmp_path / family, family, dtype="bfloat16")
+    whole, streamed = both(tmp_path / family)
+    docs, conditions = documents(), [condition_from_text("DropTop(1)")]
+    one, other = (measure(model, conditions, docs)[1] for model in (whole, streamed))
+    pd.testing.assert_frame_equal(one.losses, other.losses, check_exact=True)
+    dtypes = [
+        {n: p.dtype for n, p in model.model.named_parameters()} for model in (whole, streamed)
+    ]
+    assert torch.bfloat16 in dtypes[0].values()
+    state = [{n: b.dtype for n, b in model.model.named_buffers()} for model in (whole, streamed)]
+    assert state[0] == state[1]
+
+
+def test_what_cannot_be_streamed(folder_of, tmp_path):
+    folder = tmp_path / "quantized"
+    save_directory(folder, "olmoe")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is quantized; load it whole"):
+        an.load(folder, tokenizer=ByteTokenizer(), stream=True)
     with pytest.raises(ValueError, match="stream is for models of the transformers library"):
         an.load("smoe", stream=True)
-    with pytest.raises(ValueError, match="streamed runs on the CPU"):
-        an.load(folder_of("olmoe"), stream=True, device="cuda")
 
 
 class Stop(Exception):
