@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +27,8 @@ from analysis.study.texts import Texts
 from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 
-PROBE = 4  # sequences
-SHORT = 30.0  # seconds that a probe may take before it is made smaller
+REPEATS = 3
+LONG = 90.0  # seconds of conditions that are not waited for: they are taken to be as the clean run
 READ = 2**28  # bytes that tell how fast a disk is
 LAYERS = 3  # in memory at a time: one that runs, the next one, and what that is converted from
 
@@ -72,38 +73,13 @@ def needs_of(study: Study, spec: ModelSpec, texts: Texts | None) -> Needs:
     """
     config = published_config(Path(spec.hf)) if spec.hf else spec.published or {}
     shape, data = shape_of(config), study.data
+    times = _Times.of(config, shape, data.length, study.conditions_of(spec))
     sizes = [len(shard) for shard in texts.shards] if texts else _shards(study)
-    small, more = (shape.routed[0], shape.routed[min(1, len(shape.routed) - 1)])
-    first = shallow(config, small + 1)
-    sites = [
-        replace(site, layer=layer)
-        for layer in shape.routed
-        for site in first.sites()
-        if site.layer == small
-    ]
-    arms = [CLEAN, *conditions_for(sites, study.conditions_of(spec))]
-    _check(sites, study.conditions_of(spec))
-    kinds = {_kind(arm): replace(arm, where=Where()) for arm in arms[1:]}
-    batch, every = _probe(first, data.length, len(kinds))
-    least = _seconds(first, batch, kinds if every else {})
-    width = first.width
-    del first
-    most = _seconds(shallow(config, more + 1), batch, kinds if every else {})
-    layers = max(1, more - small)
-    a_layer = {kind: (most[kind] - least[kind]) / layers for kind in least}
-    ends = max(0.0, least[None] - a_layer[None] * (small + 1))
-
-    def of_arm(arm: Condition) -> float:
-        """Seconds a sequence: layers in which it acts, and those behind the first of them."""
-        acting = sum(map(arm.where, sites)) if arm != CLEAN else 0
-        begins = next(s.layer for s in sites if arm.where(s)) if arm != CLEAN else 0
-        own = a_layer.get(_kind(arm), a_layer[None])
-        return ends + acting * own + (shape.depth - begins - acting) * a_layer[None]
-
-    computing = sum(sizes) * sum(max(0.0, of_arm(arm)) for arm in arms)
-    computing += study.measure.calibration * max(0.0, of_arm(CLEAN))
+    arms = [CLEAN, *conditions_for(times.sites, study.conditions_of(spec))]
+    computing = sum(sizes) * sum(times.of_arm(arm, shape.depth) for arm in arms)
+    computing += study.measure.calibration * times.of_arm(CLEAN, shape.depth)
     streamed = is_streamed(spec)
-    streams = max(sizes) * data.length * width * 2 * len(arms)
+    streams = max(sizes) * data.length * times.width * 2 * len(arms)
     on_disk = streamed and study.measure.streams == "disk"
     at_once = min(study.measure.batch_size, max(sizes)) / max(sizes) if on_disk else 1
     weights = shape.rest + LAYERS * shape.layer if streamed else shape.total
@@ -119,6 +95,65 @@ def needs_of(study: Study, spec: ModelSpec, texts: Texts | None) -> Needs:
         read * _second_a_byte(Path(spec.hf)) if spec.hf else 0.0,
         computing,
     )
+
+
+class _Times(NamedTuple):
+    """Seconds of a sequence.
+
+    ends    in the clean run, before the first layer and behind the last;  layer: in a layer
+    losses  what a condition takes more behind the last one
+    acting  what a layer takes more in which it acts, by kind of condition
+    """
+
+    sites: list[RouterSite]
+    width: int
+    ends: float
+    layer: float
+    losses: float
+    acting: dict[tuple, float]
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        shape: Shape,
+        length: int,
+        conditions: Sequence[Condition],
+    ) -> _Times:
+        """From two shallow models. Raises `ValueError` for conditions that cannot be."""
+        number, next_number = (*shape.routed, shape.routed[0])[:2]
+        model = shallow(config, number + 1)
+        sites = [
+            replace(site, layer=layer)
+            for layer in shape.routed
+            for site in model.sites()
+            if site.layer == number
+        ]
+        _check(sites, conditions)
+        kinds = {_kind(arm): replace(arm, where=Where()) for arm in conditions}
+        least = _clean(model, _random(model, length))
+        del model
+        model = shallow(config, max(next_number, number) + 1)
+        batch = _random(model, length)
+        most, more = _clean(model, batch), {}
+        if most * (1 + len(kinds)) < LONG:
+            with suppress(ValueError):  # a trace, say, has no decisions on random tokens
+                stats = calibrate(model, batch)
+                cells = measure(model, [*kinds.values()], batch, calibration=stats, reuse=())
+                more = {_kind(cell.condition): cell.seconds - most for cell in cells[1:]}
+        losses = max(0.0, min(more.values(), default=0.0))
+        acting = {kind: (each - losses) / len(model.sites()) for kind, each in more.items()}
+        layer = (most - least) / max(1, next_number - number)
+        ends = max(0.0, least - layer * (number + 1))
+        return cls(sites, model.width, ends, layer, losses, acting)
+
+    def of_arm(self, arm: Condition, depth: int) -> float:
+        """All layers from the first in which it acts."""
+        if arm == CLEAN:
+            return self.ends + depth * self.layer
+        places = [site.layer for site in self.sites if arm.where(site)]
+        acting = len(places) * self.acting.get(_kind(arm), 0.0)
+        return self.ends + self.losses + (depth - places[0]) * self.layer + acting
 
 
 def _check(sites: Sequence[RouterSite], conditions: Sequence[Condition]) -> None:
@@ -146,37 +181,22 @@ def _shards(study: Study) -> list[int]:
     return [min(data.shard, whole - at) for at in range(0, whole, data.shard)]
 
 
-def _kind(arm: Condition) -> tuple | None:
+def _kind(arm: Condition) -> tuple:
     """What its time depends on, apart from where it acts."""
-    return None if arm == CLEAN else (type(arm.perturbation), arm.effect, arm.downstream, arm.point)
+    return type(arm.perturbation), arm.effect, arm.downstream, arm.point
 
 
-def _probe(model: Adapter, length: int, kinds: int) -> tuple[Sequences, bool]:
-    """Random tokens, as many as can be measured in `SHORT` seconds, and whether that is enough for
-    conditions; else they are taken to be as long as the clean run."""
-    measure(model, [], _random(model, 1, length))  # warms up
-    start = time.perf_counter()
-    measure(model, [], _random(model, 1, length))
-    took = time.perf_counter() - start
-    rows = PROBE if took * PROBE * 3 * (1 + kinds) < SHORT else 1
-    return _random(model, rows, length), took * 3 * (1 + kinds) < 2 * SHORT
-
-
-def _random(model: Adapter, rows: int, length: int) -> Sequences:
+def _random(model: Adapter, length: int) -> Sequences:
+    """One sequence of random tokens."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.vocab_size, (rows, length + 1), generator=generator)
-    names, sizes = [str(row) for row in range(rows)], torch.full((rows,), length)
-    ids = torch.arange(rows)
-    return Sequences(tokens[:, :-1], tokens[:, 1:], ids, names, ["probe"] * rows, sizes)
+    tokens = torch.randint(model.vocab_size, (1, length + 1), generator=generator)
+    size = torch.tensor([length])
+    return Sequences(tokens[:, :-1], tokens[:, 1:], torch.zeros_like(size), ["probe"], [""], size)
 
 
-def _seconds(model: Adapter, batch: Sequences, kinds: Mapping[Any, Condition]) -> dict[Any, float]:
-    """Of a sequence, under each kind of condition; None: clean."""
-    calibration = calibrate(model, batch, batch_size=len(batch))
-    measure(model, [], batch, batch_size=len(batch))  # warms up
-    how: dict[str, Any] = dict(batch_size=len(batch), calibration=calibration)
-    cells = measure(model, [*kinds.values()], batch, reuse=frozenset(), **how)
-    return {_kind(cell.condition): cell.seconds / len(batch) for cell in cells}
+def _clean(model: Adapter, batch: Sequences) -> float:
+    """Seconds of the clean run, the fastest of some."""
+    return min(measure(model, [], batch)[0].seconds for _ in range(REPEATS))
 
 
 def _second_a_byte(folder: Path) -> float:

@@ -1,7 +1,7 @@
 """A process that runs a study and kills itself: python -m tests.analysis.study.stopped STUDY OUT
 
-It dies behind the second thing that is written to the disk for a layer, and has then printed how
-many layers it read since it began to measure.
+It dies behind the fourth file that it writes about a layer, and has then printed how many layers it
+read since it began to measure.
 """
 
 import json
@@ -23,7 +23,7 @@ writes: list[int] = []
 def write(self, *args):
     own(self, *args)
     writes.append(1)
-    if len(writes) == 2:
+    if len(writes) == 4:
         print(len(reads), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -147,6 +147,7 @@ def test_streamed_in_processes_the_same(study, tmp_path):
 def test_killed_it_goes_on_behind_the_last_layer(study, tmp_path):
     """kill -9 in the middle of a shard: what was read of the layers before is not read again."""
     study["models"][0]["stream"] = True
+    study["measure"] = {"batch_size": 64}
     out = tmp_path / "out"
     whole = run(study, tmp_path / "whole", threads=1)
     path = tmp_path / "study.json"
@@ -163,8 +164,8 @@ def test_killed_it_goes_on_behind_the_last_layer(study, tmp_path):
             break
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert [*out.glob("streams/*/*")]
-    assert len(reads) > 3
-    assert max(reads) <= 2
+    assert len(reads) > 2
+    assert max(reads) <= 3  # of the two layers of four files, and the next one
     assert an.read(out).losses.equals(whole.losses)
 
 
