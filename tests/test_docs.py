@@ -28,7 +28,8 @@ from .tiny import MODEL, tiny_study, write_corpus
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # In the order in which code goes on from what stands before.
-PAGES = ["studies", "tasks", "pretrained", "perturbations", "overlap", "families", "numbers", "faq"]
+PAGES = ["studies", "tasks", "pretrained", "larger", "perturbations", "overlap", "families"]
+PAGES += ["numbers", "faq"]
 DOCS = {page: (ROOT / "docs" / f"{page}.md").read_text() for page in PAGES}
 TEXT = "\n".join([README, *DOCS.values()])
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from analysis.adapters.base import Segment, State
 from analysis.adapters.form import call, hidden_of, logits_of, with_hidden
-from analysis.adapters.running import run as run_segments
 from analysis.adapters.seams import Event
 from analysis.adapters.seat import Functions, Seat
 from analysis.adapters.stream import Layers, in_place_of, layers_of
@@ -37,9 +36,13 @@ class Body:
         events: Sequence[Event],
         tokens_BL: Tensor,
         logits_BLV: Tensor,
+        others: Sequence[Tensor] = (),
     ):
-        """events: all modules' calls in the forward of these tokens, which gave these logits."""
-        self.model, self.seats = model, seats
+        """events: all modules' calls in the forward of these tokens, which gave these logits.
+
+        others   tokens whose logits, `of_others`, are made in the same pass
+        """
+        self.model, self.seats, self.others = model, seats, others
         self.layers = layers_of(model, events, [seat.experts for seat in seats])
         self.module = self.layers.owner if self.layers else getattr(model, "base_model", model)
         self._output = next(e.result for e in reversed(events) if e.module is self.module)
@@ -59,11 +62,19 @@ class Body:
 
     def _decisions(self, tokens_BL: Tensor, logits_BLV: Tensor) -> Sequence[Routing] | None:
         """Those of a forward by segments, if it gives these logits to the last bit."""
-        state = run_segments(self.segments(), tokens_BL)
+        others = self.others if self.layers else ()
+        states = [State(None, each_BL) for each_BL in (tokens_BL, *others)]
+        for segment in self.segments():  # all through one before the next
+            states = [segment.run(state) for state in states]
+        state, *rest = states
+        self.of_others = [self._logits(each.hidden_BLD) for each in rest]
         logits_TV = self.logits(state.hidden_BLD.flatten(0, 1))
         same = torch.equal(logits_TV, logits_BLV.flatten(0, 1).float())
         self.width = state.hidden_BLD.shape[-1]
         return state.decisions if same else None
+
+    def _logits(self, hidden_BLD: Tensor) -> Tensor:
+        return self.logits(hidden_BLD.flatten(0, 1)).unflatten(0, hidden_BLD.shape[:2])
 
     def segments(self) -> list[Segment]:
         """embed, layer_0, ..., norm; or, where layers cannot be called again, the body at once,

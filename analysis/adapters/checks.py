@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.adapters.form import call, is_library, logits_of
+from analysis.adapters.form import is_library
 from analysis.adapters.router import TappedRouter
 from analysis.adapters.seams import TOKENS, Event
 from analysis.adapters.seat import Seat
@@ -23,20 +23,26 @@ ROWS = 24  # of one text: some expert gets this many times its tokens
 SAID = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def check_causal(model: Any, tokens_BL: Tensor, logits_BLV: Tensor) -> None:
-    """Raise `ValueError` for a model in which a token changes what comes before it, so that no
-    prefix is worth what is measured of it: one with an encoder, or that routes all at once."""
-    other_BL = tokens_BL.clone()
+def beside(tokens_BL: Tensor) -> list[Tensor]:
+    """What `check_causal` compares with: other last tokens, a text alone, it among others."""
+    other_BL, row_BL = tokens_BL.clone(), tokens_BL[:1]
     other_BL[:, -1] = (other_BL[:, -1] + 1) % (tokens_BL.max() + 1)
-    before = slice(None, tokens_BL.shape[1] - 1)
-    other_BLV = logits_of(call(model, other_BL))
+    return [other_BL, row_BL, row_BL.expand(ROWS, -1)]
+
+
+def check_causal(model: Any, logits_BLV: Tensor, of_beside: Sequence[Tensor]) -> None:
+    """Raise `ValueError` for a model in which a token changes what comes before it, so that no
+    prefix is worth what is measured of it: one with an encoder, or that routes all at once.
+
+    of_beside   its logits of what is `beside` the tokens
+    """
+    before = slice(None, logits_BLV.shape[1] - 1)
+    other_BLV, alone_BLV, among_BLV = of_beside
     if _apart(logits_BLV[:, before], other_BLV[:, before], share=0):
         raise ValueError(
             f"{type(model).__name__} is not causal: another last token changes the logits before it"
         )
-    row_BL = tokens_BL[:1]
-    alone, among = (logits_of(call(model, row_BL.expand(n, -1)))[-1] for n in (1, ROWS))
-    if _apart(alone, among, share=0.5):
+    if _apart(alone_BLV[-1], among_BLV[-1], share=0.5):
         raise ValueError(
             f"{type(model).__name__} gives a text other logits beside others than alone: its "
             "experts may have a capacity"

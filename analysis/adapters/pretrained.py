@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,19 @@ def pretrained_sha256(folder: Path) -> str:
     if not weights:
         raise ValueError(f"{folder} has no weights ({', '.join(WEIGHTS)})")
     others = [path for path in (folder / CONFIG, folder / ADAPTER) if path.is_file()]
-    files = {path.name: fingerprint(path)["sha256"] for path in (*others, *weights)}
+    files = {path.name: _sha256(path, path.stat()) for path in (*others, *weights)}
     said = json.dumps([files, transformers_version()])
     return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _sha256(path: Path, now: os.stat_result) -> str:
+    return _read_sha256(path.resolve(), now.st_size, now.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _read_sha256(path: Path, size: int, changed: int) -> str:
+    """Of a file that was not touched since: hundreds of gigabytes are read once a process."""
+    return fingerprint(path)["sha256"]
 
 
 def read_model(folder: Path, device: str) -> Any:

@@ -21,6 +21,7 @@ from torch import nn
 from analysis.adapters.pretrained import is_packed, unpacking, without_bars
 from cartmoe.foreign import named
 
+SMALL = 1000  # a part of its layer that is so many times smaller stays: routers, norms
 LAYER = re.compile(r".*?\.\d+(?=\.)")  # of a tensor's name, what names its layer
 
 
@@ -31,8 +32,9 @@ class Fetch:
     shelf: Shelf
     group: str
 
-    def __call__(self, *_: Any) -> None:
-        self.shelf.need(self.group)
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if any(p.is_meta for p in module.parameters(recurse=False)):
+            self.shelf.need(self.group)
 
 
 class Shelf:
@@ -154,7 +156,11 @@ class Shelf:
             raise ValueError(f"the files have no weights for {missing[0]}")
 
     def _let_go(self, group: str) -> None:
-        for name, parameter in self._parameters(group):
+        parameters = self._parameters(group)
+        least = sum(parameter.nbytes for _, parameter in parameters) / SMALL
+        for name, parameter in parameters:
+            if parameter.nbytes < least:
+                continue
             holder, _, own = name.rpartition(".")
             empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
             setattr(self.model.get_submodule(holder), own, empty)

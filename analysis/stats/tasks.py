@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -19,11 +19,17 @@ ARM = ["condition", *CONDITION, "eval_seed"]
 CLEAN = "clean"
 
 
-def task_differences(samples: pd.DataFrame, bootstrap: Bootstrap = Bootstrap()) -> pd.DataFrame:
+def task_differences(
+    samples: pd.DataFrame,
+    bootstrap: Bootstrap = Bootstrap(),
+    groups: Mapping[str, Sequence[str]] = {},
+) -> pd.DataFrame:
     """Each metric of each task under each condition, less that of the clean run, a row each.
 
     samples   see `analysis.tasks.TaskResults`: value and weight of each document; a metric is the
               sum of values over the sum of weights
+    groups    by name, tasks that are taken together, too: all their documents as those of one task,
+              in a row behind theirs, of metrics that all of them have
 
     model, family, train_seed, label, those of a condition and its eval_seed, task, filter, metric,
     num_documents
@@ -35,19 +41,30 @@ def task_differences(samples: pd.DataFrame, bootstrap: Bootstrap = Bootstrap()) 
     p, min_p         of such a metric McNemar's exact test (two-sided binomial of lost and gained),
                      of others a test that flips the signs of documents' differences; and the
                      smallest that so many documents (so many that change) allow
-    p_holm           adjusted by Holm's method over the rows of one checkpoint and metric
+    p_holm           adjusted by Holm's method over the rows of one checkpoint and metric, those of
+                     tasks, and those of groups, apart
 
     Raises `ValueError` where a document of the clean run is missing under a condition, or is
     another one there: other words, prompt or target.
     """
     check_columns("samples", samples, [*CHECKPOINT, *ARM, *QUESTION, *HASHES, "metric"])
-    rows = [_row(*pair, bootstrap) for pair in _pairs(samples)]
+    together = pd.concat([samples, *_grouped(samples, groups)], ignore_index=True)
+    rows = [_row(*pair, bootstrap) for pair in _pairs(together)]
     if not rows:
         return pd.DataFrame()
     table = pd.DataFrame(rows)
     table.insert(len(CHECKPOINT), "label", label(table))
-    families = table.groupby([*CHECKPOINT, "metric"], sort=False).p
+    families = table.groupby([*CHECKPOINT, "metric", table.task.isin(groups)], sort=False).p
     return table.assign(p_holm=families.transform(lambda p: holm(p.to_numpy())))
+
+
+def _grouped(samples: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Iterator[pd.DataFrame]:
+    """Of each group, the documents of its tasks as those of one."""
+    for name, tasks in groups.items():
+        own = samples[samples.task.isin(tasks)]
+        have = own.groupby(["metric", "filter"]).task.transform("nunique")
+        own = own[have == own.task.nunique()]
+        yield own.assign(task=name, document=own.task + "/" + own.document)
 
 
 def _pairs(samples: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame, pd.DataFrame]]:

@@ -30,7 +30,7 @@ from cartmoe.hooks import RouterSite
 REPEATS = 3
 LONG = 90.0  # seconds of conditions that are not waited for: they are taken to be as the clean run
 READ = 2**28  # bytes that tell how fast a disk is
-LAYERS = 3  # in memory at a time: one that runs, the next one, and what that is converted from
+LAYERS = 4  # in memory at a time: the one that runs, the next one, its files, what is made of them
 
 
 class Needs(NamedTuple):
@@ -170,7 +170,7 @@ def _check(sites: Sequence[RouterSite], conditions: Sequence[Condition]) -> None
 
 
 def _giga(size: float) -> str:
-    return f"{size / 1e9:.2g} GB"
+    return f"{size / 1e9:.2g} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def _shards(study: Study) -> list[int]:

@@ -43,10 +43,15 @@ def is_streamed(spec: ModelSpec) -> bool:
 
 
 def room() -> int:
-    """Bytes for weights where studies measure."""
-    if default_device() == "cpu":
-        return free_memory()
-    return torch.cuda.mem_get_info()[0]
+    """Bytes of memory where studies measure, used or not: what is decided by it stays decided."""
+    if default_device() != "cpu":
+        return torch.cuda.mem_get_info()[1]
+    sysconf = getattr(os, "sysconf", lambda name: sys.maxsize)  # Windows has none
+    whole = sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")
+    try:
+        return min(whole, int((CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or "max"
+        return whole
 
 
 def _parameters(spec: ModelSpec) -> int:

@@ -77,7 +77,8 @@ class ModelSpec:
 
     path   of a checkpoint or a run;  hf   of a directory with a model of the transformers library
     published   of one whose directory its user brings: what its config.json says
-    stream      whether weights stay on the disk, a layer in memory; None: if there is no room
+    stream      whether weights stay on the disk, a layer in memory; None: if they would
+                take more than half of it
     config, train   where none of these is given: how it is trained
     """
 

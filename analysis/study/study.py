@@ -17,7 +17,7 @@
     path = "runs/mine"
     [[models]]              # or directories with models of the transformers library
     hf = "downloads/OLMoE-1B-7B-0924"
-    stream = true           # a layer at a time; by default where it is too large for the memory
+    stream = true           # a layer at a time; by default if more than half of the memory
     [[models]]              # or a place for one whose directory is given when the study is read
     name = "OLMoE-1B-7B"
     published = {model_type = "olmoe"}  # what its config.json says, for estimates

@@ -79,7 +79,7 @@ def evaluate(
                 table = sample_table(asked.samples(asking), metrics)
                 named = key_columns(one.name, one.family, one.train_seed, condition)
                 tables.append(pd.DataFrame([named] * len(table)).join(table))
-    return TaskResults(pd.concat(tables, ignore_index=True))
+    return TaskResults(pd.concat(tables, ignore_index=True), asked.groups)
 
 
 def _check(

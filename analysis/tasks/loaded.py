@@ -27,6 +27,7 @@ class TaskSet:
     all that they name.
 
     tasks   by name, those that ask
+    groups  by name, the names of all tasks that are within
     sha256  of all that they ask, and of lm-eval's version
 
     Raises `ValueError` for names that there are not, with those that are near, and for examples
@@ -48,6 +49,8 @@ class TaskSet:
         with _own_randomness(), _quiet():
             self.loaded: Any = _load(names, include_path)
         self.tasks: dict[str, Any] = self.loaded["tasks"]
+        within = {name: group.get_all_tasks() for name, group in self.loaded["groups"].items()}
+        self.groups = {name: [task.task_name for task in own] for name, own in within.items()}
         for name, task in self.tasks.items():
             own = task.get_config("num_fewshot")
             if num_fewshot is not None and own == 0 and num_fewshot != 0:

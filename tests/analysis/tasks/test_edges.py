@@ -153,7 +153,16 @@ def test_patterns_and_groups(tmp_path):
         write_task(tmp_path, name, ROWS[:2], **CHOICE)
     (tmp_path / "group.yaml").write_text("group: lines\ntask: [line_a, line_b]\n")
     for asked in ("line_*", "lines"):
-        assert set(ask(tmp_path, asked).samples.task) == {"line_a", "line_b"}
+        found = ask(tmp_path, asked)
+        assert set(found.samples.task) == {"line_a", "line_b"}
+    rows = found.differences().query("metric == 'acc'").set_index("task")
+    assert list(rows.index) == ["line_a", "line_b", "lines"]
+    assert rows.num_documents.to_dict() == {"line_a": 2, "line_b": 2, "lines": 4}
+    tasks, group = rows.loc[["line_a", "line_b"]], rows.loc["lines"]
+    assert group.value == tasks.value.mean()
+    assert group.lost == tasks.lost.sum()
+    assert group.p_holm == group.p  # one of its kind
+    assert "lines difference" in found.table()
 
 
 def test_questions_that_are_too_long_lose_the_same_beginning(tmp_path):
