@@ -81,7 +81,7 @@ class FusedSeat(Seat):
         # A slot more, without weight: longcat_flash cannot do with one.
         one_T2 = torch.tensor([1, 0], dtype=x_TD.dtype, device=x_TD.device).expand(len(x_TD), 2)
         one_TK = one_T2[:, : self.fewest]
-        own = self.standing[1].own if self.functions else self.experts.forward
+        own = self.standing[1].own if self.functions else self.experts  # called: weights may come
         x, found = x_TD[None] if self.batched else x_TD, []
         for e in ids:
             ids_TK = torch.full_like(one_TK, min(e, real - 1), dtype=torch.int64)
