@@ -159,11 +159,10 @@ class Shelf:
         parameters = self._parameters(group)
         least = sum(parameter.nbytes for _, parameter in parameters) / SMALL
         for name, parameter in parameters:
-            if parameter.nbytes < least:
-                continue
             holder, _, own = name.rpartition(".")
-            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-            setattr(self.model.get_submodule(holder), own, empty)
+            small = parameter.nbytes < least  # a copy: it may be a part of a mapped file
+            left = parameter.clone() if small else torch.empty_like(parameter, device="meta")
+            setattr(self.model.get_submodule(holder), own, nn.Parameter(left, requires_grad=False))
 
     def _parameters(self, group: str) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.model.named_parameters() if group_of(n) == group]

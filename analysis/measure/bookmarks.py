@@ -54,8 +54,7 @@ class Bookmarks:
     def __init__(
         self, folder: Path, identity: Mapping[str, Any], device: torch.device | str = "cpu"
     ):
-        capability = torch.backends.cpu.get_cpu_capability()  # what changes last bits
-        identity = {**identity, "torch": [torch.__version__, torch.get_num_threads(), capability]}
+        identity = {**identity, "computed": _how_computed()}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder, self.device = folder / digest[:16], device
 
@@ -83,7 +82,10 @@ class Bookmarks:
         self.folder.mkdir(parents=True, exist_ok=True)
         with temporary(path) as new:
             whole = _own(dict(state))
-            torch.save({"state": whole, "checksum": _checksum(whole)}, new)
+            try:
+                torch.save({"state": whole, "checksum": _checksum(whole)}, new)
+            except RuntimeError as error:  # which torch makes of a full disk
+                raise OSError(f"{path} could not be written: {error}") from error
             new.replace(path)
         for old in before:
             old.unlink(missing_ok=True)
@@ -117,6 +119,14 @@ def marked(marks: Bookmarks | None, name: str, what: Marked, write: bool = True)
     if write and what.done > marks.done(name):
         marks.write(name, what.done, what.state())
     what.begin()
+
+
+def _how_computed() -> list[Any]:
+    """What changes last bits."""
+    kinds = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+    capability = torch.backends.cpu.get_cpu_capability()
+    precision = torch.get_float32_matmul_precision()
+    return [torch.__version__, torch.get_num_threads(), capability, precision, *kinds]
 
 
 def _own(value: Any) -> Any:

@@ -93,9 +93,10 @@ class Calibrating:
 
     def _step(self, segment: Segment) -> None:
         decided: list[tuple[Routing, ...]] = []
-        for i, state in enumerate(self.states):
+        behind: list[State] = []
+        for state in self.states:
             after = segment.run(state)
-            self.states[i] = after._replace(decisions=())
+            behind.append(after._replace(decisions=()))
             decided.append(after.decisions)
         for site, routings in zip(segment.sites, zip(*decided, strict=True), strict=True):
             for routing in routings:
@@ -106,6 +107,7 @@ class Calibrating:
             counts_E = torch.stack([expert_counts(routing) for routing in used]).sum(0)
             std = reservoir_RE.double().std().item()
             self.sites[site] = SiteStats(reservoir_RE, std, counts_E / counts_E.sum())
+        self.states = behind
 
     def finish(self) -> Calibration:
         """Of every site."""

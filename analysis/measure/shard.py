@@ -37,7 +37,7 @@ def measure(
     reuse: Collection[Condition] | None = None,
     keep_tokens: bool = False,
     streams: Path | None = None,
-    progress: Callable[[int], None] = lambda conditions_done: None,
+    progress: Callable[[int], object] = lambda conditions_done: None,
 ) -> list[Cell]:
     """The clean cell, then one a condition, in their order.
 

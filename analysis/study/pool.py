@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import NamedTuple
 
+from analysis.adapters import num_batches
 from analysis.measure import Cell
 from analysis.study.executors import deaths
 from analysis.study.worker import Task, compute, compute_pickled, forget
@@ -35,9 +36,16 @@ Outcomes = Generator[tuple[Task, list[Cell] | Failure], None, None]
 
 
 class InProcess:
-    """Tasks one after the other, here."""
+    """Tasks one after the other, here.
+
+    progress   is told of cells before their task is done, which of a large model takes hours
+    told       of how many, of the last task
+    """
 
     workers = 1
+
+    def __init__(self, progress: Callable[[int], object] = lambda cells: None):
+        self.progress, self.told = progress, 0
 
     def __enter__(self) -> InProcess:
         return self
@@ -48,7 +56,18 @@ class InProcess:
     def run(self, tasks: Iterable[Task], suspects: Iterable[Task] = ()) -> Outcomes:
         """(task, its cells), in their order."""
         for task in chain(tasks, suspects):
-            yield task, compute(task)
+            self.told, done = 0, 0
+            parts = num_batches(task.shard, task.source.batch_size)
+
+            def tell(number: int, parts: int = parts) -> None:
+                """Of conditions on a batch that are done."""
+                nonlocal done
+                done += number
+                cells = done // parts - self.told
+                self.told += cells
+                self.progress(cells)
+
+            yield task, compute(task, tell)
 
 
 class Pool:
@@ -57,6 +76,8 @@ class Pool:
 
     Leaving the block by an exception drops what is in flight, and the workers with it.
     """
+
+    told = 0  # cells of a task before it is done
 
     def __init__(self, factory: Callable[[], Executor]):
         self.factory = factory

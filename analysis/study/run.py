@@ -19,7 +19,7 @@ from analysis.study.machine import cores, free_workers, is_streamed
 from analysis.study.models import Checkpoint, check_bytes, trained
 from analysis.study.plan import Plan, Work
 from analysis.study.pool import Failure, InProcess, Pool
-from analysis.study.provenance import default_device, manifest
+from analysis.study.provenance import default_device, manifest, source_sha256
 from analysis.study.store import DamagedCells, Store
 from analysis.study.study import Study, study_dict
 from analysis.study.training import train_models
@@ -148,9 +148,11 @@ def _measure_missing(
     if progress:
         tqdm.write(f"measuring {len(missing)} of {len(planned)} cells")
     attempts = store.failures().set_index("key").attempts.to_dict()
-    streams = out / STREAMS if plan.study.measure.streams == "disk" else None
+    streams = None
+    if plan.study.measure.streams == "disk":
+        streams = out / STREAMS / source_sha256()[:16]  # what other code left is not gone on from
     bar = tqdm(total=len(missing), unit="cell", disable=not progress)
-    with bar, InProcess() if executor is None else Pool(executor) as pool:
+    with bar, InProcess(bar.update) if executor is None else Pool(executor) as pool:
         tasks = [
             plan.tasks(work, keys, pool.workers, streams)
             for keys in (missing - attempts.keys(), missing & attempts.keys())
@@ -166,9 +168,8 @@ def _measure_missing(
                 else:
                     for cell, measured in zip(task.cells, outcome, strict=True):
                         store.add(cell.identity, measured)
-                bar.update(len(task.cells))
-    if streams:  # nothing is left that would go on from there
-        shutil.rmtree(streams, ignore_errors=True)
+                bar.update(len(task.cells) - pool.told)
+    shutil.rmtree(out / STREAMS, ignore_errors=True)  # nothing is left that would go on from there
 
 
 def _described(plan: Plan, work: Sequence[Work]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -79,7 +79,7 @@ class Task:
     streams: Path | None = None
 
 
-def compute(task: Task) -> list[Cell]:
+def compute(task: Task, progress: Callable[[int], object] = lambda done: None) -> list[Cell]:
     """The task's cells, in their order. Raises as `analysis.measure.measure` does, and `ValueError`
     where bits would differ from those planned."""
     source = task.source
@@ -94,6 +94,7 @@ def compute(task: Task) -> list[Cell]:
             reuse=frozenset(cell.condition for cell in task.cells if cell.reuses),
             keep_tokens=task.keep_tokens,
             streams=task.streams if source.stream else None,
+            progress=progress,
         )
     by_condition = {cell.condition: cell for cell in measured}
     return [by_condition[cell.condition] for cell in task.cells]

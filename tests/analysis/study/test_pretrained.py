@@ -163,7 +163,7 @@ def test_killed_it_goes_on_behind_the_last_layer(study, tmp_path):
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.stderr
-        assert [*out.glob("streams/*/*")]
+        assert [*out.glob("streams/*/*/*")]
     assert len(reads) > 2
     assert max(reads) <= 3  # of the two layers of four files, and the next one
     assert an.read(out).losses.equals(whole.losses)
