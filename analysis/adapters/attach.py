@@ -30,13 +30,19 @@ def seats_of(model: nn.Module, events: Sequence[Event]) -> list[Seat]:
     """
     found: list[Seat] = []
     last, modules = 0, set()
+    fewest: dict[type, int] = {}  # by class of experts: of one it is asked once
     for i, event in enumerate(events):
         where = places(event.args, event.kwargs, TOKENS)
         if where and _holds(event.module, argument(event.args, event.kwargs, where.ids)):
             if event.module in modules:
                 raise ValueError(f"{event.name} is called more than once in a forward")
             modules.add(event.module)
-            found.append(_seat(model, where, events[last:i], events[i:]))
+            seat = _seat(model, where, events[last:i], events[i:])
+            kind = type(seat.experts)
+            if kind not in fewest:
+                fewest[kind] = _fewest(seat, argument(event.args, event.kwargs, where.hidden))
+            seat.fewest = fewest[kind]
+            found.append(seat)
             last = i + 1
     return found
 
@@ -49,7 +55,7 @@ def _holds(module: nn.Module, ids_TK: Tensor) -> bool:
 
 def _seat(
     model: nn.Module, where: Places, before: Sequence[Event], behind: Sequence[Event]
-) -> Seat:
+) -> FusedSeat:
     event = behind[0]
     ids_TK, weights_TK, x = (
         argument(event.args, event.kwargs, key) for key in (where.ids, where.weights, where.hidden)
@@ -78,12 +84,16 @@ def _seat(
     block = model.get_submodule(event.name.rpartition(".")[0])
     around = next(e for e in behind if e.module is block)
     how = Call.of(around.args, around.kwargs)
-    seat = FusedSeat(site, tapped, event.module, block, how, places=where, batched=x.ndim == 3)
+    return FusedSeat(site, tapped, event.module, block, how, places=where, batched=x.ndim == 3)
+
+
+def _fewest(seat: FusedSeat, x: Tensor) -> int:
+    """Slots that its experts can do with."""
     try:
         seat.outputs(x.reshape(TOKENS, -1), [0])
     except ValueError:
-        seat.fewest = 2
-    return seat
+        return 2
+    return seat.fewest
 
 
 def _outputs(result: Any, ids_TK: Tensor, weights_TK: Tensor) -> tuple[int, int] | None:

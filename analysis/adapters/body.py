@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from analysis.adapters.base import Segment, State
+from analysis.adapters.checks import ROWS, check_alone, check_causal
 from analysis.adapters.form import call, hidden_of, logits_of, with_hidden
 from analysis.adapters.seams import Event
 from analysis.adapters.seat import Functions, Seat
@@ -26,7 +27,8 @@ class Body:
 
     width   of the hidden states
 
-    Raises `ValueError` if neither way gives the logits of the model's own forward to the last bit.
+    Raises `ValueError` if neither way gives the logits of the model's own forward to the last bit,
+    and as `check_alone` and `check_causal` do.
     """
 
     def __init__(
@@ -36,13 +38,14 @@ class Body:
         events: Sequence[Event],
         tokens_BL: Tensor,
         logits_BLV: Tensor,
-        others: Sequence[Tensor] = (),
+        other_BL: Tensor | None = None,
     ):
         """events: all modules' calls in the forward of these tokens, which gave these logits.
 
-        others   tokens whose logits, `of_others`, are made in the same pass
+        other_BL   tokens with another end, if causality is checked here
         """
-        self.model, self.seats, self.others = model, seats, others
+        self.model, self.seats, self.other_BL = model, seats, other_BL
+        self.other_BLV: Tensor | None = None
         self.layers = layers_of(model, events, [seat.experts for seat in seats])
         self.module = self.layers.owner if self.layers else getattr(model, "base_model", model)
         self._output = next(e.result for e in reversed(events) if e.module is self.module)
@@ -59,22 +62,34 @@ class Body:
                 "something before or behind them that is not seen here"
             )
         self.decisions = taken
+        if self.other_BLV is not None:
+            check_causal(model, logits_BLV, self.other_BLV)
+        check_alone(model, self.added)
 
     def _decisions(self, tokens_BL: Tensor, logits_BLV: Tensor) -> Sequence[Routing] | None:
         """Those of a forward by segments, if it gives these logits to the last bit."""
-        others = self.others if self.layers else ()
-        states = [State(None, each_BL) for each_BL in (tokens_BL, *others)]
+        row_BL = tokens_BL[:1]
+        among_BL = row_BL.expand(ROWS, -1)
+        states = [State(None, tokens_BL), State(None, row_BL)]
+        if self.layers and self.other_BL is not None:
+            states.append(State(None, self.other_BL))
+        self.added: list[tuple[Tensor, Tensor]] = []  # see `check_alone`
         for segment in self.segments():  # all through one before the next
+            before = states[1].hidden_BLD
             states = [segment.run(state) for state in states]
-        state, *rest = states
-        self.of_others = [self._logits(each.hidden_BLD) for each in rest]
+            if segment.sites:
+                many = segment.run(State(before.expand(ROWS, *before.shape[1:]), among_BL))
+                alone_BLD, one_BLD = states[1].hidden_BLD, many.hidden_BLD[-1:]
+                known_BLD = before if self.layers else 0.0
+                self.added.append((alone_BLD - known_BLD, one_BLD - known_BLD))
+        state, _, *others = states
+        for other in others:
+            shape = other.hidden_BLD.shape[:2]
+            self.other_BLV = self.logits(other.hidden_BLD.flatten(0, 1)).unflatten(0, shape)
         logits_TV = self.logits(state.hidden_BLD.flatten(0, 1))
         same = torch.equal(logits_TV, logits_BLV.flatten(0, 1).float())
         self.width = state.hidden_BLD.shape[-1]
         return state.decisions if same else None
-
-    def _logits(self, hidden_BLD: Tensor) -> Tensor:
-        return self.logits(hidden_BLD.flatten(0, 1)).unflatten(0, hidden_BLD.shape[:2])
 
     def segments(self) -> list[Segment]:
         """embed, layer_0, ..., norm; or, where layers cannot be called again, the body at once,

@@ -23,30 +23,39 @@ ROWS = 24  # of one text: some expert gets this many times its tokens
 SAID = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def beside(tokens_BL: Tensor) -> list[Tensor]:
-    """What `check_causal` compares with: other last tokens, a text alone, it among others."""
-    other_BL, row_BL = tokens_BL.clone(), tokens_BL[:1]
+def other_end(tokens_BL: Tensor) -> Tensor:
+    """The same tokens but the last ones."""
+    other_BL = tokens_BL.clone()
     other_BL[:, -1] = (other_BL[:, -1] + 1) % (tokens_BL.max() + 1)
-    return [other_BL, row_BL, row_BL.expand(ROWS, -1)]
+    return other_BL
 
 
-def check_causal(model: Any, logits_BLV: Tensor, of_beside: Sequence[Tensor]) -> None:
+def check_causal(model: Any, logits_BLV: Tensor, other_BLV: Tensor) -> None:
     """Raise `ValueError` for a model in which a token changes what comes before it, so that no
     prefix is worth what is measured of it: one with an encoder, or that routes all at once.
 
-    of_beside   its logits of what is `beside` the tokens
+    other_BLV   the logits with an `other_end`
     """
     before = slice(None, logits_BLV.shape[1] - 1)
-    other_BLV, alone_BLV, among_BLV = of_beside
     if _apart(logits_BLV[:, before], other_BLV[:, before], share=0):
         raise ValueError(
             f"{type(model).__name__} is not causal: another last token changes the logits before it"
         )
-    if _apart(alone_BLV[-1], among_BLV[-1], share=0.5):
-        raise ValueError(
-            f"{type(model).__name__} gives a text other logits beside others than alone: its "
-            "experts may have a capacity"
-        )
+
+
+def check_alone(model: Any, added: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Raise `ValueError` for a model in which other texts change what is made of one.
+
+    added   what each segment with experts adds to the stream of a text that is alone, and of the
+            same text, from the same stream, among `ROWS`. (Over all layers of a deep model in half
+            precision rounding alone may change most of it.)
+    """
+    for alone_BLD, among_BLD in added:
+        if _apart(alone_BLD, among_BLD, share=0.5):
+            raise ValueError(
+                f"{type(model).__name__} gives a text other logits beside others than alone: its "
+                "experts may have a capacity"
+            )
 
 
 def _apart(was_XV: Tensor, now_XV: Tensor, share: float) -> bool:

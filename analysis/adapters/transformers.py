@@ -23,7 +23,7 @@ from analysis.adapters.base import (
 )
 from analysis.adapters.body import Body
 from analysis.adapters.card import model_card
-from analysis.adapters.checks import beside, check_causal, check_coverage, checked
+from analysis.adapters.checks import check_causal, check_coverage, checked, other_end
 from analysis.adapters.form import call, is_library, logits_of, vocab_size_of
 from analysis.adapters.given import given_to
 from analysis.adapters.identity import module_sha256
@@ -87,18 +87,16 @@ class TransformersAdapter:
         tokens_BL = probe_tokens(self.vocab_size, self.device)
         events, result = watch(self.model, partial(call, self.model, tokens_BL))
         logits_BLV = logits_of(result)
-        others, causal = beside(tokens_BL), partial(check_causal, self.model, logits_BLV)
+        other_BL = other_end(tokens_BL)
         if not self.streamed:  # else in the pass through its body
-            causal([logits_of(call(self.model, each_BL)) for each_BL in others])
+            check_causal(self.model, logits_BLV, logits_of(call(self.model, other_BL)))
         seats = [] if experts else seats_of(self.model, events)
         seats = numbered([*seats, *listed_seats(self.model, events, seats, experts, routers)])
         named = " that were named" if experts else ""
         self.coverage = check_coverage(self.model, seats, events) + named
         self.seats = {seat.site: seat for seat in seats}
-        others = others if self.streamed else []
-        self.body = Body(self.model, seats, events, tokens_BL, logits_BLV, others)
-        if self.body.of_others:
-            causal(self.body.of_others)
+        other = other_BL if self.streamed else None
+        self.body = Body(self.model, seats, events, tokens_BL, logits_BLV, other)
         self.width = self.body.width
         for seat, routing in zip(seats, self.body.decisions, strict=True):
             seat.router = checked(seat.router, routing)

@@ -16,6 +16,7 @@ GIVEN = {"path": "checkpoint or run", "hf": "model"}  # of [[models]], and what 
 OTHERS = ("name", "train_seed", "stream")
 PUBLISHED = "published"  # in their place: what the config.json of the model to be brought says
 TYPE = "model_type"
+BROUGHT = "model"  # what users call the directory that they bring
 
 
 def given_models(
@@ -59,10 +60,10 @@ def _brought(
         reader.mistakes.append(f"{where}.{PUBLISHED}: give at least {TYPE}")
         return
     if brought is not None:
-        path = _place(reader, "model", "hf", str(brought))
+        path = _place(reader, BROUGHT, "hf", str(brought))
         if path is None:
             return
-        have = reader.attempt("model", published_config, path) or {}
+        have = reader.attempt(BROUGHT, published_config, path) or {}
         if have.get(TYPE) != published[TYPE]:
             reader.mistakes.append(
                 f"model: {str(brought)!r} holds a model of type {have.get(TYPE)!r}; the study is "
@@ -84,8 +85,8 @@ def _place(reader: TableReader, where: str, kind: str, text: Any) -> Path | None
     if is_pretrained(path) != (kind == "hf"):
         is_one = "holds no" if kind == "hf" else "holds a"
         other = "path" if kind == "hf" else "hf"
-        reader.mistakes.append(
-            f"{where}: {text!r} {is_one} model of the transformers library; write {other} = ..."
-        )
+        instead = "" if where == BROUGHT else f"; write {other} = ..."
+        said = f"{where}: {text!r} {is_one} model of the transformers library{instead}"
+        reader.mistakes.append(said)
         return None
     return path

@@ -73,7 +73,10 @@ def needs_of(study: Study, spec: ModelSpec, texts: Texts | None) -> Needs:
     """
     config = published_config(Path(spec.hf)) if spec.hf else spec.published or {}
     shape, data = shape_of(config), study.data
-    times = _Times.of(config, shape, data.length, study.conditions_of(spec))
+    try:
+        times = _Times.of(config, shape, data.length, study.conditions_of(spec))
+    except ValueError as error:
+        raise ValueError(f"{study.origin}: model {spec.name!r}: {error}") from error
     sizes = [len(shard) for shard in texts.shards] if texts else _shards(study)
     arms = [CLEAN, *conditions_for(times.sites, study.conditions_of(spec))]
     computing = sum(sizes) * sum(times.of_arm(arm, shape.depth) for arm in arms)
