@@ -51,6 +51,7 @@ from analysis.adapters.running import (
     branches,
     check_documents,
     clean_routing,
+    needs_gradients,
     num_batches,
     run,
     steps,

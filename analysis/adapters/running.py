@@ -34,6 +34,15 @@ def check_documents(docs: Sequences, *models: Adapter, name: str = "docs") -> No
             )
 
 
+def needs_gradients(what: str, model: Adapter) -> None:
+    """Raise `ValueError` for what goes back through the whole model, where that is streamed."""
+    if getattr(model, "streamed", False):
+        raise ValueError(
+            f"{what} needs gradients through the whole model, of which {model.name} has a layer at "
+            "a time in memory; load it whole"
+        )
+
+
 def num_batches(docs: Sequences, batch_size: int) -> int:
     """How many there are; `ValueError` for a batch_size that is no whole number above 0."""
     return -(-len(docs) // check_whole("batch_size", batch_size, 1))

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from analysis.adapters import Adapter, batches, owned
+from analysis.adapters import Adapter, batches, needs_gradients, owned
 from analysis.measure.batch import Batch
 from analysis.measure.bookmarks import Bookmarks, marked
 from analysis.measure.calibrate import Calibrating
@@ -34,7 +34,9 @@ def measure_by_segment(
 
     Raises `ValueError` for conditions that are searched for with gradients through the whole model.
     """
-    _check_searched(model, conditions)
+    for condition in conditions:  # before anything is read
+        if Worst in map(type, parts_of(condition.perturbation)):
+            needs_gradients(condition.perturbation.label, model)
     kinds_V = token_kinds(model, [c.where for c in conditions])
     running = calibration if isinstance(calibration, Calibrating) else None
     known = calibration.known if isinstance(calibration, Calibrating) else calibration
@@ -89,12 +91,3 @@ def _of_calibration(
 def _share(whole: int, number: int, parts: int) -> int:
     """The part of that number, so that all of them make the whole."""
     return whole * (number + 1) // parts - whole * number // parts
-
-
-def _check_searched(model: Adapter, conditions: Sequence[Condition]) -> None:
-    for condition in conditions:
-        if Worst in map(type, parts_of(condition.perturbation)):
-            raise ValueError(
-                f"{condition.perturbation.label} is searched for with gradients through the whole "
-                f"model, of which {model.name} has a segment at a time in memory; load it whole"
-            )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, RoutedFlow, Watch, run
+from analysis.adapters import Adapter, RoutedFlow, Watch, needs_gradients, run
 from analysis.measure.clean import CleanPass
 from analysis.measure.intervene import Intervention
 from analysis.measure.losses import loss_gradient, output_slopes, token_nll
@@ -39,6 +39,7 @@ def search(worst: Worst, model: Adapter, clean: CleanPass, condition: Condition)
     }
     if worst.choose == "random":
         return Flips(task.flip(found, task.random_gains(), worst.flips))
+    needs_gradients(worst.label, model)
     best_B, left = task.per_sequence(clean.losses.nll_T), worst.flips
     for turn in range(min(worst.rounds, worst.flips)):
         budget = -(-left // (worst.rounds - turn))

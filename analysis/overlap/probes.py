@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.adapters import Adapter, Segment, State, Watch, steps
+from analysis.adapters import Adapter, Segment, State, Watch, needs_gradients, steps
 from analysis.measure import check_finite, loss_gradient
 from analysis.overlap.metrics import Probe
 from cartmoe.data import IGNORE, Sequences
@@ -118,6 +118,8 @@ class Probes:
 
     def look(self, batch: Sequences, counts_SL: Tensor) -> dict[RouterSite, Seen]:
         """One forward, and with gradients one backward. Which tokens count stays as it is."""
+        if self.gradients:
+            needs_gradients("substitution", self.model)
         entered: dict[RouterSite, Tensor] = {}
         flows, start = Watch(), State(None, batch.tokens_SL)
         with torch.set_grad_enabled(self.gradients), self.model.hooked(experts=flows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from analysis.adapters import Adapter, check_documents, routed_adapter
+from analysis.adapters import Adapter, check_documents, needs_gradients, routed_adapter
 from analysis.overlap.metrics import METRICS, PAIR_EXPERTS, PROBES, Metric, second_stage
 from analysis.perturb import sites_of
 from cartmoe.config import check_choice, check_whole
@@ -24,13 +24,13 @@ def check_request(
     chosen = sites_of(model, sites, "sites")
     check_choice("probe", probe, PROBES)
     fitting = {name: m for name, m in METRICS.items() if fits(model, chosen, name, m)}
-    if getattr(model, "streamed", False):  # no gradient goes through layers that come and go
-        fitting = {name: m for name, m in fitting.items() if m.kind != DAMAGE}
     if metrics is None:
         return model, chosen, [name for name, m in fitting.items() if m.kind != DAMAGE]
     names = metric_names(metrics, METRICS)
     for name in names:
         check_choice(f"metric for these sites of {model.name}", name, fitting)
+        if fitting[name].kind == DAMAGE:
+            needs_gradients(f"metric {name!r}", model)
     return model, chosen, names
 
 

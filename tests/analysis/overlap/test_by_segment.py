@@ -84,5 +84,8 @@ def test_it_goes_on_behind_the_last_layer(folder_of, tmp_path, monkeypatch):
 
 def test_what_needs_a_gradient(folder_of):
     _, streamed = both(folder_of("olmoe"))
-    with pytest.raises(ValueError, match="metric for these sites"):
-        an.measure_overlap(streamed, documents(), "substitution", **QUIET)
+    for name in ("substitution", "removal_linear"):
+        with pytest.raises(ValueError, match=f"metric '{name}' needs gradients.*load it whole"):
+            an.measure_overlap(streamed, documents(), name, **QUIET)
+    with pytest.raises(ValueError, match="substitution needs gradients"):
+        an.substitution(streamed, documents(), streamed.sites()[0], progress=False)
