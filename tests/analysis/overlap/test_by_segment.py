@@ -87,5 +87,5 @@ def test_what_needs_a_gradient(folder_of):
     for name in ("substitution", "removal_linear"):
         with pytest.raises(ValueError, match=f"metric '{name}' needs gradients.*load it whole"):
             an.measure_overlap(streamed, documents(), name, **QUIET)
-    with pytest.raises(ValueError, match="substitution needs gradients"):
+    with pytest.raises(ValueError, match="'substitution' needs gradients"):
         an.substitution(streamed, documents(), streamed.sites()[0], progress=False)

@@ -14,6 +14,7 @@ import analysis as an
 from analysis.measure import Decoder, conditions_of
 from analysis.tasks.scores import Question, scores
 from cartmoe import hf
+from tests.analysis.adapters.families import save_directory
 
 TASKS = ["tiny_choice", "tiny_likelihood", "tiny_generation"]
 NOISY = [an.DropTop(1), an.GaussianNoise(1.0), an.RandomRouting()]
@@ -182,3 +183,14 @@ def test_a_model_without_a_tokenizer(task_folder):
     bare = an.adapt(an.load("smoe").model)
     with pytest.raises(ValueError, match="no tokenizer"):
         an.evaluate(bare, "tiny_choice", an.DropTop(1), include_path=task_folder)
+
+
+def test_a_layer_at_a_time_the_same(task_folder, tmp_path):
+    """Of a model that is larger than memory: all kinds of tasks."""
+    save_directory(tmp_path / "olmoe", "olmoe")
+    how = dict(include_path=task_folder, limit=4, progress=False)
+    one, other = (
+        an.evaluate(an.load(tmp_path / "olmoe", stream=stream), TASKS, an.DropTop(1), **how).samples
+        for stream in (False, True)
+    )
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
