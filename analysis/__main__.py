@@ -30,7 +30,8 @@ class _Commands(typer.core.TyperGroup):
             typer.echo(f"error: {told(error)}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as interrupt:
-            again = ctx.invoked_subcommand in ("overlap", "eval")
+            kept = "--stream" in sys.argv  # hidden states between layers
+            again = ctx.invoked_subcommand in ("overlap", "eval") and not kept
             then = "begins again" if again else "goes on from here"
             said = str(interrupt) or f"interrupted; the same command {then}"
             typer.echo(f"\n{said}", err=True)

@@ -60,6 +60,8 @@ def load(
     file of a damaged one, `ValueError` for a pretrained model that cannot be measured exactly,
     saying why.
     """
+    if not isinstance(stream, bool):
+        raise ValueError(f"stream is {stream!r}; it must be True or False")
     if is_pretrained(given := located(path_of("path", path))):
         own = as_tokenizer(tokenizer)
         if stream:
@@ -73,7 +75,7 @@ def load(
             f"{given} holds no checkpoint of this project, and no model of the transformers "
             "library: it has no config.json that names its model_type"
         )
-    if stream:
+    if stream and given.exists():
         raise ValueError(f"stream is for models of the transformers library; {given} is none")
     folder = newest(path).resolve()
     meta = read_meta(folder)

@@ -19,6 +19,7 @@ from cartmoe.tokenizers import JsonTokenizer, Tokenizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"  # of PEFT, beside its weights
 LARGE = 2**30  # bytes of weights; reading fewer needs no bar
 STARTS = ("bos_token", "cls_token", "eos_token")  # what may start a text, the best first
@@ -121,6 +122,27 @@ def origin_of(folder: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """Those of a directory with such a model."""
     return sorted(path for end in WEIGHTS for path in folder.glob(end))
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """By name of a tensor, the safetensors that has it, as the library takes them: the only file,
+    or as the index says. Raises `ValueError` naming the directory where there is neither, and
+    `FileNotFoundError` for a file of the index that is missing."""
+    from safetensors import safe_open
+
+    only, index = folder / WHOLE, folder / INDEX
+    if only.is_file():
+        with named(only), safe_open(only, "pt") as file:
+            return dict.fromkeys(file.keys(), only)
+    if not index.is_file():
+        raise ValueError(f"{folder} has neither {WHOLE} nor {INDEX}; only those are read in parts")
+    found = {name: folder / file for name, file in _json(index).get("weight_map", {}).items()}
+    if not found:
+        raise ValueError(f"{index} names no tensors")
+    for path in sorted({*found.values()}):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, which {INDEX} names")
+    return found
 
 
 def transformers_version() -> str:

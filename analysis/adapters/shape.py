@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,9 +92,15 @@ def _on_meta(config: Mapping[str, Any], layers: int | None = None) -> Any:
 
 def _library_config(config: Mapping[str, Any], layers: int | None = None) -> Any:
     """The library's; with so few layers what is said layer by layer is cut, too."""
+    from transformers import CONFIG_MAPPING
+
     from cartmoe.hf import AutoConfig
 
     said = {key: value for key, value in config.items() if key != "quantization_config"}
+    kind = str(said.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        near = " or ".join(get_close_matches(kind, list(CONFIG_MAPPING), 3))
+        raise ValueError(f"model_type is {kind!r}, which there is not; near it: {near or 'none'}")
     with named("configuration"):
         whole = AutoConfig.for_model(**said)
         if layers is None:

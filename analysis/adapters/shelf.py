@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from analysis.adapters.pretrained import is_packed, unpacking, without_bars
+from analysis.adapters.pretrained import (
+    ADAPTER,
+    is_packed,
+    tensor_files,
+    unpacking,
+    without_bars,
+)
 from cartmoe.foreign import named
 
 SMALL = 1000  # a part of its layer that is so many times smaller stays: routers, norms
@@ -50,32 +56,32 @@ class Shelf:
 
     def __init__(self, folder: Path, device: str = "cpu"):
         from accelerate import init_empty_weights
-        from safetensors import safe_open
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder} has no *.safetensors; only those can be read in parts")
+        if (folder / ADAPTER).is_file():
+            raise ValueError(f"{folder} has an adapter ({ADAPTER}); merge it, or load it whole")
+        self.folder, self.sources = folder, tensor_files(folder)
         with named(folder):
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             self.quantizer = _quantizer(folder, config.to_dict())
             if self.quantizer:
                 del config.quantization_config
             with init_empty_weights(include_buffers=False):
-                made = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+                self.dtype = config.dtype or _first_dtype(self.sources)
+                made = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         self.model: Any = made.eval().requires_grad_(False)
-        self.dtype, self.device = config.dtype or torch.float32, torch.device(device)
+        self.device = torch.device(device)
         self.dtypes = made._get_dtype_plan(self.dtype)  # of what the model keeps in others
         self.rules = get_model_conversion_mapping(self.model, None, self.quantizer)
         for part in made.modules():
             for name, buffer in part.named_buffers(recurse=False):
                 part._buffers[name] = buffer.to(self.device)
-        self.sources: dict[str, Path] = {}  # by tensor, its file
-        for path in files:
-            with named(path), safe_open(path, "pt") as file:
-                self.sources |= dict.fromkeys(file.keys(), path)
         self.groups = self._grouped()
+        tied = getattr(made, "all_tied_weights_keys", {})
+        for name, _ in made.named_parameters():
+            if group_of(name) not in self.groups and name not in tied:
+                raise ValueError(f"{folder} has no weights for {name}")
         self.layers = [group for group in self._in_order() if group in self.groups]
         self.there: dict[str, Future] = {}
         self.now, self.reads = "", 0
@@ -116,18 +122,28 @@ class Shelf:
         if group not in self.layers:
             if group not in self.there and group in self.groups:
                 self.there[group] = self.pool.submit(self._read, group)
-                self.there[group].result()
+                self._wait(group)
             return
+        self.now = ""  # until it is there; whatever comes between
         following = self.layers[self.layers.index(group) + 1 :][:1]
         for other in [name for name in self.there if name in self.layers]:
             if other not in (group, *following):
-                self.there.pop(other).result()
+                self._wait(other)
                 self._let_go(other)
+                del self.there[other]
         for wanted in (group, *following):
             if wanted not in self.there:
                 self.there[wanted] = self.pool.submit(self._read, wanted)
-        self.there[group].result()
+        self._wait(group)
         self.now = group
+
+    def _wait(self, group: str) -> None:
+        """Until it is read; what could not be is read again when it is needed again."""
+        try:
+            self.there[group].result()
+        except Exception:
+            del self.there[group]
+            raise
 
     def _read(self, group: str) -> None:
         from safetensors import safe_open
@@ -153,7 +169,7 @@ class Shelf:
             self.model.tie_weights()
         missing = [name for name, p in self._parameters(group) if p.is_meta]
         if missing:
-            raise ValueError(f"the files have no weights for {missing[0]}")
+            raise ValueError(f"{self.folder} has no weights for {missing[0]}")
 
     def _let_go(self, group: str) -> None:
         parameters = self._parameters(group)
@@ -177,6 +193,18 @@ def _quantizer(folder: Path, config: Mapping[str, Any]) -> Any:
     if not is_packed(config):
         raise ValueError(f"{folder} is quantized; load it whole, dequantized")
     return AutoHfQuantizer.from_config(unpacking(), pre_quantized=True)
+
+
+def _first_dtype(sources: Mapping[str, Path]) -> torch.dtype:
+    """Of the first tensor of floating point, as the library takes it where nothing is said."""
+    from safetensors import safe_open
+
+    with safe_open(next(iter(sources.values())), "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            dtype = file.get_tensor(key).dtype
+            if dtype.is_floating_point:
+                return dtype
+    return torch.float32
 
 
 def group_of(name: str) -> str:

@@ -12,7 +12,8 @@ generate.py, regret.py, margins.py   text, better routes, flips that margins pre
 rows.py                           sums of sequences, means over tokens with intervals over documents
 """
 
-from analysis.measure.bookmarks import Bookmarks, marked
+from analysis.measure.bookmarks import Bookmarks, forget_streams, marked
+from analysis.measure.by_segment import check_streamed
 from analysis.measure.calibrate import Calibrating, calibrate, calibration_documents
 from analysis.measure.clean import CleanPass, check_finite
 from analysis.measure.collector import Cell
@@ -28,4 +29,4 @@ from analysis.measure.results import FACTS, MODELS, Description, Results, descri
 from analysis.measure.reuse import worth_reusing
 from analysis.measure.saved import is_saved
 from analysis.measure.shard import measure
-from analysis.measure.sweep import Asked, conditions_of, models_in, sweep
+from analysis.measure.sweep import Asked, conditions_of, models_in, streams_folder, sweep

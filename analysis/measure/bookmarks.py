@@ -2,7 +2,7 @@
 
 A file holds what is known of a batch behind the last segment that it went through, hidden states
 above all, and is named by both. It is written in one step, before the one of the segment before is
-removed. Those of another measurement lie in another folder.
+removed. Those of another measurement lie in another folder, which says what it is of.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cartmoe.files import temporary
+from cartmoe.files import temporary, write_atomically
 
+ABOUT = "about.json"  # the identity, for people and for `forget_streams`
 SEGMENT = ".behind-"  # in a file's name, before the number of segments
 
 
@@ -54,8 +55,8 @@ class Bookmarks:
     def __init__(
         self, folder: Path, identity: Mapping[str, Any], device: torch.device | str = "cpu"
     ):
-        identity = {**identity, "computed": _how_computed()}
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.identity = json.dumps({**identity, "computed": _how_computed()}, sort_keys=True)
+        digest = hashlib.sha256(self.identity.encode()).hexdigest()
         self.folder, self.device = folder / digest[:16], device
 
     def done(self, name: str) -> int:
@@ -80,6 +81,8 @@ class Bookmarks:
         """Plain values and tensors, behind so many segments."""
         before, path = self._of(name), self._path(name, done)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / ABOUT).exists():
+            write_atomically(self.folder / ABOUT, self.identity)
         with temporary(path) as new:
             whole = _own(dict(state))
             try:
@@ -90,20 +93,21 @@ class Bookmarks:
         for old in before:
             old.unlink(missing_ok=True)
 
-    def forget(self, name: str) -> None:
-        """It, if it is there."""
-        for path in self._of(name):
-            path.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """All of them: what they led to is kept elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _path(self, name: str, done: int) -> Path:
         return self.folder / f"{name}{SEGMENT}{done}"
 
     def _of(self, name: str) -> list[Path]:
         return [*self.folder.glob(f"{name}{SEGMENT}*")]
+
+
+def forget_streams(folder: Path, **identity: Any) -> None:
+    """Remove all measurements in the folder that have this in their identity: what they led to is
+    kept elsewhere, or they are never gone on from."""
+    for about in folder.glob(f"*/{ABOUT}"):
+        with suppress(ValueError, OSError):
+            said = json.loads(about.read_text(encoding="utf-8"))
+            if all(said.get(name) == value for name, value in identity.items()):
+                shutil.rmtree(about.parent, ignore_errors=True)
 
 
 @contextmanager
@@ -123,10 +127,24 @@ def marked(marks: Bookmarks | None, name: str, what: Marked, write: bool = True)
 
 def _how_computed() -> list[Any]:
     """What changes last bits."""
-    kinds = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+    casts = [
+        str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
+        for kind in ("cpu", "cuda")
+    ]
     capability = torch.backends.cpu.get_cpu_capability()
     precision = torch.get_float32_matmul_precision()
-    return [torch.__version__, torch.get_num_threads(), capability, precision, *kinds]
+    threads = torch.get_num_threads()
+    return [torch.__version__, threads, capability, precision, *casts, _code_sha256()]
+
+
+@functools.cache
+def _code_sha256() -> str:
+    """Of all code that may have a part in it."""
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("cartmoe/**/*.py"), *root.glob("analysis/**/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _own(value: Any) -> Any:

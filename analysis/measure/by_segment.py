@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from analysis.adapters import Adapter, batches, needs_gradients, owned
+from analysis.adapters import Adapter, batches, owned
 from analysis.measure.batch import Batch
 from analysis.measure.bookmarks import Bookmarks, marked
 from analysis.measure.calibrate import Calibrating
@@ -30,13 +30,10 @@ def measure_by_segment(
 ) -> list[Cell]:
     """See `measure`, which gives the same to the last bit. The streams of all batches and
     conditions are kept between segments: in memory, or in a folder, from which the same call goes
-    on behind the last segment that a batch went through.
-
-    Raises `ValueError` for conditions that are searched for with gradients through the whole model.
+    on behind the last segment that a batch went through (`forget_streams` removes it). Raises as
+    `check_streamed`.
     """
-    for condition in conditions:  # before anything is read
-        if Worst in map(type, parts_of(condition.perturbation)):
-            needs_gradients(condition.perturbation.label, model)
+    check_streamed(model.name, conditions)
     kinds_V = token_kinds(model, [c.where for c in conditions])
     running = calibration if isinstance(calibration, Calibrating) else None
     known = calibration.known if isinstance(calibration, Calibrating) else calibration
@@ -45,12 +42,13 @@ def measure_by_segment(
     names = {batch: f"batch-{number:05}" for number, batch in enumerate(each)}
     marks = of_calibration = None
     if streams:
-        common = _of_calibration(model, calibration)
+        common = {"model": model.identity, "calibration": calibration and calibration.sha256}
         own = {
             "conditions": [condition.id for condition in conditions],
             "reuse": sorted(condition.id for condition in reuse),
             "data": shard.sha256,
             "batch_size": batch_size,
+            "tokenizer": getattr(model.tokenizer, "identity", None),  # kinds of tokens
         }
         marks, of_calibration = (Bookmarks(streams, common | of, model.device) for of in (own, {}))
     last = len(model.segments()) - 1
@@ -67,25 +65,25 @@ def measure_by_segment(
         cells = []
         for batch in each:
             with marked(marks, names[batch], batch, write=False):
+                if running and batch.done <= last and not running.complete:  # it was damaged
+                    with marked(of_calibration, "calibration", running):
+                        running.reach(last)
                 batch.reach(last, reuse)
                 batch.end()
                 cells.append(batch.cells())
-    if marks:
-        marks.remove()
     return [join(of_condition) for of_condition in zip(*cells, strict=True)]
 
 
-def forget_calibration(
-    streams: Path, model: Adapter, calibration: Calibration | Calibrating
-) -> None:
-    """Remove what `measure_by_segment` leaves there for another shard."""
-    Bookmarks(streams, _of_calibration(model, calibration)).remove()
-
-
-def _of_calibration(
-    model: Adapter, calibration: Calibration | Calibrating | None
-) -> dict[str, object]:
-    return {"model": model.identity, "calibration": calibration and calibration.sha256}
+def check_streamed(name: str, conditions: Sequence[Condition]) -> None:
+    """Raise `ValueError` for conditions that are made of a whole clean pass, which a model of this
+    name, of which a layer is in memory at a time, does not have at once."""
+    for condition in conditions:
+        for part in parts_of(condition.perturbation):
+            if isinstance(part, Worst) or hasattr(part, "prepare"):
+                raise ValueError(
+                    f"{condition.perturbation.label} needs the whole model at once, of which "
+                    f"{name} has a layer at a time in memory; load it whole"
+                )
 
 
 def _share(whole: int, number: int, parts: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from analysis.adapters import Adapter, check_documents, load, num_batches, owned, routed_adapter
-from analysis.measure.by_segment import forget_calibration
+from analysis.measure.bookmarks import forget_streams
 from analysis.measure.calibrate import Calibrating, calibration_documents
 from analysis.measure.results import Results, join
 from analysis.measure.shard import measure
@@ -32,6 +33,7 @@ from analysis.perturb import (
 from cartmoe.data import Sequences
 from cartmoe.files import path_of
 from cartmoe.folders import check_directory
+from cartmoe.lock import locked
 
 CONTROLS = (
     *(Identity(), DropChosen(1), DropUnchosen(1), RandomRouting(), NoRouted()),
@@ -77,14 +79,17 @@ def sweep(
     folder = streams_folder(streams, models)
     total = num_batches(docs, batch_size) * len(conditions) * len(models)
     measured = []
-    with owned(*models), tqdm(total=total, unit="batch", disable=not progress) as bar:
+    alone = locked(folder) if folder else nullcontext()
+    bars = tqdm(total=total, unit="batch", disable=not progress)
+    with alone, owned(*models), bars as bar:
         for one in models:
             stats = Calibrating(one, calibration)
             options: dict[str, Any] = dict(batch_size=batch_size, calibration=stats)
             options |= dict(keep_tokens=tokens, streams=folder, progress=bar.update)
             measured.append((one, measure(one, conditions, docs, **options)))
-            if folder:
-                forget_calibration(folder, one, stats)
+        if folder:
+            for one in models:  # also what another call had begun
+                forget_streams(folder, model=one.identity)
     return replace(join(measured), unit=docs.unit)
 
 

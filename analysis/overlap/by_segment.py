@@ -91,7 +91,4 @@ def by_segment(readings: Readings, marks: Bookmarks | None, quiet: bool) -> Tabl
                 readings.reach(number)
     with marked(marks, NAME, readings, write=False):
         readings.reach(last)
-        found = readings.found
-    if marks:
-        marks.remove()
-    return found
+        return readings.found

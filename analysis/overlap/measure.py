@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from analysis.adapters import owned
-from analysis.measure import Bookmarks
+from analysis.measure import Bookmarks, forget_streams, streams_folder
 from analysis.overlap.by_segment import Readings, Tables, by_segment
 from analysis.overlap.metrics import MAX_UNITS, METRICS, TABLES, Streams
 from analysis.overlap.probes import Labels, Probes, Reading, packs_of
@@ -23,8 +23,8 @@ from analysis.perturb import Trace
 from analysis.stats import INDEX, check_confidence
 from cartmoe.config import check_whole
 from cartmoe.data import Sequences
-from cartmoe.files import path_of
 from cartmoe.hooks import RouterSite
+from cartmoe.lock import locked
 
 TOTAL = "none: classes are kept as one total"
 FIXED = {"weights": "none: parameters", "usage": TOTAL, "outputs": TOTAL}  # by kind
@@ -66,7 +66,8 @@ def measure_overlap(
                 last layer that was done
 
     Routing is that of the real run, as the experts were given it. Memory does not grow with the
-    documents, only with the number of domains that they are of. Tokens for which a trace has no
+    documents, only with the number of domains that they are of (and of a streamed model, hidden
+    states of all). Tokens for which a trace has no
     decision at some site are left out, with a warning. Raises `ValueError` for a dense model,
     unknown names, metrics that do not fit the model or trace, documents without a token to measure
     on, and numbers out of range.
@@ -84,6 +85,7 @@ def measure_overlap(
     minibatch = check_whole("minibatch", minibatch, 4)
     seed = check_whole("seed", seed, 0)
     check_tokens(texts, study, skip_first)
+    folder = streams_folder(streams, [study])
     batch_size = min(batch_size, max(1, len(texts) // FEWEST_BATCHES))
     packs = list(packs_of(texts, batch_size, seed))
     units = min(len(packs), MAX_UNITS)
@@ -117,13 +119,17 @@ def measure_overlap(
     with owner:
         if read and getattr(study, "streamed", False):
             marks = None
-            if streams:
+            if folder:
                 said = options | dict(batch_size=batch_size, skip_first=skip_first)
                 said |= dict(metrics=sorted(asked), sites=[site.name for site in chosen])
                 said |= dict(model=study.identity, data=texts.sha256, confidence=confidence)
-                marks = Bookmarks(path_of("streams", streams), said, study.device)
+                said |= dict(name=study.name, train_seed=study.train_seed)
+                marks = Bookmarks(folder, said, study.device)
             each = [Reading(probes, *one) for one in taken]
-            found = by_segment(Readings(study, each, sums, rows_at), marks, quiet)
+            with locked(folder) if folder else nullcontext():
+                found = by_segment(Readings(study, each, sums, rows_at), marks, quiet)
+                if folder:
+                    forget_streams(folder, model=study.identity, name=study.name)
         else:
             for rows, *how in tqdm(taken, unit="batch", disable=quiet):
                 for site, seen in probes.of(rows, *how):

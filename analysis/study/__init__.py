@@ -2,12 +2,13 @@
 
 specs.py, study.py          what a study is made of; the grid
 parse.py, reading.py        written as TOML; schema.py: its JSON schema
-models.py, training.py      its models, found or trained side by side; texts.py: what they read
+given.py, models.py, training.py   its models, named, found, trained; texts.py: what they read
 plan.py                     its cells, each with its whole identity (provenance.py)
 worker.py, pool.py, executors.py   cells computed here, in processes, on a cluster
 machine.py                  how many processes there may be
 store.py, folder.py         cells kept; a study's directory read back
-run.py, estimate.py         running it, and what that would take
+run.py, estimate.py         running it, and what that would take; of a model that is larger than
+                            memory larger.py, told.py
 """
 
 from analysis.study.estimate import dry_run

@@ -25,16 +25,15 @@ from analysis.adapters import Adapter, adapt
 from analysis.measure import calibrate, measure
 from analysis.perturb import CLEAN, Condition
 from analysis.study.folder import STORE
-from analysis.study.larger import needs_of
-from analysis.study.machine import is_streamed
 from analysis.study.models import Checkpoint, run_folder
 from analysis.study.plan import Plan
-from analysis.study.provenance import default_device, platform_identity
+from analysis.study.provenance import default_device
 from analysis.study.run import check_executor, threads_of, trainers_of
 from analysis.study.specs import ModelSpec
 from analysis.study.store import Store
 from analysis.study.study import Study
-from analysis.study.texts import Texts, tokenizer_of
+from analysis.study.texts import Texts
+from analysis.study.told import by_configuration, spoken, told
 from analysis.study.unlike import why_others
 from analysis.study.worker import autocast, numerics, opened
 from cartmoe.checkpoint import read_meta, run_checkpoints
@@ -58,20 +57,18 @@ def dry_run(
     out = path_of("out", out)
     check_directory(out)
     check_executor(executor)
-    threads = threads_of(study, executor, threads)
+    chosen = threads_of(study, executor, threads)
     kept: dict[str, dict[str, Any]] = {}
     if (out / STORE).is_file():
         with Store(out / STORE, readonly=True) as store:
             finished = store.keys()
             kept = {key: of for key, of in store.identities().items() if key in finished}
-    told = [spec for spec in study.models if spec.absent or is_streamed(spec)]
-    others = tuple(spec for spec in study.models if spec not in told)
+    larger = [spec for spec in study.models if by_configuration(spec)]
+    others = tuple(spec for spec in study.models if spec not in larger)
     said: list[str] = []
     if others:
-        said += _probed(Plan.of(replace(study, models=others), threads), out, kept, executor)
-    platform = platform_identity(default_device(), threads)
-    with torch.random.fork_rng(), numerics(platform), autocast(study.measure.precision):
-        said += [_told(study, spec, out, kept, threads) for spec in told]
+        said += _probed(Plan.of(replace(study, models=others), chosen), out, kept, executor)
+    said += [told(study, spec, out, kept, chosen) for spec in larger]
     return "\n".join(said)
 
 
@@ -83,7 +80,11 @@ def _probed(
 ) -> list[str]:
     """What is said of models that are there, or are to be trained."""
     study = plan.study
-    with torch.random.fork_rng(), numerics(plan.platform), autocast(study.measure.precision):
+    with (
+        torch.random.fork_rng(),
+        numerics(plan.platform(study.models[0])),
+        autocast(study.measure.precision),
+    ):
         found = plan.find(out)
         rows = [
             _estimate(plan, spec, checkpoint, out, kept.keys())
@@ -91,30 +92,6 @@ def _probed(
         ]
         planned = [cell for there in found if there for cell in plan.work(there).cells]
     return [_describe(plan, pd.DataFrame(rows), executor), *why_others(planned, kept)]
-
-
-def _told(
-    study: Study, spec: ModelSpec, out: Path, kept: Mapping[str, dict[str, Any]], threads: int
-) -> str:
-    """What is said of a model that is larger than memory, or not there yet."""
-    alone = replace(study, models=(spec,), contrasts=None)
-    texts = None if spec.absent else Texts.of(alone, tokenizer_of(alone, spec))
-    needs, finished, others = needs_of(alone, spec, texts), 0, []
-    if kept:
-        plan = Plan.of(alone, threads)
-        planned = [cell for there in plan.find(out) if there for cell in plan.work(there).cells]
-        finished, others = sum(cell.key in kept for cell in planned), why_others(planned, kept)
-    left = 1 - finished / needs.cells
-    at_most = "at most " if spec.absent else ""
-    lines = [
-        f"Study {study.name!r}, {spec.name}: {at_most}{needs.cells} cells, {finished} finished",
-        str(needs),
-        f"    measuring, with {threads} thread{'s' * (threads > 1)}: about "
-        f"{spoken(needs.seconds * left)}",
-        "Told from its configuration, the time from two shallow models of that with random weights"
-        f"{'' if needs.reading else ', without the time of reading'}; nothing was written.",
-    ]
-    return "\n".join([*lines, *others])
 
 
 def _estimate(
@@ -230,10 +207,3 @@ def side_by_side(seconds: Iterable[float], workers: int) -> float:
     for each in seconds:
         heapq.heapreplace(ends, ends[0] + each)
     return max(ends)
-
-
-def spoken(seconds: float) -> str:
-    """ "3 s", "12 min", "5.2 h"."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

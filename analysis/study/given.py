@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ def _brought(
                 f"for one of type {published[TYPE]!r}"
             )
             return
+        other = {k: v for k, v in published.items() if isinstance(v, int) and k in have}
+        other = {k: v for k, v in other.items() if have[k] != v}
+        if other:  # of another size, or with more tokens
+            said = ", ".join(f"{k} {have[k]} in place of {v}" for k, v in other.items())
+            text = f"{brought} is called {known.get('name')!r} in tables, and has {said}"
+            warnings.warn(text, stacklevel=2)
         known |= {"hf": str(path)}
     yield from filter(None, [reader.attempt(where, ModelSpec, **known)])
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 
 from analysis.adapters import Adapter, Shape, published_config, shallow, shape_of, weight_files
-from analysis.measure import calibrate, measure
+from analysis.measure import calibrate, check_streamed, measure
 from analysis.perturb import CLEAN, Condition, Where
-from analysis.study.machine import PROCESS, is_streamed
+from analysis.study.machine import is_streamed
 from analysis.study.plan import conditions_for
 from analysis.study.specs import ModelSpec
 from analysis.study.study import Study
@@ -28,15 +28,17 @@ from cartmoe.data import Sequences
 from cartmoe.hooks import RouterSite
 
 REPEATS = 3
+OPENING = 3  # times that all is read before: for its identity, and when the model is tried
 LONG = 90.0  # seconds of conditions that are not waited for: they are taken to be as the clean run
 READ = 2**28  # bytes that tell how fast a disk is
+BESIDE = 2**31  # bytes of libraries, and of what is computed of a batch
 LAYERS = 4  # in memory at a time: the one that runs, the next one, its files, what is made of them
 
 
 class Needs(NamedTuple):
     """streamed: whether a layer is in memory at a time; shards, cells: how many; bytes of memory,
-    of hidden states on the disk, and read in all; seconds of reading, where files are there, and of
-    computing, which go on at once."""
+    and of hidden states on the disk; seconds of reading all weights once, where they are there, and
+    of computing."""
 
     shape: Shape
     streamed: bool
@@ -44,19 +46,21 @@ class Needs(NamedTuple):
     cells: int
     memory: int
     disk: int
-    read: int
     reading: float
     computing: float
 
     @property
     def seconds(self) -> float:
-        """Of the whole."""
-        return max(self.reading, self.computing)
+        """Of the whole: of a shard, reading and computing go on at once."""
+        shards = self.shards if self.streamed else 0
+        return OPENING * self.reading + max(shards * self.reading, self.computing)
 
     def __str__(self) -> str:
         """What it needs, in two lines."""
         shape = self.shape
-        times = f", read {self.shards} times" if self.streamed and self.shards > 1 else ""
+        number = OPENING + self.shards
+        times = f", read {number} times, {OPENING} of them before the first shard"
+        times = times if self.streamed else ""
         layer = f", of which a layer has {_giga(shape.layer)}" if self.streamed else ""
         disk = f"; on the disk {_giga(self.disk)} of hidden states" if self.disk else ""
         return f"""\
@@ -74,6 +78,8 @@ def needs_of(study: Study, spec: ModelSpec, texts: Texts | None) -> Needs:
     config = published_config(Path(spec.hf)) if spec.hf else spec.published or {}
     shape, data = shape_of(config), study.data
     try:
+        if is_streamed(spec):
+            check_streamed(spec.name, study.conditions_of(spec))
         times = _Times.of(config, shape, data.length, study.conditions_of(spec))
     except ValueError as error:
         raise ValueError(f"{study.origin}: model {spec.name!r}: {error}") from error
@@ -86,16 +92,14 @@ def needs_of(study: Study, spec: ModelSpec, texts: Texts | None) -> Needs:
     on_disk = streamed and study.measure.streams == "disk"
     at_once = min(study.measure.batch_size, max(sizes)) / max(sizes) if on_disk else 1
     weights = shape.rest + LAYERS * shape.layer if streamed else shape.total
-    read = shape.stored * (len(sizes) if streamed else 1)
     return Needs(
         shape,
         streamed,
         len(sizes),
         len(sizes) * len(arms),
-        int(PROCESS + weights + streams * at_once),
+        int(BESIDE + weights + streams * at_once),
         streams if on_disk else 0,
-        read,
-        read * _second_a_byte(Path(spec.hf)) if spec.hf else 0.0,
+        shape.stored * _second_a_byte(Path(spec.hf)) if spec.hf else 0.0,
         computing,
     )
 
@@ -203,8 +207,11 @@ def _clean(model: Adapter, batch: Sequences) -> float:
 
 
 def _second_a_byte(folder: Path) -> float:
-    """As the beginning of its files is read."""
+    """As the beginning of its files is read; 0 where there are none."""
+    files = weight_files(folder)
+    if not files:
+        return 0.0
     start = time.perf_counter()
-    with weight_files(folder)[0].open("rb", buffering=0) as file:
+    with files[0].open("rb", buffering=0) as file:
         done = len(file.read(READ))
     return (time.perf_counter() - start) / max(1, done)

@@ -42,6 +42,12 @@ def is_streamed(spec: ModelSpec) -> bool:
     return sum(path.stat().st_size for path in weight_files(Path(spec.hf))) > room() / 2
 
 
+def threads_for(spec: ModelSpec, chosen: int | None) -> int:
+    """Of who measures the model: those that somebody chose, or one, and all cores where one process
+    has a model that is larger than memory for itself."""
+    return chosen or (cores() if is_streamed(spec) else 1)
+
+
 def room() -> int:
     """Bytes of memory where studies measure, used or not: what is decided by it stays decided."""
     if default_device() != "cpu":
@@ -55,6 +61,8 @@ def room() -> int:
 
 
 def _parameters(spec: ModelSpec) -> int:
+    if spec.absent:  # which planning tells
+        return 0
     if spec.hf:  # as it is stored; a process computes with it and keeps no gradient
         return sum(path.stat().st_size for path in weight_files(Path(spec.hf))) // (PARAMETER // 2)
     try:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from analysis.adapters import Adapter, skeleton
-from analysis.measure import Description, describe, worth_reusing
+from analysis.measure import Description, check_streamed, describe, worth_reusing
 from analysis.perturb import CLEAN, Condition, Where
-from analysis.study.machine import is_streamed
+from analysis.study.machine import is_streamed, threads_for
 from analysis.study.models import Checkpoint, find, place_of
 from analysis.study.parse import note_sources
 from analysis.study.provenance import default_device, platform_identity
@@ -57,16 +56,16 @@ class Plan:
     """What is measured, on what, and how.
 
     texts     what the study's models read; that of pretrained ones by their directory
-    threads   of whoever computes a cell
+    chosen    threads of whoever computes a cell; None: one, and of a streamed model all cores
     """
 
     study: Study
     texts: dict[str | None, Texts]
-    threads: int
+    chosen: int | None
     _subjects: dict[tuple, Subject] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, study: Study, threads: int) -> Plan:
+    def of(cls, study: Study, threads: int | None) -> Plan:
         """Raises `ValueError` or `OSError` for documents that cannot be read."""
         noted = Mistakes()
         note_sources(noted, study.data)
@@ -100,6 +99,9 @@ class Plan:
         layers: set[int] = set()
         for spec, checkpoint in zip(self.study.models, found, strict=True):
             noted.attempt(f"model {spec.name!r}", self._check_vocabulary, spec)
+            if is_streamed(spec):
+                asked = self.study.conditions_of(spec)
+                noted.attempt("conditions", check_streamed, spec.name, asked)
             subject = noted.attempt(f"model {spec.name!r}", self.subject, spec, checkpoint)
             if subject is None:
                 continue
@@ -125,10 +127,14 @@ class Plan:
                 f"{self.study.data.tokenizer!r} needs {needed}"
             )
 
-    @cached_property
-    def platform(self) -> dict[str, Any]:
-        """What of this machine changes bits."""
-        return platform_identity(default_device(), self.threads)
+    @property
+    def threads(self) -> int:
+        """Of whoever computes a cell of a model in memory, or trains one."""
+        return self.chosen or 1
+
+    def platform(self, spec: ModelSpec) -> dict[str, Any]:
+        """What of this machine changes bits of this model's cells."""
+        return platform_identity(default_device(), threads_for(spec, self.chosen))
 
     def subject(self, spec: ModelSpec, checkpoint: Checkpoint | None) -> Subject:
         """The model of this specification.
@@ -169,7 +175,7 @@ class Plan:
             c: {"condition": c.to_dict(), "calibration": calibration} for c in subject.arms
         }
         own[CLEAN] = {"condition": None, "calibration": None}
-        common = self.platform | {
+        common = self.platform(checkpoint.spec) | {
             "model": checkpoint.identity,
             "tokenizer": text.corpus.tokenizer.identity,
             "batch_size": measure.batch_size,
@@ -219,7 +225,7 @@ class Plan:
             batch_size=measure.batch_size,
             precision=measure.precision,
             stream=is_streamed(checkpoint.spec),
-            platform=tuple(self.platform.items()),
+            platform=tuple(self.platform(checkpoint.spec).items()),
         )
 
 

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 
 from analysis.measure import Results, key_columns
 from analysis.study.folder import PLAN, STORE, STREAMS, read
-from analysis.study.machine import cores, free_workers, is_streamed
+from analysis.study.machine import free_workers
 from analysis.study.models import Checkpoint, check_bytes, trained
 from analysis.study.plan import Plan, Work
 from analysis.study.pool import Failure, InProcess, Pool
-from analysis.study.provenance import default_device, manifest, source_sha256
+from analysis.study.provenance import default_device, manifest
 from analysis.study.store import DamagedCells, Store
 from analysis.study.study import Study, study_dict
 from analysis.study.training import train_models
@@ -97,12 +97,9 @@ def check_executor(executor: Callable[[], Executor] | None) -> None:
 
 def threads_of(
     study: Study, executor: Callable[[], Executor] | None, threads: int | None = None
-) -> int:
-    """Of each process that measures."""
-    of_executor = getattr(executor, "threads", None)
-    # A model that is larger than memory is measured by one process, which has all cores.
-    usual = cores() if any(map(is_streamed, study.models)) else 1
-    return threads or study.measure.threads or of_executor or usual
+) -> int | None:
+    """Of each process that measures, as somebody chose."""
+    return threads or study.measure.threads or getattr(executor, "threads", None)
 
 
 def trainers_of(study: Study, executor: Callable[[], Executor] | None, threads: int) -> int:
@@ -150,7 +147,7 @@ def _measure_missing(
     attempts = store.failures().set_index("key").attempts.to_dict()
     streams = None
     if plan.study.measure.streams == "disk":
-        streams = out / STREAMS / source_sha256()[:16]  # what other code left is not gone on from
+        streams = out.resolve() / STREAMS
     bar = tqdm(total=len(missing), unit="cell", disable=not progress)
     with bar, InProcess(bar.update) if executor is None else Pool(executor) as pool:
         tasks = [

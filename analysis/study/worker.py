@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from analysis.adapters import Adapter, load
-from analysis.measure import Calibrating, Cell, measure
+from analysis.measure import Calibrating, Cell, forget_streams, measure
 from analysis.perturb import CLEAN, Calibration, Condition
 from analysis.study.provenance import default_device, platform_identity
 from cartmoe.data import Sequences
@@ -96,6 +96,8 @@ def compute(task: Task, progress: Callable[[int], object] = lambda done: None) -
             streams=task.streams if source.stream else None,
             progress=progress,
         )
+    if task.streams:
+        forget_streams(task.streams, model=source.identity, data=task.shard.sha256)
     by_condition = {cell.condition: cell for cell in measured}
     return [by_condition[cell.condition] for cell in task.cells]
 

@@ -1,6 +1,7 @@
 """Models of which a layer's weights are in memory at a time: the same numbers, to the last bit."""
 
 import json
+from dataclasses import dataclass
 
 import pandas as pd
 import pytest
@@ -8,13 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import analysis as an
+from analysis.adapters.shelf import Shelf
 from analysis.adapters.streamed import load_streamed
 from analysis.measure import measure
 from analysis.measure.batch import Batch
-from analysis.measure.bookmarks import Bookmarks
+from analysis.measure.bookmarks import Bookmarks, forget_streams
 from analysis.measure.calibrate import Calibrating, calibrate
 from analysis.perturb import condition_from_text
 from cartmoe.data import IGNORE, Sequences
+from cartmoe.lock import LOCK
 from cartmoe.tokenizers import ByteTokenizer
 from tests.analysis.adapters.families import FAMILIES, save_directory
 
@@ -111,7 +114,7 @@ def test_identity_is_that_of_the_directory(folder_of):
 
 def test_what_is_searched_for_needs_the_whole_model(folder_of):
     _, streamed = both(folder_of("olmoe"))
-    with pytest.raises(ValueError, match=r"Worst.*load it whole"):
+    with pytest.raises(ValueError, match=r"Worst.*needs the whole model.*load it whole"):
         an.sweep(streamed, documents(), an.Worst(1), controls=False, progress=False)
 
 
@@ -119,11 +122,132 @@ def test_weights_that_are_missing(folder_of, tmp_path):
     folder = tmp_path / "olmoe"
     save_directory(folder, "olmoe")
     path = folder / "model.safetensors"
-    tensors = load_file(path)
+    tensors = whole = load_file(path)
+    tensors = dict(tensors)
     del tensors[next(name for name in tensors if "layers.1." in name and "q_proj" in name)]
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"no weights for .*layers\.1"):
+    with pytest.raises(ValueError, match=rf"{folder} has no weights for .*layers\.1"):
         load_streamed(folder, ByteTokenizer())
+    for part in ("layers.1.", "embed_tokens", "model.norm", "lm_head"):  # of a partial download
+        rest = {name: tensor for name, tensor in whole.items() if part not in name}
+        save_file(rest, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{folder} has no weights for .*{part}"):
+            load_streamed(folder, ByteTokenizer())
+
+
+def test_files_are_those_that_the_library_reads(folder_of, tmp_path):
+    """Whatever else lies there; and the dtype is that of the files where nothing is said."""
+    folder = tmp_path / "olmoe"
+    save_directory(folder, "olmoe", dtype="bfloat16")
+    tensors = load_file(folder / "model.safetensors")
+    other = {"lm_head.weight": torch.ones_like(tensors["lm_head.weight"])}
+    save_file(other, folder / "zz-old.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "dtype"})
+    )
+    docs, conditions = documents(), [condition_from_text("DropTop(1)")]
+    one, other = (measure(model, conditions, docs)[1] for model in both(folder))
+    pd.testing.assert_frame_equal(one.losses, other.losses, check_exact=True)
+    half = {name: t for name, t in tensors.items() if "layers.0" in name}
+    rest = {name: t for name, t in tensors.items() if "layers.0" not in name}
+    save_file(half, folder / "a.safetensors", {"format": "pt"})
+    save_file(rest, folder / "b.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has neither model.safetensors nor"):
+        load_streamed(folder, ByteTokenizer())
+    files = dict.fromkeys(half, "a.safetensors") | dict.fromkeys(rest, "b.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    again = measure(load_streamed(folder, ByteTokenizer()), conditions, docs)[1]
+    pd.testing.assert_frame_equal(again.losses, one.losses, check_exact=True)
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b\.safetensors is missing"):
+        load_streamed(folder, ByteTokenizer())
+
+
+def test_an_adapter_is_not_forgotten(folder_of, tmp_path):
+    folder = tmp_path / "olmoe"
+    save_directory(folder, "olmoe")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has an adapter"):
+        load_streamed(folder, ByteTokenizer())
+
+
+def test_a_layer_that_could_not_be_read_is_read_again(folder_of, monkeypatch):
+    whole, streamed = both(folder_of("olmoe"))
+    own, broken = Shelf._read, [True]
+
+    def read(self, group):
+        if group.endswith("layers.1") and broken[0]:
+            raise OSError("the disk is away")
+        own(self, group)
+
+    monkeypatch.setattr(Shelf, "_read", read)
+    conditions, docs = [condition_from_text("DropTop(1)")], documents()
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is away"):
+            measure(streamed, conditions, docs)
+    broken[0] = False
+    found, expected = (measure(model, conditions, docs)[1] for model in (streamed, whole))
+    pd.testing.assert_frame_equal(found.losses, expected.losses, check_exact=True)
+
+
+def test_damaged_behind_the_last_layer(folder_of, tmp_path, monkeypatch):
+    """What needs a calibration gets it again."""
+    whole, streamed = both(folder_of("olmoe"))
+    conditions, docs = [condition_from_text("RandomRouting")], documents()
+    expected = measure(whole, conditions, docs, calibration=calibrate(whole, docs), batch_size=4)
+    monkeypatch.setattr(Batch, "end", lambda self: 1 / 0)
+    how = dict(batch_size=4, streams=tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        measure(streamed, conditions, docs, calibration=Calibrating(streamed, docs), **how)
+    monkeypatch.undo()
+    (path, _) = sorted(tmp_path.glob("*/batch*"))
+    path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="damaged.*made again"):
+        found = measure(streamed, conditions, docs, calibration=Calibrating(streamed, docs), **how)
+    pd.testing.assert_frame_equal(found[1].losses, expected[1].losses, check_exact=True)
+
+
+def test_bookmarks_are_of_what_changes_numbers(tmp_path):
+    """Precision, and whatever the caller says."""
+    folders = [Bookmarks(tmp_path, {"a": 1}).folder, Bookmarks(tmp_path, {"a": 2}).folder]
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            folders.append(Bookmarks(tmp_path, {"a": 1}).folder)
+    assert len({*folders}) == 4
+
+
+def test_a_sweep_of_two_models_goes_on_with_the_second(folder_of, tmp_path, monkeypatch):
+    models = [load_streamed(folder_of(f), ByteTokenizer(), name=f) for f in ("olmoe", "mixtral")]
+    how = dict(batch_size=4, progress=False, controls=False, streams=tmp_path)
+    own = Bookmarks.write
+
+    def stopping(self, *args):
+        own(self, *args)
+        if models[1].identity in self.identity:
+            raise Stop
+
+    monkeypatch.setattr(Bookmarks, "write", stopping)
+    with pytest.raises(Stop):
+        an.sweep(models, documents(), an.DropTop(1), **how)
+    monkeypatch.undo()
+    before = models[0].shelf.reads
+    an.sweep(models, documents(), an.DropTop(1), **how)
+    assert models[0].shelf.reads == before
+
+
+def test_a_perturbation_of_the_whole_clean_pass_is_refused(folder_of):
+    @dataclass(frozen=True)
+    class Mine(an.Perturbation):
+        expects = "weights"
+
+        def prepare(self, model, clean, condition):
+            return an.Identity()
+
+    _, streamed = both(folder_of("olmoe"))
+    with pytest.raises(ValueError, match=r"Mine.*needs the whole model at once"):
+        an.sweep(streamed, documents(), Mine(), controls=False, progress=False)
 
 
 def packed(folder, dtype):
@@ -223,8 +347,8 @@ def test_streams_on_the_disk_go_on_where_they_were(family, folder_of, tmp_path, 
         for name in ("losses", "routing", "tokens"):
             frames = getattr(one, name), getattr(other, name)
             pd.testing.assert_frame_equal(*frames, check_exact=True)
-    left = [path.name for path in tmp_path.glob("*/*")]
-    assert all(name.startswith("calibration") for name in left), left
+    forget_streams(tmp_path, model=streamed.identity)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_damaged_streams_are_made_again(folder_of, tmp_path, monkeypatch):
@@ -255,7 +379,7 @@ def test_streams_of_other_measurements_are_left_alone(folder_of, tmp_path):
             found = an.sweep(streamed, docs, perturbation, streams=tmp_path, **how)
             expected = an.sweep(whole, docs, perturbation, **how)
             pd.testing.assert_frame_equal(found.losses, expected.losses, check_exact=True)
-    assert not [*tmp_path.iterdir()]
+    assert not [path for path in tmp_path.iterdir() if path.name != LOCK]
 
 
 def test_streams_are_for_streamed_models(folder_of, tmp_path):

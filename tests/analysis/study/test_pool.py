@@ -192,7 +192,7 @@ def test_numbers_of_processes(workers, threads):
 
 def test_whose_threads(study_of):
     study = study_of()
-    assert threads_of(study, None) == 1
+    assert threads_of(study, None) is None
     assert threads_of(study, processes(2, threads=3)) == 3
     assert threads_of(study, processes(2), threads=4) == 4
     assert threads_of(study_of(measure={"threads": 5}), processes(2)) == 5
@@ -316,8 +316,8 @@ def test_a_lost_task(study_of, tmp_path):
 
 def test_a_worker_that_would_compute_other_bits(study_of, tmp_path, monkeypatch):
     """It refuses, naming what differs."""
-    monkeypatch.setattr(Plan, "platform", {"threads": 1, "matmul_precision": "highest",
-                                           "torch": "1.0"})  # fmt: skip
+    planned = {"threads": 1, "matmul_precision": "highest", "torch": "1.0"}
+    monkeypatch.setattr(Plan, "platform", lambda self, spec: planned)
     with pytest.raises(ValueError, match=r"torch is .*, not '1.0'"):
         run(study_of(families=["dense"]), tmp_path, progress=False)
 

@@ -4,13 +4,19 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import analysis as an
+from analysis.__main__ import app
 from analysis.study import dry_run, processes
+from analysis.study.machine import cores
+from analysis.study.plan import Plan
 from tests.analysis.adapters.families import save_directory
+from tests.analysis.conftest import to_toml
 
 COVERED = "3 of 3 MoE layers; 100 % of the parameters of experts"
 
@@ -163,7 +169,7 @@ def test_killed_it_goes_on_behind_the_last_layer(study, tmp_path):
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.stderr
-        assert [*out.glob("streams/*/*/*")]
+        assert [*out.glob("streams/*/*")]
     assert len(reads) > 2
     assert max(reads) <= 3  # of the two layers of four files, and the next one
     assert an.read(out).losses.equals(whole.losses)
@@ -215,3 +221,53 @@ def test_layers_that_a_larger_one_does_not_have(study, tmp_path):
     study["conditions"] = [{"perturbation": "DropTop", "where": "layer 40"}]
     with pytest.raises(ValueError, match=r"'layer 40'; layers with a router are those of 0 to 2"):
         dry_run(an.Study.from_dict(study), tmp_path / "out")
+
+
+def test_a_study_is_finished_either_way(study, checkpoint_of, tmp_path):
+    """At one number of threads; a compact model's cells never depend on how others are run."""
+    study["models"].append({"path": str(checkpoint_of("smoe")), "name": "smoe"})
+    plans = []
+    for stream in (False, True):
+        study["models"][0]["stream"] = stream
+        plan = Plan.of(an.Study.from_dict(study), None)
+        threads = [plan.platform(spec)["threads"] for spec in plan.study.models]
+        plans.append(threads)
+    assert plans == [[1, 1], [cores(), 1]]
+
+
+def test_what_is_told_in_time(study, folder, tmp_path):
+    """Of a streamed model: before anything is estimated or measured."""
+    study["models"][0]["stream"] = True
+    study["conditions"] = [{"perturbation": "Worst", "flips": 1}]
+    for ask in (dry_run, partial(an.run, progress=False)):
+        with pytest.raises(ValueError, match="Worst needs the whole model at once"):
+            ask(an.Study.from_dict(study), tmp_path / "out")
+
+
+def test_sizes_that_are_not_those_of_the_published_one(study, folder):
+    config = json.loads((folder / "config.json").read_text())
+    study["models"] = [{"name": "large", "published": config | {"num_hidden_layers": 48}}]
+    with pytest.warns(UserWarning, match="called 'large'.*num_hidden_layers 3 in place of 48"):
+        an.Study.from_dict(study, model=folder)
+    study["models"] = [{"name": "x", "published": {"model_type": "olmo_moe"}}]
+    with pytest.raises(ValueError, match="'olmo_moe', which there is not; near it: olmoe"):
+        dry_run(an.Study.from_dict(study), folder / "out")
+
+
+def test_before_the_weights_are_there(study, folder, tmp_path):
+    """A directory with its configuration and tokenizer alone; and memory for all of it."""
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if value is not None}
+    (tmp_path / "mine").mkdir()
+    for path in folder.glob("*.json"):
+        (tmp_path / "mine" / path.name).write_bytes(path.read_bytes())
+    for stream in (True, False):
+        study["data"]["documents"] = 4
+        study["models"] = [{"name": "mine", "published": config, "stream": stream}]
+        file = tmp_path / "study.toml"
+        file.write_text(to_toml(study))
+        for more in (["--model", str(tmp_path / "mine")], []):
+            command = ["run", str(file), "--out", str(tmp_path / "out"), "--dry-run", *more]
+            result = CliRunner().invoke(app, command)
+            assert result.exit_code == 0, result.stderr
+            assert "without the time of reading" in result.stdout
