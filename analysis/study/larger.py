@@ -150,7 +150,7 @@ class _Times(NamedTuple):
                 more = {_kind(cell.condition): cell.seconds - most for cell in cells[1:]}
         losses = max(0.0, min(more.values(), default=0.0))
         acting = {kind: (each - losses) / len(model.sites()) for kind, each in more.items()}
-        layer = (most - least) / max(1, next_number - number)
+        layer = max(0.0, most - least) / max(1, next_number - number)
         ends = max(0.0, least - layer * (number + 1))
         return cls(sites, model.width, ends, layer, losses, acting)
 
