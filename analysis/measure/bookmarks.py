@@ -93,6 +93,10 @@ class Bookmarks:
         for old in before:
             old.unlink(missing_ok=True)
 
+    def remove(self) -> None:
+        """All of them: what they led to is kept elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def _path(self, name: str, done: int) -> Path:
         return self.folder / f"{name}{SEGMENT}{done}"
 
@@ -102,7 +106,7 @@ class Bookmarks:
 
 def forget_streams(folder: Path, **identity: Any) -> None:
     """Remove all measurements in the folder that have this in their identity: what they led to is
-    kept elsewhere, or they are never gone on from."""
+    kept elsewhere. None: it must not be there."""
     for about in folder.glob(f"*/{ABOUT}"):
         with suppress(ValueError, OSError):
             said = json.loads(about.read_text(encoding="utf-8"))

@@ -87,9 +87,11 @@ def sweep(
             options: dict[str, Any] = dict(batch_size=batch_size, calibration=stats)
             options |= dict(keep_tokens=tokens, streams=folder, progress=bar.update)
             measured.append((one, measure(one, conditions, docs, **options)))
-        if folder:
-            for one in models:  # also what another call had begun
-                forget_streams(folder, model=one.identity)
+        if folder:  # this sweep's alone, now that all models are through
+            own = dict(data=docs.sha256, conditions=[condition.id for condition in conditions])
+            for one in models:
+                forget_streams(folder, model=one.identity, **own)
+                forget_streams(folder, model=one.identity, calibration=stats.sha256, data=None)
     return replace(join(measured), unit=docs.unit)
 
 

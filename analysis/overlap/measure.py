@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from analysis.adapters import owned
-from analysis.measure import Bookmarks, forget_streams, streams_folder
+from analysis.measure import Bookmarks, streams_folder
 from analysis.overlap.by_segment import Readings, Tables, by_segment
 from analysis.overlap.metrics import MAX_UNITS, METRICS, TABLES, Streams
 from analysis.overlap.probes import Labels, Probes, Reading, packs_of
@@ -128,8 +128,8 @@ def measure_overlap(
             each = [Reading(probes, *one) for one in taken]
             with locked(folder) if folder else nullcontext():
                 found = by_segment(Readings(study, each, sums, rows_at), marks, quiet)
-                if folder:
-                    forget_streams(folder, model=study.identity, name=study.name)
+                if marks:
+                    marks.remove()
         else:
             for rows, *how in tqdm(taken, unit="batch", disable=quiet):
                 for site, seen in probes.of(rows, *how):

@@ -88,7 +88,7 @@ def needs_of(study: Study, spec: ModelSpec, texts: Texts | None) -> Needs:
     computing = sum(sizes) * sum(times.of_arm(arm, shape.depth) for arm in arms)
     computing += study.measure.calibration * times.of_arm(CLEAN, shape.depth)
     streamed = is_streamed(spec)
-    streams = max(sizes) * data.length * times.width * 2 * len(arms)
+    streams = max(sizes) * data.length * times.token * len(arms)
     on_disk = streamed and study.measure.streams == "disk"
     at_once = min(study.measure.batch_size, max(sizes)) / max(sizes) if on_disk else 1
     weights = shape.rest + LAYERS * shape.layer if streamed else shape.total
@@ -105,7 +105,7 @@ def needs_of(study: Study, spec: ModelSpec, texts: Texts | None) -> Needs:
 
 
 class _Times(NamedTuple):
-    """Seconds of a sequence.
+    """Seconds of a sequence; token: bytes of one's hidden state.
 
     ends    in the clean run, before the first layer and behind the last;  layer: in a layer
     losses  what a condition takes more behind the last one
@@ -113,7 +113,7 @@ class _Times(NamedTuple):
     """
 
     sites: list[RouterSite]
-    width: int
+    token: int
     ends: float
     layer: float
     losses: float
@@ -152,7 +152,8 @@ class _Times(NamedTuple):
         acting = {kind: (each - losses) / len(model.sites()) for kind, each in more.items()}
         layer = max(0.0, most - least) / max(1, next_number - number)
         ends = max(0.0, least - layer * (number + 1))
-        return cls(sites, model.width, ends, layer, losses, acting)
+        token = model.width * model.model.dtype.itemsize
+        return cls(sites, token, ends, layer, losses, acting)
 
     def of_arm(self, arm: Condition, depth: int) -> float:
         """All layers from the first in which it acts."""

@@ -389,3 +389,15 @@ def test_streams_are_for_streamed_models(folder_of, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file"):
         an.sweep(streamed, documents(), an.DropTop(1), streams=tmp_path / "file")
+
+
+def test_what_another_sweep_has_begun_is_kept(folder_of, tmp_path, monkeypatch):
+    _, streamed = both(folder_of("olmoe"))
+    how = dict(batch_size=4, progress=False, controls=False, streams=tmp_path)
+    monkeypatch.setattr(Batch, "end", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        an.sweep(streamed, documents(), an.DropTop(1), **how)
+    monkeypatch.undo()
+    begun = {*tmp_path.glob("*/batch*")}
+    an.sweep(streamed, documents(), an.GaussianNoise(0.5), **how)
+    assert begun == {*tmp_path.glob("*/batch*")} != set()
